@@ -1,0 +1,158 @@
+"""The losses of DINO, iBOT, KoLeo and Gram, and the two ways to turn teacher logits into targets.
+
+Tensors in, scalar out, no state. Everything computes in fp32 whatever comes in, and every statistic that belongs to the
+batch is taken over all ranks, so one process with B images and two with B/2 give the same numbers (KoLeo excepted: it is
+local by definition). Shape letters are those of model.py: B images, S student crops, T teacher crops, K prototypes,
+M masked patches, P patches, D width.
+"""
+import torch
+import torch.nn.functional as F
+
+from distributed import all_reduce_max, all_reduce_sum
+
+TINY = torch.finfo(torch.float32).tiny    # keeps 0/0 away where a whole row or column of exponentials has vanished
+
+
+# ---- teacher logits -> targets ----
+
+def softmax_center(teacher_logits, center, teacher_temp):
+    """Targets by centering and sharpening: softmax((t - c) / temp). DINO (arXiv 2104.14294) section 3.1.
+
+    The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
+    Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
+    """
+    return F.softmax((teacher_logits.float() - center) / teacher_temp, dim=-1)
+
+
+def update_center(center, teacher_logits, momentum=0.9):
+    """The next centre: momentum * c + (1 - momentum) * mean of the logits over all rows of all ranks. DINO equation 4.
+
+    Call it after the loss, so that a step uses the centre of the steps before it, as the reference does. A batch without
+    rows (no masked patch anywhere) leaves the centre as it is. Args: center [1,K]; teacher_logits [N,K], N may be 0 and
+    may differ by rank. Returns: center [1,K] fp32.
+    """
+    logits = teacher_logits.float()
+    rows = torch.full((1, 1), float(len(logits)), device=logits.device)
+    total = all_reduce_sum(torch.cat([logits.sum(dim=0, keepdim=True), rows], dim=1))     # [1,K+1], one message
+    batch_mean = total[:, :-1] / total[:, -1:].clamp_min(1)
+    return torch.where(total[:, -1:] > 0, momentum * center + (1 - momentum) * batch_mean, center)
+
+
+def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
+    """Targets that use all prototypes equally: SwAV (arXiv 2006.09882) section 3.1 and appendix A, as in DINOv2.
+
+    Q = exp(logits / temp); n_iterations times: every prototype (column) is scaled to sum 1/K, then every row to sum 1/N,
+    over the rows of all ranks. The largest logit is subtracted before exp: that changes nothing but overflow.
+    Args: teacher_logits [N,K], N may be 0 and may differ by rank. Returns: probs [N,K] fp32, rows sum to 1, columns
+    nearly to N/K.
+    """
+    logits = teacher_logits.float() / teacher_temp
+    largest = logits.max() if logits.numel() else torch.tensor(float("-inf"), device=logits.device)
+    q = (logits - all_reduce_max(largest)).exp_()                                          # [N,K]
+    n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
+    n_prototypes = q.shape[1]
+    q /= all_reduce_sum(q.sum()).clamp_min(TINY)
+    for _ in range(n_iterations):
+        q /= (all_reduce_sum(q.sum(dim=0, keepdim=True)) * n_prototypes).clamp_min(TINY)   # columns sum to 1/K
+        q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)                         # rows sum to 1/N
+    return q * n_rows
+
+
+# ---- losses ----
+
+def dino_loss(student_logits, teacher_probs, student_temp=0.1, ignore_diagonal=True):
+    """Mean cross-entropy over all pairs of a teacher crop and a student crop. DINO equation 3, algorithm 1.
+
+        pairs = 0; total = 0
+        for t in range(T):
+            for s in range(S):
+                if ignore_diagonal and s == t: continue      # the same crop on both sides teaches nothing
+                total += mean over b of -sum_k teacher_probs[t,b,k] * log_softmax(student_logits[s,b] / student_temp)[k]
+                pairs += 1
+        return total / pairs
+
+    With S = 2 global + L local crops, T = 2 and ignore_diagonal this is the DINO loss; DINOv2 and DINOv3 split the same
+    pairs into a global and a local term and weigh each by its share of the pairs.
+    Args: student_logits [S,B,K]; teacher_probs [T,B,K]; crop i of both is the same crop if ignore_diagonal.
+    Returns: scalar fp32, ln K where the student is uniform. Raises ValueError where no pair is left.
+    """
+    S, B, K = student_logits.shape
+    T = len(teacher_probs)
+    pairs = S * T - (min(S, T) if ignore_diagonal else 0)
+    if pairs == 0:
+        raise ValueError(f"dino_loss: {S} student and {T} teacher crops leave no pair of different crops; use more crops")
+    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [S,B,K]
+    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float()) / B     # [S,T]
+    if ignore_diagonal:
+        cross_entropy = cross_entropy.masked_fill(torch.eye(S, T, dtype=torch.bool, device=cross_entropy.device), 0)
+    return cross_entropy.sum() / pairs
+
+
+def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
+    """Cross-entropy on the masked patches: iBOT (arXiv 2111.07832) equation 2, weighted as in DINOv2.
+
+        total = 0
+        for crop in range(n_crops):                          # crops without a mask count in the mean, with loss 0
+            for m in masked patches of crop:
+                total += -sum_k teacher_probs[m,k] * log_softmax(student_logits[m] / student_temp)[k] / n_masked(crop)
+        return total / n_crops
+
+    Args: student_logits, teacher_probs [M,K], the rows of the masked patches in row-major order of masks; masks
+    [n_crops,P] bool, True = masked. Returns: scalar fp32; 0 with a gradient of zeros where nothing is masked; with half
+    of the crops masked and a uniform student it is half of ln K.
+    """
+    per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)                                 # [n_crops,1]
+    weight = (1.0 / per_crop).expand_as(masks)[masks]                                      # [M]
+    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [M,K]
+    cross_entropy = -(teacher_probs.float() * log_probs).sum(dim=-1)                       # [M]
+    return (cross_entropy * weight).sum() / len(masks)
+
+
+def koleo_loss(features, eps=1e-8):
+    """Kozachenko-Leonenko entropy estimator: pushes each feature away from its nearest neighbour in the batch, so that the
+    features spread over the sphere. Sablayrolles et al. (arXiv 1806.03198) equation 2; DINOv2 section 4.
+
+        x = features / |features|; j(i) = argmax over j != i of <x_i, x_j>      # the choice has no gradient
+        return -mean over i of log(|x_i - x_j(i) + eps| + eps)
+
+    Args: features [B,D], the CLS tokens of one crop, before the head; this rank's images only, as in DINOv2.
+    Returns: scalar fp32. Raises ValueError for fewer than two rows. Two identical images in a batch cost about +18.
+    """
+    if len(features) < 2:
+        raise ValueError(f"koleo_loss: needs at least 2 images per rank to find a neighbour, got {len(features)}; "
+                         "use a larger batch or koleo_loss_weight = 0")
+    with torch.autocast(features.device.type, enabled=False):    # in bf16 the products would choose wrong neighbours
+        x = F.normalize(features.float(), eps=eps, dim=-1)       # [B,D]
+        with torch.no_grad():
+            similarity = x @ x.T                                 # [B,B]
+            neighbour = similarity.fill_diagonal_(-1).argmax(dim=1)
+        distance = F.pairwise_distance(x, x[neighbour], p=2, eps=eps)                      # [B]
+        return -(distance + eps).log().mean()
+
+
+def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_teacher_neg=False, normalize=True):
+    """Keeps the patch similarities of the student near those of the teacher: DINOv3 (arXiv 2508.10104) section 4.2.
+
+    |S S^T - T T^T|^2, the mean over the entries of both Gram matrices, per image. Only similarities are compared, so the
+    features themselves stay free to move. A teacher that saw a larger crop (more patches) is resized to the student's
+    grid first: bicubic, before normalising. To compare all patches of a batch in one matrix, pass [1,B*P,D].
+    Args: student_patches [B,P,D]; teacher_patches [B,Q,D], P and Q squares where they differ; remove_neg: negative
+    similarities of both sides become 0; remove_only_teacher_neg: only the teacher's; normalize: unit-length tokens.
+    Returns: scalar fp32. Raises ValueError when both remove options are set.
+    """
+    if remove_neg and remove_only_teacher_neg:
+        raise ValueError("gram_loss: remove_neg and remove_only_teacher_neg exclude each other; set one")
+    student, teacher = student_patches.float(), teacher_patches.float()
+    if teacher.shape[1] != student.shape[1]:
+        fine, coarse = round(teacher.shape[1] ** 0.5), round(student.shape[1] ** 0.5)
+        teacher = teacher.transpose(1, 2).unflatten(2, (fine, fine))                       # [B,D,q,q]
+        teacher = F.interpolate(teacher, size=(coarse, coarse), mode="bicubic").flatten(2).transpose(1, 2)   # [B,P,D]
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = student @ student.mT, teacher @ teacher.mT                      # [B,P,P]
+    if remove_neg:
+        student = student.clamp_min(0)
+    if remove_neg or remove_only_teacher_neg:
+        teacher = teacher.clamp_min(0)
+    return F.mse_loss(student, teacher)

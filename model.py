@@ -1,0 +1,289 @@
+"""The networks: a Hugging Face ViT as backbone, DINO heads on top, the student, and its EMA teacher.
+
+Four families of transformers are one thing here: 'vit' (DINO), 'dinov2', 'dinov2_with_registers' and 'dinov3_vit'.
+forward_features hides what differs, everything else treats them alike.
+
+Shape letters, used in all files: B images per rank, V views (global crops), L local crops, P patches, M masked patches in
+the batch, D embed dim, K prototypes, C channels, H W pixels, h w patch grid, p patch size. View-major always: crop v of
+image b is row v * B + b. masks: bool, True = masked = the student sees the mask token there.
+"""
+import contextlib
+import os
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from configurator import UserError
+from distributed import unwrap
+
+FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+# ---- backbone ----
+
+def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys):
+    """A Hugging Face ViT of one of the four families, with its patch embedding made for num_channels.
+
+    Args: model_type: a hub id ('facebook/dinov2-small') or a local directory, for its weights or (use_pretrained=False)
+    its shape with random weights; or the name of a family, from scratch. size_keys: keys of the HF config (hidden_size,
+    num_hidden_layers, num_attention_heads, patch_size, image_size, num_register_tokens, drop_path_rate, ...), those that
+    the family does not have are ignored; on pretrained weights only those that change no shape are allowed.
+    Returns: transformers PreTrainedModel in fp32, without pooler. Raises UserError for what cannot be found or loaded.
+    """
+    if model_type in FAMILIES and use_pretrained:
+        raise UserError(f"model_type={model_type!r} is a family and has no weights; give a hub id or a local directory, or "
+                        "--use_pretrained=false to train from scratch")
+    if model_type not in FAMILIES and os.path.sep in model_type and model_type[0] in "./~" and not os.path.isdir(model_type):
+        raise UserError(f"model_type={model_type!r}: no such directory; give a directory with config.json, or a hub id")
+    try:
+        config = transformers.AutoConfig.for_model(model_type) if model_type in FAMILIES else \
+            transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_type={model_type!r} cannot be loaded: neither a local directory with config.json nor a hub id "
+                        f"that can be reached; from scratch use one of {', '.join(FAMILIES)} "
+                        f"({str(error).splitlines()[0][:120]})") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}")
+    if "hidden_size" in size_keys and hasattr(config, "intermediate_size"):      # dinov2 has mlp_ratio = 4 instead
+        size_keys.setdefault("intermediate_size", 4 * size_keys["hidden_size"])
+    for key, value in size_keys.items():
+        if use_pretrained and key not in ("drop_path_rate", "pos_embed_rescale"):
+            raise UserError(f"{key}={value} would change the shape of the pretrained {model_type!r}; leave it out, or set "
+                            "--use_pretrained=false")
+        if hasattr(config, key):
+            setattr(config, key, value)
+    # the pooler would be random and unused, which DDP refuses; ViT makes its mask token only when asked
+    extra = dict(add_pooling_layer=False, use_mask_token=True) if config.model_type == "vit" else {}
+    if not use_pretrained:
+        config.num_channels = num_channels
+        return transformers.AutoModel.from_config(config, **extra).float()
+    with _quiet_transformers():
+        backbone, info = transformers.AutoModel.from_pretrained(
+            model_type, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **extra)
+    missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
+    if missing or info["mismatched_keys"]:
+        raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; missing {missing[:3]}, "
+                        f"of other shape {sorted(info['mismatched_keys'])[:3]}")
+    if config.num_channels != num_channels:
+        _set_channels(backbone, num_channels)
+    return backbone
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """No loading bars and no report on the mask token: build_backbone checks the loading info itself."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def inflate_patch_embed(weight, num_channels):
+    """A patch embedding of RGB filters, [D,3,p,p], as one of num_channels, [D,C,p,p].
+
+    The mean of the given filters, repeated, times 3/C: a pattern that is the same in all channels keeps its response. For
+    C = 1 this is the sum of the filters, exactly what a grey image copied into three channels would meet. The number of
+    given channels need not be 3; where it is C already, the weight comes back as it is.
+    """
+    given = weight.shape[1]
+    if given == num_channels:
+        return weight
+    return weight.mean(dim=1, keepdim=True).repeat(1, num_channels, 1, 1) * (given / num_channels)
+
+
+def _set_channels(backbone, num_channels):
+    """Replace the patch embedding by its inflated self, and say so in the HF config, so that exports reload cleanly."""
+    for parent in backbone.modules():
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d):
+                new = nn.Conv2d(num_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None)
+                with torch.no_grad():
+                    new.weight.copy_(inflate_patch_embed(conv.weight, num_channels))
+                    if conv.bias is not None:
+                        new.bias.copy_(conv.bias)
+                setattr(parent, name, new)
+                if hasattr(parent, "num_channels"):
+                    parent.num_channels = num_channels
+    backbone.config.num_channels = num_channels
+
+
+def pretrained_image_stats(model_type):
+    """(mean, std) that the weights were trained with, tuples of floats, from the preprocessor_config.json beside them;
+    None where there is none."""
+    try:
+        settings, _ = transformers.image_processing_utils.BaseImageProcessor.get_image_processor_dict(model_type)
+        return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def blocks(backbone):
+    """The transformer blocks of any family, an nn.ModuleList."""
+    return next(module for name, module in backbone.named_modules()
+                if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layer", "layers"))
+
+
+def forward_features(backbone, pixels, masks=None):
+    """CLS and patch tokens after the final norm, for any family.
+
+    Args: backbone: a PreTrainedModel or its peft wrapper; pixels [B,C,H,W], H and W multiples of the patch size; masks
+    [B,P] bool, True = the patch is replaced by the mask token. Returns: cls [B,D], patches [B,P,D] (registers left out).
+    Raises UserError for a size that transformers would floor without a word.
+    """
+    config, extra = backbone.config, {}
+    if pixels.shape[-2] % config.patch_size or pixels.shape[-1] % config.patch_size:
+        raise UserError(f"crop of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is not a multiple of patch_size={config.patch_size}")
+    if config.model_type == "vit":
+        extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
+    if masks is not None:
+        extra["bool_masked_pos"] = masks
+    tokens = backbone(pixel_values=pixels, **extra).last_hidden_state                      # [B,1+R+P,D]
+    n_registers = getattr(config, "num_register_tokens", 0)
+    return tokens[:, 0], tokens[:, 1 + n_registers:]
+
+
+# ---- what is trained ----
+
+def freeze_layers(backbone, n):
+    """Freeze the embeddings and the first n blocks (paper section 2.2.1); n = 0 leaves everything as it is."""
+    if n > len(blocks(backbone)):
+        raise UserError(f"freeze_backbone_layers={n}, but the backbone has {len(blocks(backbone))} blocks")
+    if n > 0:
+        for name, param in backbone.named_parameters():
+            if "embeddings" in name:
+                param.requires_grad_(False)
+        for block in blocks(backbone)[:n]:
+            block.requires_grad_(False)
+
+
+def add_lora(backbone, r=4, alpha=16, dropout=0.1):
+    """Freeze the backbone and put low-rank adapters W + (alpha / r) B A on all query and value projections (LoRA, arXiv
+    2106.09685; paper section 2.2.3). Returns the peft wrapper; forward_features takes it as it takes the backbone."""
+    import peft
+    present = {name.split(".")[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    targets = next((pair for pair in (["q_proj", "v_proj"], ["query", "value"]) if set(pair) <= present), None)
+    if targets is None:                                       # the names changed between transformers 4 and 5
+        raise UserError(f"use_lora: no query and value projections among the linear layers {sorted(present)}")
+    return peft.get_peft_model(backbone, peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalisation, prototypes: features [N,D] -> logits [N,K]. DINO (arXiv 2104.14294) appendix C.
+
+    Three Linear layers with GELU to the bottleneck, unit length, then K prototypes without bias. DINO and DINOv2 normalise
+    the prototypes (weight norm): their gain is frozen at 1 with norm_last_layer, else trained. DINOv3: weight_norm=False,
+    a plain Linear. n_layers=1 is a single Linear to the bottleneck.
+    """
+
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True, weight_norm=True, n_layers=3):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
+        layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.GELU())][:-1]
+        self.mlp = nn.Sequential(*layers) if n_layers > 1 else layers[0]
+        for layer in layers[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        if weight_norm:                                       # W_k = g_k v_k / |v_k|; v keeps nn.Linear's own initialisation
+            self.last_layer = nn.utils.parametrizations.weight_norm(self.last_layer)
+            gain = self.last_layer.parametrizations.weight.original0                       # [K,1]
+            nn.init.ones_(gain)
+            gain.requires_grad_(not norm_last_layer)
+        else:
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+
+    def forward(self, features):
+        # unit length in fp32: in bf16 the length would be right to two digits only
+        return self.last_layer(F.normalize(self.mlp(features).float(), dim=-1))
+
+
+# ---- student and teacher ----
+
+class Student(nn.Module):
+    """Backbone and heads in one module with one forward call, so that DDP sees every parameter used exactly once.
+
+    ibot_head=None means that the DINO head serves the masked patches as well (DINOv2's shared head).
+    """
+
+    def __init__(self, backbone, dino_head, ibot_head=None):
+        super().__init__()
+        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+
+    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True):
+        """Features and logits of all crops.
+
+        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks: replace
+        the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
+        Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
+        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks.
+        """
+        cls, patches = forward_features(self.backbone, global_crops, masks if apply_masks else None)
+        out, n_global = dict(global_cls=cls, patches=patches), len(cls)
+        if local_crops is not None:
+            out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]
+            cls = torch.cat([cls, out["local_cls"]])
+        logits = self.dino_head(cls)                          # once, on all CLS tokens     [(V+L)*B,K]
+        out["global_logits"] = logits[:n_global]
+        if local_crops is not None:
+            out["local_logits"] = logits[n_global:]
+        if masks is not None:                                 # only the masked tokens: a [V*B,P,K] tensor would be GBs
+            out["masked_logits"] = (self.ibot_head or self.dino_head)(patches[masks])      # [M,K]
+        return out
+
+
+class EMATeacher:
+    """The teacher: the student's network with averaged values in place of its trainable parameters.
+
+    It keeps one tensor per trainable parameter and no network: frozen weights (LoRA base, frozen layers) exist once, for
+    student and teacher alike. DINO section 3.1: teacher = m * teacher + (1 - m) * student.
+    """
+
+    def __init__(self, student):
+        self.values = {name: param.detach().clone() for name, param in self._trainable(student)}
+
+    @staticmethod
+    def _trainable(student):
+        return [(name, param) for name, param in unwrap(student).named_parameters() if param.requires_grad]
+
+    @torch.no_grad()
+    def update(self, student, momentum):
+        """values = momentum * values + (1 - momentum) * student, in place; momentum in [0, 1]."""
+        values = list(self.values.values())
+        torch._foreach_mul_(values, momentum)
+        torch._foreach_add_(values, [param.detach() for _, param in self._trainable(student)], alpha=1 - momentum)
+
+    @contextlib.contextmanager
+    def teacher_weights(self, student):
+        """Inside, `student` is the teacher: EMA values, eval mode, no gradients. Yields the module without DDP.
+
+        Only pointers move. Open autocast inside and close it inside as well: its cache of bf16 weights goes by parameter,
+        so one region around teacher and student would hand the teacher's weights to the student.
+        """
+        module, training = unwrap(student), student.training
+        params = self._trainable(student)
+        own = [param.data for _, param in params]
+        for name, param in params:
+            param.data = self.values[name]
+        student.eval()
+        try:
+            with torch.no_grad():
+                yield module
+        finally:
+            for (_, param), data in zip(params, own):
+                param.data = data
+            student.train(training)
+
+    def state_dict(self):
+        """{parameter name: EMA value}."""
+        return self.values
+
+    def load_state_dict(self, values):
+        """Copy values of the same names into place; KeyError where one is missing."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
