@@ -1,0 +1,354 @@
+"""From images to what the networks see: crops, flips, colour or intensity changes, and the iBOT masks.
+
+Two halves. Geometry runs in the loader's workers, one image at a time, on pixels as they are (uint8, int16 Hounsfield
+units, float; any number of channels). Photometrics run on the training device, a whole batch at once.
+Everything random comes from a generator or a seed that the caller derives from (seed, sample number), so neither the
+number of workers nor the number of ranks changes what a crop looks like.
+
+What the presets do is the paper's Table 3: flips, crops and blur for all; solarization and colour jitter for 'rgb';
+brightness and noise for 'medical' (inverted or recoloured CT means nothing).
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from configurator import UserError
+
+# Strengths of the photometrics; edit here. rgb: DINO's main_dino.py. medical: measured on the phantom and on brain MRI.
+PRESETS = {
+    "rgb": dict(jitter_probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
+                grayscale_probability=0.2,     # part of the colour jitter in DINO: saturation all the way down
+                solarize_probability=0.2, noise_probability=0.0, noise=0.0),
+    "medical": dict(jitter_probability=0.8, brightness=0.4, contrast=0.0, saturation=0.0, hue=0.0,
+                    grayscale_probability=0.0, solarize_probability=0.0,
+                    noise_probability=0.5, noise=0.05),        # noise: largest sigma, as a share of the intensity range
+}
+KINDS = ("global1", "global2", "local")       # DINO treats its two global crops differently, see photometric
+BLUR_SIGMA = (0.1, 2.0)                       # pixels
+
+
+def numpy_generator(generator):
+    """A numpy Generator from a numpy or torch one (which then moves on by one draw)."""
+    if isinstance(generator, torch.Generator):
+        return np.random.default_rng(int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)))
+    return generator
+
+
+# ---- geometry: one image, in the workers ----
+
+def resize(image, size):
+    """An [H,W,C] array as a [C,h,w] tensor of the same dtype: bicubic with antialiasing, as DINO and Pillow resize.
+
+    Integers are rounded and clipped to their range; uint16, which torch cannot resize, comes back as float32.
+    """
+    tensor = torch.from_numpy(np.array(image if image.dtype != np.uint16 else image.astype(np.float32)))
+    dtype = tensor.dtype                                       # np.array above: a memory-mapped page must not be written to
+    tensor = tensor.permute(2, 0, 1)[None]                     # [1,C,H,W], channels last in memory: the fast path for uint8
+    if dtype == torch.uint8:
+        return F.interpolate(tensor, size=size, mode="bicubic", antialias=True)[0]
+    tensor = F.interpolate(tensor.float(), size=size, mode="bicubic", antialias=True)[0]
+    if dtype.is_floating_point:
+        return tensor
+    return tensor.round_().clamp_(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
+
+
+def resize_center(image, size):
+    """The whole image for evaluation: shorter side to `size`, then the centre square. [H,W,C] array -> [C,size,size].
+    No 256-to-224 zoom: small medical images fill their frame, and what lies at the border counts."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top:top + side, left:left + side], (size, size))
+
+
+class MultiCrop:
+    """Cuts the crops of one image: V large ones for student and teacher, L small ones for the student alone (SwAV, DINO).
+
+    A crop is a box of random area (`*_scale`, share of the image area), aspect 3/4 to 4/3 and place, resized to a square and
+    flipped: the random crop and the random resized crop of the paper's Table 3 in one. label_guided_crops_number further
+    small crops are centred near a labelled pixel (paper section 2.2.4); without labels they are random ones, so that the
+    batch keeps its shape.
+    """
+
+    def __init__(self, global_crops_size=224, global_crops_scale=(0.4, 1.0), global_crops_number=2, local_crops_size=96,
+                 local_crops_scale=(0.1, 0.4), local_crops_number=8, label_guided_crops_number=0,
+                 label_guided_crops_scale=(0.02, 0.1), horizontal_flip=0.5, vertical_flip=0.5):
+        self.globals = (global_crops_number, global_crops_size, global_crops_scale)
+        self.locals = (local_crops_number, local_crops_size, local_crops_scale)
+        self.guided = (label_guided_crops_number, local_crops_size, label_guided_crops_scale)
+        self.horizontal_flip, self.vertical_flip = horizontal_flip, vertical_flip
+
+    def __call__(self, image, mask, generator):
+        """Args: image [H,W,C], any real dtype; mask [H,W], non-zero = labelled, or None; generator: numpy or torch.
+
+        Returns: dict with global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image (guided crops last),
+        global_seeds [V] and local_seeds [L] int64, from which photometric draws.
+        """
+        rng, shape = numpy_generator(generator), image.shape[:2]
+        labelled = np.argwhere(mask) if mask is not None and self.guided[0] else []
+
+        def cut(number, size, scale, guided=False):
+            boxes = [self.guided_box(shape, scale, labelled, rng) if guided and len(labelled) else
+                     self.random_box(shape, scale, rng) for _ in range(number)]
+            return [self.cut(image, box, size, rng) for box in boxes]
+
+        global_crops, local_crops = cut(*self.globals), cut(*self.locals) + cut(*self.guided, guided=True)
+        none = torch.zeros(0, image.shape[2], 1, 1)
+        return dict(global_crops=torch.stack(global_crops), local_crops=torch.stack(local_crops) if local_crops else none,
+                    global_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(global_crops))),
+                    local_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(local_crops))))
+
+    @staticmethod
+    def random_box(shape, scale, rng):
+        """(top, left, height, width) of a random resized crop; after ten boxes that do not fit, the largest central one."""
+        height, width = shape
+        for area, log_aspect, y, x in rng.random((10, 4)):
+            area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+            aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * log_aspect)
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+        h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    @staticmethod
+    def guided_box(shape, scale, labelled, rng):
+        """A square box that contains a random labelled pixel: centred on it, shifted by up to a quarter of its side."""
+        height, width = shape
+        y, x = labelled[rng.integers(len(labelled))]
+        area, dy, dx = rng.random(3)
+        side = round(math.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * area)))
+        side = max(2, min(side, height, width))
+        top = int(np.clip(round(y - side / 2 + (dy - 0.5) * side / 2), 0, height - side))
+        left = int(np.clip(round(x - side / 2 + (dx - 0.5) * side / 2), 0, width - side))
+        return top, left, side, side
+
+    def cut(self, image, box, size, rng):
+        """The box of the image as a [C,size,size] tensor, flipped at random."""
+        top, left, height, width = box
+        crop = resize(image[top:top + height, left:left + width], (size, size))
+        flip_x, flip_y = rng.random(2) < (self.horizontal_flip, self.vertical_flip)
+        axes = [axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip]
+        return crop.flip(axes) if axes else crop
+
+
+# ---- photometrics: the whole batch, on the training device ----
+
+def uniforms(seeds, n, stream=0):
+    """n uniform numbers in [0, 1) for every seed, [N,n] float64: the splitmix64 hash of (seed, stream, column).
+    A hash and not a generator: no state, all rows at once, and a crop has its numbers whoever computes them."""
+    with np.errstate(over="ignore"):                           # arithmetic modulo 2**64 is the point
+        column = np.arange(1 + 1000 * stream, 1 + 1000 * stream + n, dtype=np.uint64)
+        z = np.asarray(seeds).astype(np.uint64)[:, None] + column * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def to_unit(crops, intensity_range, seeds=None, window_jitter=0.0):
+    """Pixels of any dtype [N,C,S,S] to float 0..1: intensity_range = (low, high) maps to (0, 1), the rest is clipped.
+
+    With window_jitter j > 0 both ends move per crop by up to j of the width: the random windows of CT augmentation.
+    """
+    low, high = intensity_range
+    ends = torch.tensor([[low, high]], dtype=torch.float32).repeat(len(crops), 1)          # [N,2]
+    if window_jitter > 0:
+        ends += torch.from_numpy(uniforms(seeds, 2, stream=1) * 2 - 1).float() * window_jitter * (high - low)
+    low, high = ends.to(crops.device)[:, :, None, None, None].unbind(1)                    # [N,1,1,1] each
+    return ((crops.float() - low) / (high - low)).clamp_(0, 1)
+
+
+def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)):
+    """Random colours, intensities, blur and noise for a batch of crops; every crop draws its own.
+
+    In order: brightness, contrast, saturation, hue, grayscale as one colour matrix per crop; Gaussian blur; solarization (of
+    global2 only, as in DINO); noise. Clipped once at the end, not after every operation as in torchvision; the hue turns
+    in YIQ, a rotation, where torchvision turns in HSV.
+    Args: crops [N,C,S,S] float in 0..1, on any device (uint8 is divided by 255); preset 'rgb' or 'medical'; generator: numpy
+    or torch, or int64 seeds [N], one per crop; kind 'global1', 'global2' or 'local'; blur_probability for these three.
+    The default is DINO's. The DINOv2 and DINOv3 code asks for the same but, through an inversion in its GaussianBlur, blurs
+    with (0.0, 0.9, 0.5); config/dinov2.py and dinov3.py follow what the released weights were trained with.
+    Returns: crops [N,C,S,S] float32 in 0..1. Saturation, hue and grayscale need three channels and are left out otherwise.
+    """
+    if preset not in PRESETS or kind not in KINDS:
+        raise ValueError(f"photometric: preset={preset!r}, kind={kind!r}; presets are {', '.join(PRESETS)}, kinds {', '.join(KINDS)}")
+    p, device = PRESETS[preset], crops.device
+    x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
+    if len(x) == 0:
+        return x
+    seeds = generator if torch.is_tensor(generator) or isinstance(generator, np.ndarray) else \
+        numpy_generator(generator).integers(2**63 - 1, size=len(x))
+    u = uniforms(seeds, 11)                                                                # [N,11], a column per decision
+    jitter = u[:, 0] < p["jitter_probability"]
+    strengths = {name: np.where(jitter, 2 * u[:, column] - 1, 0) * p[name]                 # [N] each, 0 = no change
+                 for column, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=1)}
+    gray = u[:, 5] < p["grayscale_probability"]
+    matrix, offset = color_matrix(x, gray, **strengths)
+    x = torch.einsum("nij,njhw->nihw", matrix, x) + offset[:, :, None, None]
+    blurred = np.flatnonzero(u[:, 6] < blur_probability[KINDS.index(kind)])
+    if len(blurred):
+        # DINO blurs 224 and 96 pixel crops alike; in smaller ones the same sigma would leave nothing to see
+        sigma = (BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[blurred, 7]) * min(1.0, x.shape[-1] / 96)
+        blurred = torch.from_numpy(blurred).to(device)
+        x = x.index_copy(0, blurred, gaussian_blur(x[blurred], torch.from_numpy(sigma).float().to(device)))
+    if kind == "global2":
+        solarized = torch.from_numpy(u[:, 8] < p["solarize_probability"]).to(device)[:, None, None, None]
+        x = torch.where(solarized & (x >= 0.5), 1 - x, x)
+    for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):                           # a seed each: see the docstring
+        noise = torch.randn(x.shape[1:], generator=torch.Generator(device).manual_seed(int(seeds[row])), device=device)
+        x[row] += p["noise"] * u[row, 10] * noise
+    return x.clamp_(0, 1)
+
+
+def color_matrix(x, gray, brightness, contrast, saturation, hue):
+    """Per crop the matrix A [N,C,C] and offset b [N,C] of x -> A x + b, the product of all colour operations.
+
+    brightness: x (1 + s); contrast: away from the crop's mean grey; saturation: away from the pixel's grey; hue: turn by
+    2 pi s around the grey axis; gray: [N] bool, saturation to nothing. Strengths [N], 0 = unchanged.
+    """
+    n, channels = x.shape[:2]
+    weights = np.array([0.299, 0.587, 0.114]) if channels == 3 else np.full(channels, 1 / channels)    # luma, ITU-R 601
+    eye = np.eye(channels)
+    to_gray = np.tile(weights, (channels, 1))                                              # [C,C]: every row gives the grey
+    scale = (1 + brightness) * (1 + contrast)                                              # [N]
+    matrix = scale[:, None, None] * eye                                                    # [N,C,C]
+    if channels == 3:
+        keep = np.where(gray, 0.0, 1 + saturation)[:, None, None]
+        matrix = (keep * eye + (1 - keep) * to_gray) @ matrix
+        yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+        cos, sin = np.cos(2 * np.pi * hue), np.sin(2 * np.pi * hue)
+        turn = np.zeros((n, 3, 3))
+        turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2], turn[:, 1, 2], turn[:, 2, 1] = 1, cos, cos, -sin, sin
+        matrix = np.linalg.inv(yiq) @ turn @ yiq @ matrix
+    matrix, shift, weights = (torch.from_numpy(np.ascontiguousarray(a)).float().to(x.device)
+                              for a in (matrix, -contrast * (1 + brightness), weights))
+    mean_gray = x.mean(dim=(2, 3)) @ weights                                               # [N]
+    return matrix, (shift * mean_gray)[:, None].expand(n, channels)
+
+
+def gaussian_blur(x, sigma):
+    """Blur every crop with its own sigma [N] in pixels: two grouped one-dimensional convolutions, borders reflected."""
+    n, channels, height, width = x.shape
+    radius = min(math.ceil(3 * BLUR_SIGMA[1]), height - 1, width - 1)
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = F.softmax(-taps**2 / (2 * sigma[:, None]**2), dim=1)                          # [N,taps], sums to 1
+    kernel = kernel.repeat_interleave(channels, 0)[:, None, None]                          # [N*C,1,1,taps]
+    x = F.pad(x, (radius,) * 4, mode="reflect").view(1, n * channels, height + 2 * radius, width + 2 * radius)
+    x = F.conv2d(x, kernel, groups=n * channels)
+    x = F.conv2d(x, kernel.transpose(2, 3), groups=n * channels)
+    return x.view(n, channels, height, width)
+
+
+class Photometrics:
+    """The second half of the pipeline with its settings: native pixels of a batch -> normalised network input."""
+
+    def __init__(self, preset, intensity_range, mean, std, window_jitter=0.0, blur_probability=(1.0, 0.1, 0.5)):
+        self.preset, self.intensity_range, self.window_jitter = preset, intensity_range, window_jitter
+        self.blur_probability, self.mean, self.std = blur_probability, torch.tensor(mean), torch.tensor(std)
+
+    def normalize(self, x):
+        """(x - mean) / std per channel, x [N,C,S,S] in 0..1."""
+        return (x - self.mean.to(x.device)[:, None, None]) / self.std.to(x.device)[:, None, None]
+
+    def plain(self, crops):
+        """Native pixels to network input without augmentation, for evaluation."""
+        return self.normalize(to_unit(crops, self.intensity_range))
+
+    def __call__(self, crops, seeds, kind):
+        """Native pixels [N,C,S,S] to augmented network input, float32; seeds [N] int64."""
+        x = to_unit(crops, self.intensity_range, seeds, self.window_jitter)
+        return self.normalize(photometric(x, self.preset, seeds, kind, self.blur_probability))
+
+
+# ---- iBOT masks ----
+
+def sample_masks(n_crops, grid, generator, sample_probability=0.5, ratio_min_max=(0.1, 0.5), exact=False, rows=None):
+    """Block masks for a batch: iBOT section 3.2 with the sampling of DINOv2's collate.
+
+    int(n_crops * sample_probability) crops are masked; the range of ratios is cut into as many equal bins and each masked
+    crop draws from a bin of its own, so the batch covers the range evenly; then they are shuffled. A mask grows by
+    rectangles until its number is reached or no rectangle fits: it may fall short, never exceed. exact=True is DINOv3:
+    the top of each bin, filled up with single patches.
+    Args: grid: patches per side, or (h, w); generator: numpy or torch; rows: build only these rows (a rank's share of the
+    batch): the others stay False, and these are what they would be without `rows`.
+    Returns: bool [n_crops,P], True = masked.
+    """
+    rng = numpy_generator(generator)
+    h, w = (grid, grid) if isinstance(grid, int) else grid
+    n_masked = int(n_crops * sample_probability)
+    edges = np.linspace(*ratio_min_max, n_masked + 1)
+    share = edges[1:] if exact else edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(n_masked)
+    counts = rng.permutation(np.concatenate([(h * w * share).astype(int), np.zeros(n_crops - n_masked, int)]))
+    seeds = rng.integers(2**63 - 1, size=n_crops)
+    masks = np.zeros((n_crops, h, w), dtype=bool)
+    for row in range(n_crops) if rows is None else rows:
+        if counts[row]:
+            block_mask(masks[row], counts[row], np.random.default_rng(seeds[row]), exact)
+    return torch.from_numpy(masks.reshape(n_crops, h * w))
+
+
+def block_mask(mask, target, rng, exact):
+    """Mask up to `target` patches of one [h,w] bool array, in place: rectangles of at least about 4 patches, aspect 0.3 to
+    1/0.3, at most half of the grid at once, ten tries each (BEiT's generator, as DINOv2 uses it)."""
+    h, w = mask.shape
+    left = target
+    while left > 0:
+        limit, added = min(left, (h // 2) * w), 0
+        for area, aspect, y, x in rng.random((10, 4)):
+            area, aspect = 4 + (limit - 4) * area, math.exp((2 * aspect - 1) * math.log(1 / 0.3))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height < h and width < w:
+                top, start = int(y * (h - height + 1)), int(x * (w - width + 1))
+                block = mask[top:top + height, start:start + width]
+                added = block.size - int(block.sum())
+                if 0 < added <= limit:
+                    block[:] = True
+                    break
+                added = 0
+        if added == 0:
+            break
+        left -= added
+    if exact and left > 0:
+        mask.flat[rng.choice(np.flatnonzero(~mask), left, replace=False)] = True
+
+
+# ---- a look at the crops ----
+
+def save_samples(path, global_crops, local_crops, masks, n_images, photometrics, max_images=6):
+    """A PNG of the first images of a batch, one row each: global crops, global crops with masked patches hatched out, local
+    crops; the pixels are those the network gets, with the normalisation undone.
+
+    Args: global_crops [V*B,C,S,S], local_crops [L*B,C,s,s] or None: normalised; masks [V*B,P] bool or None; n_images B.
+    """
+    def picture(crop):                                         # [C,s,s] normalised -> PIL image, three channels or grey
+        x = crop.float().cpu() * photometrics.std[:, None, None] + photometrics.mean[:, None, None]
+        x = (x.clamp(0, 1) * 255).round().byte().numpy()
+        return Image.fromarray(x[:3].transpose(1, 2, 0) if len(x) >= 3 else x[0]).convert("RGB").resize(
+            (tile, tile * x.shape[1] // x.shape[2]), Image.NEAREST)
+
+    tile, gap = 112, 4
+    n_views = len(global_crops) // n_images
+    n_local = len(local_crops) // n_images if local_crops is not None else 0
+    rows = min(n_images, max_images)
+    columns = n_views * (2 if masks is not None else 1) + n_local
+    sheet = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + gap) + gap + 14), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = [f"global {v + 1}" for v in range(n_views)] + \
+        ([f"masked {v + 1}" for v in range(n_views)] if masks is not None else []) + [f"local {i + 1}" for i in range(n_local)]
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (tile + gap), 2), title, fill="black")
+        for row in range(rows):
+            crops, index = (global_crops, column % n_views) if column < len(titles) - n_local else \
+                (local_crops, column - (len(titles) - n_local))
+            image = picture(crops[index * n_images + row])
+            if title.startswith("masked"):
+                side = round(masks.shape[1] ** 0.5)
+                cell = tile / side
+                for patch in masks[index * n_images + row].nonzero().flatten().tolist():
+                    y, x = patch // side * cell, patch % side * cell
+                    ImageDraw.Draw(image).rectangle([round(x), round(y), round(x + cell) - 1, round(y + cell) - 1], fill=(255, 140, 0))
+            sheet.paste(image, (gap + column * (tile + gap), 14 + gap + row * (tile + gap)))
+    sheet.save(path)

@@ -1,0 +1,123 @@
+"""Checkpoints that survive a kill at any moment, and the export that Hugging Face loads.
+
+A run keeps checkpoints/last/state.pt (to resume), checkpoints/best (the teacher with the highest k-NN, with best/hf for
+AutoModel.from_pretrained) and one folder for every saveckp_freq-th iteration. Every file is written beside its place,
+flushed to disk and renamed onto it, so under its name there is always a complete file.
+"""
+import copy
+import json
+import os
+import shutil
+
+import torch
+
+from configurator import UserError
+
+
+# ---- state: what resuming needs ----
+
+def _sync(path):
+    """Make a file or folder durable: without it a power cut can keep the rename and lose the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(folder, state):
+    """Write folder/state.pt atomically. state: nested dicts and lists of tensors, numbers and strings only."""
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, "state.pt.part")
+    torch.save(state, temporary)
+    _sync(temporary)
+    os.replace(temporary, os.path.join(folder, "state.pt"))
+    _sync(folder)
+
+
+def link_state(source, folder):
+    """The same state under a second folder. A hard link: no second copy on disk, and save_state later replaces the name in
+    `source`, never the content. Copies where the file system has no links."""
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, "state.pt.part")
+    if os.path.exists(temporary):
+        os.remove(temporary)
+    try:
+        os.link(os.path.join(source, "state.pt"), temporary)
+    except OSError:
+        shutil.copyfile(os.path.join(source, "state.pt"), temporary)
+        _sync(temporary)
+    os.replace(temporary, os.path.join(folder, "state.pt"))
+
+
+def load_state(path):
+    """The state below `path`: a run (its checkpoints/last), a checkpoint folder or a state.pt; on the CPU.
+    weights_only: nothing in the file can run code. Raises UserError for a missing or damaged file."""
+    tried = [os.path.join(path, *rest) for rest in (("checkpoints", "last", "state.pt"), ("state.pt",), ())]
+    file = next((name for name in tried if os.path.isfile(name)), None)
+    if file is None:
+        raise UserError(f"resume_from={path!r}: no checkpoint there; looked for {tried[0]} and {tried[1]}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:                    # torch raises several kinds for a truncated or foreign file
+        raise UserError(f"resume_from={path!r}: {file} is damaged or no checkpoint of ours ({type(error).__name__}); resume from "
+                        "another folder below checkpoints/") from None
+
+
+def check_fits(state, student, config):
+    """Refuse a checkpoint whose tensors do not fit the network: UserError that names the first one, both shapes, and the
+    config keys that differ with both values."""
+    theirs = {name: tuple(value.shape) for name, value in state["student"].items()}
+    ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
+    wrong = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
+    if wrong:
+        changed = "; ".join(f"{key}: checkpoint {a!r}, now {b!r}" for key, a, b in config_changes(state, config)) or "none of the config"
+        raise UserError(f"resume_from: {wrong} is {theirs.get(wrong, 'absent')} in the checkpoint, {ours.get(wrong, 'absent')} now; "
+                        f"keys that differ: {changed}. Take the checkpoint's values, or start a new run")
+
+
+def config_changes(state, config):
+    """[(key, value in the checkpoint, value now)] for the keys that differ, new and removed keys included."""
+    old = state["config"]
+    return [(key, old.get(key), config.get(key)) for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
+
+
+# ---- export: what users load ----
+
+def export_hf(folder, backbone, size, intensity_range, mean, std, card):
+    """Write an AutoModel directory: config.json, model.safetensors, preprocessor_config.json and a README.md model card.
+
+    Call it inside EMATeacher.teacher_weights: what is written are the weights that are in the backbone now. LoRA is merged into
+    the weights, and the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config cannot say it is there.
+    Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card: text of the model card.
+    """
+    temporary = folder + ".part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if hasattr(backbone, "merge_and_unload"):
+        backbone.save_pretrained(os.path.join(temporary, "adapter"))
+        backbone = copy.deepcopy(backbone).merge_and_unload()
+    weights = {name: value for name, value in backbone.state_dict().items()
+               if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
+    backbone.save_pretrained(temporary, state_dict=weights)
+    # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
+    low, high = intensity_range
+    factor = 1 / (high - low)
+    processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size}, resample=3,
+                     do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=factor,
+                     do_normalize=True, image_mean=[m + low * factor for m in mean], image_std=list(std), do_convert_rgb=False,
+                     intensity_range=[low, high])
+    with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
+        json.dump(processor, file, indent=2)
+    with open(os.path.join(temporary, "README.md"), "w") as file:
+        file.write(card)
+    # the first export appears at once; later ones replace file by file, so model.safetensors is never half-written
+    if not os.path.isdir(folder):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        return os.rename(temporary, folder)
+    for root, _, files in os.walk(temporary):
+        target = os.path.join(folder, os.path.relpath(root, temporary))
+        os.makedirs(target, exist_ok=True)
+        for name in files:
+            _sync(os.path.join(root, name))
+            os.replace(os.path.join(root, name), os.path.join(target, name))
+    shutil.rmtree(temporary)

@@ -1,0 +1,449 @@
+"""Data sets: MedMNIST by name, .npz files, folders of images, and the embedded phantom; and the order in which a run reads them.
+
+Pixels stay what they are: uint8, 16-bit, Hounsfield units, float; one to many channels. Whatever comes in an archive is
+unpacked once into .npy files in a cache and memory-mapped from there, so that all ranks and workers share the pages.
+Nothing is unpickled, downloads are checked by MD5, archives and downloads appear under their name only when complete.
+"""
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from augment import sample_masks
+from configurator import UserError
+from phantom import PHANTOM_CLASSES, make_phantom
+
+MEDMNIST = json.load(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "medmnist.json")))
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy", ".dcm")
+SPLITS = ("train", "val", "test")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)      # refused, not decoded
+
+
+# ---- one image ----
+
+def load_image(path, num_channels=0):
+    """One image file as an [H,W,C] array in its own dtype.
+
+    png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope and
+    intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are converted (a grey
+    jpg in an RGB folder), everything else must have it. Raises UserError that names the file.
+    """
+    try:
+        if path.lower().endswith(".npy"):
+            image = np.load(path, allow_pickle=False)
+        elif path.lower().endswith(".dcm"):
+            image = _load_dicom(path)
+        else:
+            with Image.open(path) as picture:
+                if picture.mode.startswith(("I", "F")):
+                    image = np.asarray(picture)
+                else:
+                    grey = num_channels == 1 or (num_channels == 0 and picture.mode in ("1", "L"))
+                    image = np.asarray(picture.convert("L" if grey else "RGB"))
+    except UserError:
+        raise
+    except Exception as error:                    # decoders raise anything: OSError, SyntaxError, struct.error, bombs
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); mend or remove it, or set "
+                        "--on_bad_image=skip") from None
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.dtype.kind not in "uif" or num_channels not in (0, image.shape[2]):
+        raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, channels] numbers"
+                        + (f" with {num_channels} channels as the rest of the data set" if num_channels else ""))
+    return image
+
+
+def _load_dicom(path):
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(f"{path}: reading DICOM needs pydicom; pip install pydicom") from None
+    file = pydicom.dcmread(path)
+    image = file.pixel_array * float(getattr(file, "RescaleSlope", 1)) + float(getattr(file, "RescaleIntercept", 0))
+    return np.rint(image).astype(np.int16) if np.abs(image).max() < 2**15 else image.astype(np.float32)
+
+
+class ImageFiles:
+    """A list of image files that behaves like an array of images: len() and [i] -> [H,W,C]; '' stands for no file."""
+
+    def __init__(self, paths, num_channels=0):
+        self.paths, self.num_channels = paths, num_channels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return load_image(self.paths[i], self.num_channels) if self.paths[i] else None
+
+
+class Rows:
+    """Some rows of an array or of ImageFiles, without a copy."""
+
+    def __init__(self, items, rows):
+        self.items, self.rows = items, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.items[self.rows[i]]
+
+
+# ---- one split ----
+
+class Dataset(torch.utils.data.Dataset):
+    """One split: .images [N,H,W] or [N,H,W,C] (or a list of files), .labels [N] int64 ([N,c] multi-label) or None, .masks
+    [N,H,W] or None, .class_names, .num_channels. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
+
+    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train"):
+        self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
+        self.name, self.split = name, split
+        self.num_channels = self[0][0].shape[2]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image, mask = self.images[i], None if self.masks is None else self.masks[i]
+        image = image[..., None] if image.ndim == 2 else image
+        mask = mask[..., 0] if mask is not None and mask.ndim == 3 else mask
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise UserError(f"mask {i} of {self.name}: shape {mask.shape}, its image {image.shape[:2]}; both must agree")
+        return image, mask
+
+    def path(self, i):
+        """What to call image i in a message: its file, or its number."""
+        images, row = self.images, i
+        while isinstance(images, Rows):
+            images, row = images.items, images.rows[row]
+        return images.paths[row] if isinstance(images, ImageFiles) else f"{self.name}, {self.split} image {row}"
+
+    def subset(self, rows, split):
+        """Another view of the same images: rows [n] int."""
+        return Dataset(Rows(self.images, rows), None if self.labels is None else self.labels[rows],
+                       None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split)
+
+    def __getstate__(self):
+        """For spawned workers: a memory map would be pickled by content, so send its file name and map it again there."""
+        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value for key, value in self.__dict__.items()}
+
+    def __setstate__(self, state):
+        self.__dict__ = {key: np.load(value[1], mmap_mode="r") if isinstance(value, tuple) and value[:1] == ("mapped",) else value
+                         for key, value in state.items()}
+
+
+def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="", num_channels=0, seed=0):
+    """One split of a data set.
+
+    Args: dataset_path: 'phantom'; a MedMNIST name; a .npz with {split}_images, and optionally {split}_labels, {split}_masks,
+    class_names; a folder of images: flat, with one sub-folder per class, or train/ val/ test/ of either, or images/ with
+    masks/ beside it. size: side of MedMNIST (28, 64, 128, 224) and phantom images; download_url: a mirror's folder in place
+    of MedMNIST's own host; num_channels: what the data must have, 0 = any. Where labels exist but no val, a tenth of train,
+    drawn with `seed`, serves as val and is left out of train.
+    Returns: Dataset. Raises UserError: what is missing or wrong, and what to do.
+    """
+    cache_dir = os.path.expanduser(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx"))
+    if dataset_path == "phantom":
+        read, splits, class_names = _read_arrays(_phantom_arrays(cache_dir, size)), SPLITS, PHANTOM_CLASSES
+    elif dataset_path in MEDMNIST:
+        read, splits = _read_arrays(_medmnist_arrays(dataset_path, size, cache_dir, download_url)), SPLITS
+        class_names = list(MEDMNIST[dataset_path]["label"].values())
+    elif dataset_path.endswith(".npz") and os.path.isfile(dataset_path):
+        folder = _npz_arrays(dataset_path, cache_dir)
+        splits = [file[:-11] for file in sorted(os.listdir(folder)) if file.endswith("_images.npy")]
+        names = os.path.join(folder, "class_names.npy")
+        read, class_names = _read_arrays(folder), np.load(names).tolist() if os.path.isfile(names) else []
+    elif os.path.isdir(dataset_path):
+        read, splits, class_names = _scan_folder(dataset_path, num_channels)
+    else:
+        raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', a MedMNIST name ({', '.join(MEDMNIST)}), "
+                        "a .npz file or a folder of images")
+    cut = split in ("train", "val") and "val" not in splits and "train" in splits
+    if split not in splits and not cut:
+        raise UserError(f"dataset_path={dataset_path!r} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    images, labels, masks = read("train" if cut else split)
+    where = f"dataset_path={dataset_path!r}, split {split!r}"
+    if len(images) == 0:
+        raise UserError(f"{where}: no images; looked for {split}_images or files ending in {', '.join(EXTENSIONS)}")
+    for what, other in (("labels", labels), ("masks", masks)):
+        if other is not None and len(other) != len(images):
+            raise UserError(f"{where}: {len(other)} {what} for {len(images)} images; there must be one each")
+    labels = None if labels is None else np.asarray(labels).squeeze(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    dataset = Dataset(images, labels, masks, class_names, dataset_path, split)
+    if num_channels and dataset.num_channels != num_channels:
+        raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
+                        f"--num_channels={dataset.num_channels}, or 0 to take what the data has")
+    dataset[0]                                                  # a mask that does not fit shows here, before training
+    if cut and labels is not None and len(images) > 1:
+        shuffled = np.random.default_rng(seed).permutation(len(images))
+        n_val = max(1, len(images) // 10)
+        dataset = dataset.subset(np.sort(shuffled[:n_val] if split == "val" else shuffled[n_val:]), split)
+    elif cut and split == "val":
+        raise UserError(f"{where}: no val, and no labels to measure with")
+    return dataset
+
+
+# ---- archives -> folders of .npy ----
+
+def _read_arrays(folder):
+    """A function split -> (images, labels, masks), memory-mapped from {split}_images.npy and so on."""
+    def read(split):
+        def mapped(key):
+            path = os.path.join(folder, f"{split}_{key}.npy")
+            return np.load(path, mmap_mode="r", allow_pickle=False) if os.path.isfile(path) else None
+        images = mapped("images")
+        if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
+            raise UserError(f"{folder}: {split}_images has shape {images.shape}, {images.dtype}; needs numbers [N,H,W] or [N,H,W,C]")
+        masks = mapped("masks")
+        if masks is not None and masks.shape[1:3] != images.shape[1:3]:
+            raise UserError(f"{folder}: {split}_masks has shape {masks.shape}, {split}_images {images.shape}; height and width must agree")
+        return images, mapped("labels"), masks
+    return read
+
+
+def _make_folder(folder, fill):
+    """Create `folder` by calling fill(temporary folder), and rename: it exists complete or not at all."""
+    if os.path.isdir(folder):
+        return folder
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix="part-", dir=os.path.dirname(folder))
+    try:
+        fill(temporary)
+        os.rename(temporary, folder)
+    except OSError:
+        if not os.path.isdir(folder):                           # else another process was faster with the same content
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _unpack(path, folder):
+    """The members of an .npz are .npy files: copy them out as a stream, never the whole array in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name != os.path.basename(name) or not name.endswith(".npy"):
+                    raise UserError(f"{path}: member {name!r} is not a plain .npy; is this an .npz written by numpy?")
+                with archive.open(name) as source, open(os.path.join(folder, name), "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: not a complete .npz file ({error}); copy or download it again") from None
+
+
+def _npz_arrays(path, cache_dir):
+    stat = os.stat(path)                                        # a changed file gets a folder of its own
+    key = hashlib.sha256(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = os.path.join(cache_dir, f"{os.path.basename(path)[:-4]}-{key}")
+    return _make_folder(folder, lambda temporary: _unpack(path, temporary))
+
+
+def _medmnist_arrays(name, size, cache_dir, download_url):
+    files = MEDMNIST[name]["files"]
+    if str(size) not in files:
+        raise UserError(f"dataset_size={size}: {name} exists at {', '.join(files)} pixels")
+    url, md5 = files[str(size)]["url"], files[str(size)]["md5"]
+    archive = os.path.join(cache_dir, url.split("/")[-1].split("?")[0])
+    if download_url:
+        url = f"{download_url.rstrip('/')}/{os.path.basename(archive)}"
+
+    def fill(temporary):
+        own = not os.path.isfile(archive)                       # a file that the user put there stays there
+        if own:
+            download(url, md5, archive)
+        elif _md5(archive) != md5:
+            raise UserError(f"{archive} has MD5 {_md5(archive)}, should be {md5}; remove it, and it is downloaded again")
+        _unpack(archive, temporary)
+        if own:
+            os.remove(archive)                                  # the arrays hold the same; the 224 files are GBs
+    return _make_folder(os.path.join(cache_dir, f"{name}_{size}"), fill)
+
+
+def _md5(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def download(url, md5, path):
+    """Fetch url to path: written beside it, length and MD5 checked, then renamed; nothing is left of a failed attempt."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    advice = f"try again, name a mirror with --download_url, or put the file at {path} yourself"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
+            expected = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        got = os.path.getsize(part)
+        if expected and got != expected:
+            raise UserError(f"{url}: the connection was cut after {got} of {expected} bytes; {advice}")
+        if _md5(part) != md5:
+            raise UserError(f"{url}: MD5 is {_md5(part)}, should be {md5}: a damaged or another file; {advice}")
+        os.replace(part, path)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise UserError(f"{url}: cannot be downloaded ({getattr(error, 'reason', '') or error}); {advice}") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def _phantom_arrays(cache_dir, size):
+    """The phantom's three splits; the seeds differ, so no image is in two of them."""
+    def fill(temporary):
+        for split, n_images, seed in (("train", 2400, 0), ("val", 600, 1), ("test", 600, 2)):
+            for key, array in make_phantom(n_images, size, seed).items():
+                np.save(os.path.join(temporary, f"{split}_{key}.npy"), array)
+    source = open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "phantom.py"), "rb").read()
+    version = hashlib.sha256(source).hexdigest()[:8]            # an edited generator makes new images
+    return _make_folder(os.path.join(cache_dir, f"phantom-{size}-{version}"), fill)
+
+
+# ---- folders of images ----
+
+def _scan_folder(root, num_channels):
+    """(read, splits, class_names) of a folder of image files; a file's class is the first folder on its way."""
+    splits = [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
+    tops = {split: os.path.join(root, split) for split in splits} or {"train": root}
+    found = {}
+    for split, top in tops.items():
+        pictures = os.path.join(top, "images") if os.path.isdir(os.path.join(top, "masks")) else top
+        found[split] = (top, pictures, sorted(
+            os.path.relpath(os.path.join(folder, file), pictures) for folder, _, files in os.walk(pictures)
+            for file in files if file.lower().endswith(EXTENSIONS)))
+    everything = [file for _, _, files in found.values() for file in files]
+    if not everything:
+        raise UserError(f"dataset_path={root!r}: no images; looked for files ending in {', '.join(EXTENSIONS)} in it and below")
+    # a class needs a folder: where some files lie at the top, there are no classes
+    class_names = sorted({file.split(os.sep)[0] for file in everything}) if all(os.sep in file for file in everything) else []
+    number = {name: i for i, name in enumerate(class_names)}
+
+    def read(split):
+        top, pictures, files = found[split]
+        paths = [os.path.join(pictures, file) for file in files]
+        channels = num_channels or load_image(paths[0]).shape[2]
+        masks = None
+        if pictures != top:
+            stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
+            candidates = [next((stem + e for e in (".png", ".npy", ".tif", ".bmp") if os.path.isfile(stem + e)), "") for stem in stems]
+            masks = ImageFiles(candidates)
+        labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
+        if load_image(paths[0]).shape[2] != channels:
+            raise UserError(f"{paths[0]}: {load_image(paths[0]).shape[2]} channel(s), num_channels={channels}; set --num_channels=0 "
+                            "to take what the data has")
+        return ImageFiles(paths, channels), labels, masks
+    return read, list(tops), class_names
+
+
+# ---- what a run reads, and when ----
+
+def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0):
+    """(intensity_range, mean, std) from a seeded sample of images.
+
+    intensity_range (0, 0) means: find it. uint8 is (0, 255); everything else gets its 0.5 and 99.5 percentiles, rounded.
+    mean, std: tuples, one per channel, of the pixels mapped to 0..1 and clipped.
+    """
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
+    images = [dataset[i][0] for i in sorted(rows)]
+    if tuple(intensity_range) == (0.0, 0.0):
+        if images[0].dtype == np.uint8:
+            intensity_range = (0.0, 255.0)
+        else:
+            low, high = np.percentile(np.concatenate([image.ravel()[::7] for image in images]), (0.5, 99.5))
+            digits = 0 if high - low > 20 else 4
+            intensity_range = (round(float(low), digits), round(float(max(high, low + 1e-6)), digits))
+    low, high = intensity_range
+    sums = np.zeros((3, dataset.num_channels))
+    for image in images:
+        x = np.clip((image.reshape(-1, dataset.num_channels).astype(np.float64) - low) / (high - low), 0, 1)
+        sums += np.stack([np.full(x.shape[1], len(x)), x.sum(0), (x * x).sum(0)])
+    mean = sums[1] / sums[0]
+    std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 1e-8))
+    return intensity_range, tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+class BatchOrder(torch.utils.data.Sampler):
+    """Which images this rank reads: a function of (seed, sample number) and of nothing else.
+
+    Sample number n = iteration * global_batch_size + position in the global batch. It reads image n % N of the shuffled
+    epoch n // N. Rank r takes the r-th part of every global batch, in micro-batches. Yields lists of (n, image index).
+    """
+
+    def __init__(self, n_images, global_batch_size, micro_batches, rank, world_size, start, stop, seed, shuffle=True):
+        self.n_images, self.global_batch_size, self.micro_batches = n_images, global_batch_size, micro_batches
+        self.rank, self.world_size, self.start, self.stop, self.seed, self.shuffle = rank, world_size, start, stop, seed, shuffle
+
+    def __len__(self):
+        return (self.stop - self.start) * self.micro_batches
+
+    def __iter__(self):
+        share = self.global_batch_size // self.world_size
+        batch_size = share // self.micro_batches
+        epochs = {}
+        for iteration in range(self.start, self.stop):
+            first = iteration * self.global_batch_size + self.rank * share
+            for n in range(first, first + share, batch_size):
+                samples = []
+                for number in range(n, n + batch_size):
+                    epoch, place = divmod(number, self.n_images)
+                    if self.shuffle and epoch not in epochs:     # a batch touches two epochs at most, or a few tiny ones
+                        epochs = {e: order for e, order in epochs.items() if e >= epoch - 1}
+                        epochs[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.n_images)
+                    samples.append((number, int(epochs[epoch][place]) if self.shuffle else place))
+                yield samples
+
+
+class CropDataset(torch.utils.data.Dataset):
+    """Crops of a data set, as the training loop takes them: item (n, index) -> crops of one image, collate -> a batch."""
+
+    def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error"):
+        """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks."""
+        self.dataset, self.multi_crop, self.seed, self.on_bad_image = dataset, multi_crop, seed, on_bad_image
+        self.global_batch_size, self.grid, self.mask_settings = global_batch_size, grid, mask_settings
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        n, index = item
+        bad = []
+        while True:
+            try:
+                image, mask = self.dataset[index]
+                break
+            except UserError as error:                          # carried home as text: a worker's exception is a page long
+                bad.append(self.dataset.path(index))
+                if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
+                    return dict(error=str(error))
+                index = (index + 1) % len(self.dataset)         # the neighbour stands in
+        crops = self.multi_crop(image, mask, np.random.default_rng((self.seed, 2, n)))
+        return dict(crops, n=n, index=index, bad=bad)
+
+    def collate(self, samples):
+        """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major; masks
+        [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
+        errors = [sample["error"] for sample in samples if "error" in sample]
+        if errors:
+            return dict(error=errors[0])
+        batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)        # [V,B,...] -> [V*B,...]
+                 for key in ("global_crops", "local_crops", "global_seeds", "local_seeds")}
+        batch["index"] = [sample["index"] for sample in samples]
+        batch["bad"] = [path for sample in samples for path in sample["bad"]]
+        if self.mask_settings is not None:
+            # the masks of the global batch have one plan; each rank builds its own rows of it
+            n_views, positions = len(batch["global_crops"]) // len(samples), [s["n"] % self.global_batch_size for s in samples]
+            rows = [view * self.global_batch_size + position for view in range(n_views) for position in positions]
+            rng = np.random.default_rng((self.seed, 3, samples[0]["n"] // self.global_batch_size))
+            batch["masks"] = sample_masks(n_views * self.global_batch_size, self.grid, rng, rows=rows, **self.mask_settings)[rows]
+        return batch

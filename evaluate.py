@@ -1,0 +1,85 @@
+"""How good are the features? Feature extraction and k-NN, as train.py calls them along the way.
+
+k-NN needs no training and no choice of a learning rate, so a change in it is a change in the features.
+"""
+import contextlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from augment import Photometrics, resize_center
+from model import forward_features
+
+
+class WholeImages(torch.utils.data.Dataset):
+    """The images of a data set at one size: item i -> [C,size,size] tensor in native dtype."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return resize_center(self.dataset[i][0], self.size)
+
+
+@torch.no_grad()
+def extract_features(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), std=(0.5,), batch_size=64,
+                     num_workers=0, autocast=contextlib.nullcontext):
+    """CLS features of every image of a data set, in its order.
+
+    Args: backbone: any that forward_features takes, in eval mode, on its device; or None for the raw pixels (at `size`,
+    intensities 0..1, flattened): the baseline that features have to beat. size: pixels of the square the images are resized
+    to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass.
+    Returns: features [N,D] fp32 on the backbone's device (raw pixels: CPU), labels [N] int64 ([N,c] multi-label), or None.
+    """
+    device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
+    photometrics = Photometrics("medical", intensity_range, mean, std)
+    loader = DataLoader(WholeImages(dataset, size), batch_size=batch_size, num_workers=num_workers)
+    features = []
+    for images in loader:
+        pixels = photometrics.plain(images.to(device, non_blocking=True))                  # [B,C,size,size]
+        if backbone is None:
+            features.append(pixels.flatten(1))
+        else:
+            with autocast():
+                features.append(forward_features(backbone, pixels)[0].float())             # [B,D]
+    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels).astype(np.int64))
+    return torch.cat(features), labels
+
+
+@torch.no_grad()
+def knn_classify(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024):
+    """Class of the k most similar training images by cosine.
+
+    Args: train_features [N,D], train_labels [N] int, test_features [M,D]; k: where the set is smaller, all of it;
+    temperature: None for a majority vote (the paper; among equal counts the class of the nearest neighbour wins), else
+    votes weigh exp(similarity / temperature) (DINO uses 0.07). Computed in chunks of test images, on the features' device:
+    memory is chunk * N, never M * N.
+    Returns: [M] int64 predictions on that device.
+    """
+    train = F.normalize(train_features.float(), dim=1)
+    labels = train_labels.to(train.device).long()
+    k = min(k, len(train))
+    predictions = []
+    for test in F.normalize(test_features.float(), dim=1).to(train.device).split(chunk):
+        similarity, neighbour = (test @ train.T).topk(k, dim=1)                            # [m,k], nearest first
+        classes = labels[neighbour]                                                        # [m,k]
+        weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+        votes = torch.zeros(len(test), int(labels.max()) + 1, device=train.device).scatter_add_(1, classes, weight)
+        votes = votes.gather(1, classes)                                                   # [m,k] votes of each one's class
+        if temperature is None:                               # counts are whole numbers: less than 1 only breaks ties
+            votes = votes - torch.arange(k, device=train.device) / (k + 1)
+        predictions.append(classes.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0])
+    return torch.cat(predictions)
+
+
+def rankme(features, eps=1e-7):
+    """Effective rank of features [N,D]: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885
+    equation 1-2). 1 = all images on one line: collapsed; at most min(N, D)."""
+    singular = torch.linalg.svdvals(features.float())
+    p = singular / singular.sum() + eps
+    return float((-(p * p.log()).sum()).exp())

@@ -1,0 +1,642 @@
+"""Self-supervised training of a vision transformer by self-distillation: DINO, DINOv2 and DINOv3 recipes on any HF ViT.
+
+    python train.py config/phantom.py                                # laptop: embedded data, a small ViT, some minutes
+    python train.py config/dinov2.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
+    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py            # four GPUs, one machine
+    python train.py --help                                           # every key with its meaning
+
+Config files apply from left to right, then --key=value. A recipe, a data set and a strategy are three files.
+Writes out/NAME/: config.py (resolved, runnable), log.jsonl, logs/train.log, samples/crops.png, results/summary.json and
+checkpoints/{last,best}; checkpoints/best/hf loads with transformers.AutoModel.from_pretrained.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from augment import PRESETS, MultiCrop, Photometrics, save_samples
+from checkpoint import check_fits, config_changes, export_hf, link_state, load_state, save_state
+from configurator import UserError, describe, dump, list_keys, one_line_errors, override
+from data import BatchOrder, CropDataset, load_dataset, measure_intensities
+from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first, memory_gb, no_sync,
+                         rank, setup, unwrap, world_size, wrap)
+from evaluate import extract_features, knn_classify, rankme
+from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from model import FAMILIES, DINOHead, EMATeacher, Student, add_lora, build_backbone, freeze_layers, pretrained_image_stats
+from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
+
+# ==== config: defaults are the paper's Listings 2-8; all durations in iterations (optimizer steps), counted from 0 ====
+# ---- run ----
+model_name = 'pathmnist'         # the run's name
+out_dir = ''                     # where it writes; '' = out/{model_name}
+seed = 0                         # of weights, data order, crops, masks; the same seed on the same machine repeats a run
+device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
+resume_from = ''                 # a run folder or a checkpoint in it; 'auto' = out_dir where it holds a checkpoint; '' = start anew
+max_iterations = 2000            # paper: 2000
+log_interval = 10                # iterations between log lines
+eval_interval = 250              # iterations between k-NN measurements (0 = only at the start and the end); needs labels
+saveckp_freq = 250               # iterations between checkpoints that are kept; checkpoints/last is written as often
+generate_samples = True          # write samples/crops.png: the first batch as the network sees it
+wandb_log = False                # also log to Weights & Biases (pip install wandb)
+
+# ---- data ----
+dataset_path = 'pathmnist'       # 'phantom' | a MedMNIST name | a .npz file | a folder of images
+dataset_size = 224               # pixels of MedMNIST images to download: 28 | 64 | 128 | 224; of phantom slices: any
+cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
+download_url = ''                # a mirror's folder with the MedMNIST files; '' = their own host
+shuffle = True                   # a new order every epoch; False = file order
+num_channels = 0                 # channels of the network's input; 0 = what the data has. Grey stays one channel, never faked RGB
+intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1, the rest clipped: an HU window for CT like (-160, 240); (0, 0) = uint8: 0..255, else measured
+image_mean = ()                  # per channel, of pixels in 0..1; () = what the pretrained weights had, else measured and printed
+image_std = ()                   # likewise
+on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = take its neighbour, list the files at the end
+num_workers = -1                 # processes that read and crop, per rank; -1 = up to 8, one less than the cores; 0 = none
+eval_split = 'val'               # k-NN is measured on this split against train; the best checkpoint is chosen by it
+eval_max_images = 10000          # of each split at most so many, drawn by seed, so that a measurement stays short; 0 = all
+
+# ---- crops ----
+augmentation = 'auto'            # 'rgb' | 'medical' (paper Table 3) | 'auto' = rgb for three channels, else medical
+global_crops_number = 2          # views that teacher and student see; 2 in all recipes
+global_crops_size = 224          # pixels; a multiple of the patch size
+global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
+local_crops_number = 8           # small views that only the student sees; 0 = none
+local_crops_size = 96            # pixels; a multiple of the patch size, so 98 for patch 14
+local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: up to the lower end of the global scale
+label_guided_crops_number = 0    # further local crops centred on labelled pixels (paper section 2.2.4); needs masks
+label_guided_crops_scale = (0.02, 0.1)  # their share of the image area
+horizontal_flip = 0.5            # probability; 0 where left and right must not be confused
+vertical_flip = 0.5              # probability; paper Table 3 flips both ways, DINO only horizontally
+blur_probability = (1.0, 0.1, 0.5)  # global crop 1, global crop 2, local crops; see augment.photometric for DINOv2's (0, 0.9, 0.5)
+window_jitter = 0.0              # CT: both ends of intensity_range move per crop by up to this share of its width; 0.1 is mild
+
+# ---- backbone ----
+model_type = 'facebook/dinov2-small'  # a hub id or a local directory | a family, from scratch: vit, dinov2, dinov2_with_registers, dinov3_vit
+use_pretrained = True            # False = random weights, in the shape of model_type or, for a family, of the keys below
+hidden_size = 384                # from scratch: width
+num_hidden_layers = 12           # from scratch: blocks
+num_attention_heads = 6          # from scratch: hidden_size must be a multiple
+patch_size = 16                  # from scratch: pixels
+num_register_tokens = 4          # from scratch, dinov2_with_registers and dinov3_vit
+drop_path_rate = 0.0             # stochastic depth of the student, where the family has it (all but vit); DINO 0.1, DINOv2 0.3
+pos_embed_rescale = 0.0          # DINOv3: random scale of positions in training, up to this factor (7B: 2.0); 0 = off
+freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper section 2.2.1)
+use_lora = False                 # train low-rank adapters on query and value projections only (paper section 2.2.3)
+lora_r = 4                       # rank
+lora_alpha = 16                  # adapters count alpha / r
+lora_dropout = 0.1               # on the adapters' input
+
+# ---- heads ----
+dino_head_out_dim = 65536        # prototypes K; 65536 for a million images, 512 to 4096 below 20 000
+dino_head_norm_last_layer = False  # freeze the prototypes' gain at 1: steadier for large ViTs (dino help text)
+dino_head_loss_weight = 1.0      # weight of the DINO loss, local + global
+head_hidden_dim = 2048           # of both heads
+head_bottleneck_dim = 256        # of both heads; DINOv2 long runs 384
+head_weight_norm = True          # unit-length prototypes times a gain (DINO, DINOv2); False = plain (DINOv3)
+ibot_loss_weight = 0.0           # weight of the masked-patch loss; 0 = no masks at all, 1 in DINOv2 and DINOv3
+ibot_separate_head = False       # own head for patches (DINOv2 long runs, DINOv3), else they share the DINO head
+ibot_out_dim = 65536             # prototypes of the iBOT head; equal to dino_head_out_dim where the head is shared
+ibot_norm_last_layer = True      # as dino_head_norm_last_layer, for the separate head
+ibot_mask_sample_probability = 0.5  # share of the global crops that are masked
+ibot_mask_ratio_min_max = (0.1, 0.5)  # share of the patches masked in them
+ibot_mask_exact = False          # True = DINOv3: exactly the top of each ratio bin
+
+# ---- losses and teacher ----
+centering = 'centering'          # 'centering' (DINO; tolerates small batches) | 'sinkhorn_knopp' (DINOv2 long runs, DINOv3)
+student_temp = 0.1               # softmax temperature of the student
+teacher_temp = 0.04              # final value, after warm-up; above 0.07 is unstable (dino help text)
+warmup_teacher_temp = 0.04       # first value; lower it where the loss does not fall
+warmup_teacher_temp_iterations = 500  # linear between the two
+momentum_teacher = 0.996         # EMA: teacher = m * teacher + (1 - m) * student; short runs want a faster teacher (0.9 for 300 iterations)
+final_momentum_teacher = 1.0     # m rises to this with a cosine
+koleo_loss_weight = 0.0          # spreads the CLS features of a batch (DINOv2 and DINOv3: 0.1); needs 2 images per rank
+gram_loss_weight = 0.0           # keeps the student's patch similarities near the EMA teacher's (DINOv3 gram.ema_teacher)
+
+# ---- optimizer ----
+global_batch_size = 64           # images per step over all ranks; the batch per rank follows
+gradient_accumulation_steps = 0  # micro-batches per step and rank; 0 = as few as keep them at 64 images or below. Sinkhorn and KoLeo see one
+lr = 1e-4                        # peak, absolute. From scratch: DINO 5e-4 * batch / 256, DINOv2 4e-3 * sqrt(batch / 1024)
+min_lr = 1e-5                    # the cosine ends here
+warmup_iterations = 1000         # linear from 0 to lr
+weight_decay = 0.04              # first value; not on biases, norms, layer scale
+weight_decay_end = 0.4           # last value, by a cosine (0.2 in DINOv2 long runs)
+adam_betas = (0.9, 0.999)        # DINOv3 7B: (0.9, 0.99)
+schedule_reaches_end = False     # False = DINO, DINOv2: the cosine stops one step before its end; True = DINOv3
+layerwise_decay = 1.0            # lr of block i times this ** (blocks - i): early blocks move less; DINOv2 0.9
+patch_embed_lr_mult = 1.0        # of the patch embedding on top (DINOv2, DINOv3: 0.2)
+clip_grad = 3.0                  # largest gradient norm; 0 = off
+clip_grad_by = 'parameter'       # 'parameter' = every tensor by itself (DINO) | 'module' = backbone and each head (DINOv2, DINOv3)
+freeze_last_layer = 100          # iterations in which the prototypes stand still: helps the start (dino help text)
+freeze_last_layer_by = 'grad'    # 'grad' = drop their gradient (DINO) | 'lr' = learning rate 0, moments run on (DINOv2, DINOv3)
+freeze_backbone_iterations = -1  # backbone waits while random heads learn, then its lr ramps up as long; -1 = a tenth of the run if pretrained
+
+# ---- system ----
+distribution = 'ddp'             # under torchrun: 'ddp'; 'none' = every process for itself is an error, alone it makes no difference
+mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32
+activation_checkpointing = False # recompute activations in backward: less memory, a third more time
+compile = False                  # torch.compile the backbone: minutes at the start, faster steps
+config_keys = list_keys(globals())
+
+MICRO_BATCH = 64                 # what gradient_accumulation_steps = 0 aims at
+
+
+def check_config():
+    """Ranges and pairs, all mistakes at once; raises UserError. Called with the resolved config, before anything is read."""
+    errors = []
+
+    def need(ok, message):
+        if not ok:
+            errors.append(message)
+    for key, choices in (("centering", ("centering", "sinkhorn_knopp")), ("clip_grad_by", ("parameter", "module")),
+                         ("freeze_last_layer_by", ("grad", "lr")), ("mixed_precision", ("bf16", "fp16", "no")),
+                         ("distribution", ("ddp", "none")), ("on_bad_image", ("error", "skip")), ("augmentation", ("auto", *PRESETS))):
+        need(globals()[key] in choices, f"{key}={globals()[key]!r}: choose one of {', '.join(choices)}")
+    for key in ("max_iterations", "log_interval", "saveckp_freq", "global_batch_size", "global_crops_size", "local_crops_size",
+                "dino_head_out_dim", "ibot_out_dim", "dataset_size"):
+        need(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
+    for key in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
+        need(globals()[key] > 0, f"{key}={globals()[key]}: a temperature must be above 0")
+    for key in ("momentum_teacher", "final_momentum_teacher", "ibot_mask_sample_probability", "drop_path_rate", "horizontal_flip", "vertical_flip"):
+        need(0 <= globals()[key] <= 1, f"{key}={globals()[key]}: must be in 0..1")
+    for key in ("global_crops_scale", "local_crops_scale", "label_guided_crops_scale", "ibot_mask_ratio_min_max"):
+        low, high = globals()[key]
+        need(0 < low <= high <= 1, f"{key}={(low, high)}: needs 0 < low <= high <= 1")
+    need(global_crops_number >= 2, f"global_crops_number={global_crops_number}: the teacher of one view teaches the others; use 2")
+    need(global_batch_size % world_size() == 0, f"global_batch_size={global_batch_size} cannot be shared by {world_size()} ranks; use a "
+         f"multiple, like {math.ceil(global_batch_size / world_size()) * world_size()}")
+    share = global_batch_size // world_size()
+    need(share % max(1, gradient_accumulation_steps) == 0, f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide "
+         f"the {share} images of a rank")
+    need(world_size() == 1 or distribution != "none", f"distribution='none' with {world_size()} processes: they would not share gradients; use ddp")
+    need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim, f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim="
+         f"{dino_head_out_dim}: a shared head has one size; make them equal or set --ibot_separate_head=true")
+    need(model_type not in FAMILIES or hidden_size % num_attention_heads == 0, f"hidden_size={hidden_size} is not a multiple of "
+         f"num_attention_heads={num_attention_heads}")
+    if errors:
+        raise UserError("\n       ".join(errors))
+
+
+def accumulation_steps():
+    """Micro-batches per step and rank: as given, or the smallest divisor of a rank's share that keeps them small enough."""
+    share = global_batch_size // world_size()
+    return gradient_accumulation_steps or next(steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= MICRO_BATCH)
+
+
+# ---- the maths of one iteration, with the module's config; tests compare them with the reference trajectories ----
+
+def make_targets(teacher_out, centers, teacher_temp):
+    """Teacher logits -> what the student should say. teacher_out: of Student.forward; centers: {'dino': [1,K], 'ibot': [1,K]}.
+    Returns dict: 'dino' [V,B,K] and, with masks, 'ibot' [M,K]; rows sum to 1, no gradient."""
+    def to_probs(name, logits):
+        if centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits, teacher_temp)
+        return softmax_center(logits, centers[name], teacher_temp)
+    targets = dict(dino=to_probs("dino", teacher_out["global_logits"]).unflatten(0, (global_crops_number, -1)))
+    if "masked_logits" in teacher_out:
+        targets["ibot"] = to_probs("ibot", teacher_out["masked_logits"])
+    return targets
+
+
+def compute_losses(student_out, targets, masks, teacher_patches=None):
+    """(total, terms): total is exactly the weighted sum of the logged terms.
+
+    The DINO loss is the mean over all pairs of a teacher crop and another student crop. It is shown in two parts, each the
+    mean over its pairs times their share of all pairs: V * (V - 1) pairs of global crops, V * L with a local crop
+    (DINOv2 and DINOv3; together the same as DINO's). koleo is the sum over the global crops, as in DINOv2.
+    """
+    V = global_crops_number
+    L = len(student_out.get("local_logits", ())) * V // len(student_out["global_logits"])
+    n_global, n_local = V * (V - 1), V * L
+    global_logits = student_out["global_logits"].unflatten(0, (V, -1))                     # [V,B,K]
+    zero = global_logits.new_zeros((), dtype=torch.float32)
+    terms = dict(dino_local_loss=zero, ibot_loss=zero, koleo_loss=zero, gram_loss=zero)
+    terms["dino_global_loss"] = dino_loss(global_logits, targets["dino"], student_temp) * n_global / (n_global + n_local)
+    if L > 0:
+        local_logits = student_out["local_logits"].unflatten(0, (L, -1))                   # [L,B,K]
+        terms["dino_local_loss"] = dino_loss(local_logits, targets["dino"], student_temp, ignore_diagonal=False) * n_local / (n_global + n_local)
+    if ibot_loss_weight > 0:
+        terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, student_temp)
+    if koleo_loss_weight > 0:                                 # before the head, each view by itself: views of an image may be near
+        terms["koleo_loss"] = sum(koleo_loss(cls) for cls in student_out["global_cls"].chunk(V))
+    if gram_loss_weight > 0:
+        terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
+    total = dino_head_loss_weight * (terms["dino_local_loss"] + terms["dino_global_loss"]) + ibot_loss_weight * terms["ibot_loss"] \
+        + koleo_loss_weight * terms["koleo_loss"] + gram_loss_weight * terms["gram_loss"]
+    return total, terms
+
+
+def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, backbone_factor):
+    """Write this iteration's values into the groups of optim.param_groups. backbone_factor: 0 while the heads learn alone,
+    then up to 1; an inflated patch embedding does not wait (its group is marked with waits=False)."""
+    for group in optimizer.param_groups:
+        waits = group["is_backbone"] and group.get("waits", True)
+        group["lr"] = (last_layer_lr_now if group["is_last_layer"] else lr_now) * group["lr_mult"] * (backbone_factor if waits else 1.0)
+        group["weight_decay"] = weight_decay_now * group["wd_mult"]
+
+
+def monitor(teacher_out, targets):
+    """Health without labels. teacher_entropy: mean entropy of the DINO targets, between 0 (one-hot) and ln K (uniform);
+    prototype_use: prototypes in use (exp of the entropy of the mean target), as a share of K; rankme: of the CLS features."""
+    probs = targets["dino"].flatten(0, 1)                                                  # [V*B,K]
+    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(dim=1).mean()
+    mean = all_reduce_mean(probs.mean(dim=0))
+    used = (-(mean * mean.clamp_min(1e-12).log()).sum()).exp() / probs.shape[1]
+    return dict(teacher_entropy=float(all_reduce_mean(entropy)), prototype_use=float(used), rankme=rankme(teacher_out["global_cls"]))
+
+
+def diagnose(record):
+    """A sentence of advice where the numbers show a known failure, else ''."""
+    ln_k = math.log(dino_head_out_dim)
+    loss = record["dino_local_loss"] + record["dino_global_loss"]
+    if record["rankme"] < 1.5:
+        return "COLLAPSED: all images get the same feature (RankMe near 1). Try a larger batch, a lower lr, a slower teacher " \
+               "(momentum_teacher), or the other centering."
+    if record["iteration"] >= max(50, max_iterations // 5):
+        if loss > 0.98 * ln_k and record["teacher_entropy"] > 0.9 * ln_k:
+            return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform (collapse). Try a lower teacher_temp, " \
+                   "a larger batch, a lower lr, fewer prototypes, or sinkhorn_knopp."
+        if record["prototype_use"] * dino_head_out_dim < 1.5:
+            return "COLLAPSED: one prototype takes all images. Try centering or sinkhorn_knopp with a higher teacher_temp, or a lower lr."
+    return ""
+
+
+def main(sources):
+    """Train with the config in this module's globals; sources: from configurator.override, for the printed config."""
+    run_device = setup(device)
+    check_config()
+    config = {key: globals()[key] for key in config_keys}
+    run_dir = out_dir or os.path.join("out", model_name)
+    resume = resume_from if resume_from != "auto" else run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
+    state = load_state(resume) if resume else None
+
+    # ---- folders and log ----
+    if is_main():
+        if not resume and os.path.isfile(f"{run_dir}/config.py"):           # an earlier run: keep it, out of the way
+            number = next(n for n in range(1, 10**6) if not os.path.exists(f"{run_dir}.{n}"))
+            os.rename(run_dir, f"{run_dir}.{number}")
+            print(f"{run_dir} held an earlier run: moved to {run_dir}.{number} (to continue it: --resume_from)")
+        for name in ("logs", "checkpoints", "samples", "results"):
+            os.makedirs(f"{run_dir}/{name}", exist_ok=True)
+        with open(f"{run_dir}/config.py", "w") as file:
+            file.write(f"# resolved config of {model_name}; runs as: python train.py {run_dir}/config.py\n" + dump(globals(), config_keys))
+    barrier()
+    log_file = open(f"{run_dir}/logs/train.log", "a", buffering=1) if is_main() else None
+    jsonl = f"{run_dir}/log.jsonl"
+
+    def say(text):
+        if is_main():
+            print(text, flush=True)
+            log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    if is_main():
+        print(describe(globals(), config_keys, sources) + "\n")
+    if state:
+        changes = [c for c in config_changes(state, config) if c[0] != "resume_from"]
+        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(f"\n  changed since: {k}: {a!r} -> {b!r}" for k, a, b in changes))
+
+    # ---- data ----
+    def open_split(split):
+        return load_dataset(dataset_path, split, dataset_size, cache_dir, download_url, num_channels, seed)
+
+    def open_split_or_none(split):
+        try:
+            return open_split(split)
+        except UserError:
+            return None
+
+    with main_first():                                         # one process per machine downloads and unpacks
+        train_set = open_split("train")
+        channels = train_set.num_channels
+        splits = {split: open_split_or_none(split) for split in dict.fromkeys((eval_split, "test"))} if train_set.labels is not None else {}
+    single_label = train_set.labels is not None and train_set.labels.ndim == 1
+    measured = {split: data for split, data in splits.items() if data is not None and single_label}
+    if label_guided_crops_number and train_set.masks is None:
+        raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; set it to 0")
+    value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed)
+    stats_from = "measured on 256 images"
+    if use_pretrained and (stats := pretrained_image_stats(model_type)):                   # what the weights expect
+        same = len(stats[0]) == channels
+        mean, std = stats if same else tuple((float(np.mean(s)),) * channels for s in stats)
+        stats_from = "of the pretrained weights" + ("" if same else ", averaged over their channels")
+    mean, std = image_mean or mean, image_std or std
+    for key, value in (("image_mean", mean), ("image_std", std)):
+        if len(value) != channels:
+            raise UserError(f"{key}={value}: the images have {channels} channel(s); give as many values")
+    say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), {train_set[0][0].dtype}; "
+        + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or "no k-NN: "
+           + ("no labels" if train_set.labels is None else "several labels per image" if not single_label else "no other split")) +
+        f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} ({'given' if image_mean else stats_from})")
+
+    # ---- student and teacher ----
+    torch.manual_seed(seed)                                    # the same initial weights on every rank
+    sizes = {} if use_pretrained else dict(image_size=global_crops_size)
+    if model_type in FAMILIES:
+        sizes.update(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+                     patch_size=patch_size, num_register_tokens=num_register_tokens)
+    backbone = build_backbone(model_type, use_pretrained, channels, drop_path_rate=drop_path_rate,
+                              pos_embed_rescale=pos_embed_rescale or None, **sizes)
+    patch, width = backbone.config.patch_size, backbone.config.hidden_size
+    for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
+        if size % patch:
+            raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use {size // patch * patch or patch} or "
+                            f"{(size // patch + 1) * patch}")
+    if drop_path_rate > 0 and not hasattr(backbone.config, "drop_path_rate"):
+        say(f"note: {backbone.config.model_type} has no stochastic depth in transformers; drop_path_rate={drop_path_rate} has no effect")
+    if ibot_loss_weight == 0:                                  # never used: DDP would wait for its gradient
+        for name, param in backbone.named_parameters():
+            if "mask_token" in name:
+                param.requires_grad_(False)
+    if use_lora:
+        backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout)
+    freeze_layers(backbone, freeze_backbone_layers)
+    if activation_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
+    dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer, **head)
+    own_ibot_head = ibot_loss_weight > 0 and ibot_separate_head
+    ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head) if own_ibot_head else None
+    student = Student(backbone, dino_head, ibot_head).to(run_device).train()
+    teacher = EMATeacher(student)                              # before DDP and compile: names without their prefixes
+    centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device), ibot=torch.zeros(1, ibot_out_dim, device=run_device))
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    say(f"model: {model_type} ({backbone.config.model_type}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, patch {patch}; "
+        f"trainable {trainable / 1e6:.2f} M of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, heads included")
+
+    # ---- optimizer ----
+    if warmup_iterations >= max_iterations:
+        say(f"note: warmup_iterations={warmup_iterations} of max_iterations={max_iterations}: the run ends before lr={lr} is reached")
+    groups = param_groups(student, lr, weight_decay, layerwise_decay, patch_embed_lr_mult)
+    for group in groups:                                       # inflated filters are new: they learn along with the heads
+        group["waits"] = not (group["is_patch_embed"] and use_pretrained and channels != 3)
+    optimizer = torch.optim.AdamW(groups, betas=adam_betas, fused=True)
+    if mixed_precision == "fp16" and run_device.type != "cuda":
+        raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
+    scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
+    start_iteration, knn = 0, {}                               # knn: start, best, best_iteration on eval_split
+    if state:
+        check_fits(state, student, config)
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        centers = {name: value.to(run_device) for name, value in state["centers"].items()}
+        start_iteration, knn = state["iteration"], state["knn"]
+        if is_main() and os.path.isfile(jsonl):                # lines after the checkpoint will be written again
+            lines = [line for line in open(jsonl) if line.endswith("\n") and json.loads(line)["iteration"] <= start_iteration]
+            with open(jsonl + ".part", "w") as file:
+                file.writelines(lines)
+            os.replace(jsonl + ".part", jsonl)
+    if compile:
+        student.backbone.compile()
+    student = wrap(student, distribution, run_device)
+
+    # ---- loader ----
+    micro_batches = accumulation_steps()
+    batch_size = global_batch_size // world_size() // micro_batches
+    if koleo_loss_weight > 0 and batch_size < 2:
+        raise UserError(f"koleo_loss_weight={koleo_loss_weight} needs 2 images per rank and micro-batch, there is {batch_size}; raise global_batch_size")
+    crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number, local_crops_size, local_crops_scale, local_crops_number,
+                     label_guided_crops_number, label_guided_crops_scale, horizontal_flip, vertical_flip)
+    mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max, exact=ibot_mask_exact) \
+        if ibot_loss_weight > 0 else None
+    crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings, on_bad_image)
+    order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), start_iteration, max_iterations, seed, shuffle)
+    workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
+    loader = DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers, pin_memory=run_device.type == "cuda",
+                        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
+    photometrics = Photometrics(preset, value_range, mean, std, window_jitter, blur_probability)
+    say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; {preset} augmentation; "
+        f"{len(train_set) / global_batch_size:.1f} iterations an epoch; {workers} loader worker(s) per rank")
+
+    def autocast():                                            # a fresh region each time: see EMATeacher.teacher_weights
+        return torch.autocast(run_device.type, torch.float16 if mixed_precision == "fp16" else torch.bfloat16, enabled=mixed_precision != "no")
+
+    # ---- k-NN, checkpoints ----
+    def limited(data):
+        if eval_max_images == 0 or len(data) <= eval_max_images:
+            return data
+        return data.subset(np.sort(np.random.default_rng(seed).permutation(len(data))[:eval_max_images]), data.split)
+
+    bank, measured = limited(train_set), {split: limited(data) for split, data in measured.items()}
+
+    def knn_accuracy(backbone, *names):
+        """{split: 5-NN accuracy of CLS features, or of raw pixels for backbone None}; rank 0 measures, the others wait."""
+        result = {}
+        if is_main() and names:
+            settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast,
+                            size=global_crops_size if backbone is not None else min(32, global_crops_size))
+            train_features, train_labels = extract_features(backbone, bank, **settings)
+            for name in names:
+                features, labels = extract_features(backbone, measured[name], **settings)
+                result[name] = float((knn_classify(train_features, train_labels, features).cpu() == labels).float().mean())
+        return gather_objects(result)[0]
+
+    def teacher_knn(*names):
+        with teacher.teacher_weights(student) as network:
+            return knn_accuracy(network.backbone, *names)
+
+    def save(iteration, best=False, keep=False):
+        if not is_main():
+            return
+        last = f"{run_dir}/checkpoints/last"
+        save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(), teacher=teacher.state_dict(),
+                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), centers=centers, knn=knn))
+        if keep:
+            link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
+        if best:
+            link_state(last, f"{run_dir}/checkpoints/best")
+            with teacher.teacher_weights(student) as network:
+                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std, model_card(iteration))
+
+    def model_card(iteration):
+        numbers = "".join(f"- {name}: {value}\n" for name, value in knn.items()) or "- no labels, no k-NN\n"
+        return (f"---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags: [dino-mx, self-supervised]\n---\n\n# {model_name}\n\n"
+                f"EMA teacher of a DINO-MX run after {iteration} of {max_iterations} iterations on {dataset_path} ({len(train_set)} images), started from "
+                f"{model_type if use_pretrained else f'random weights ({backbone.config.model_type})'}.\n\n5-NN accuracy of the CLS token:\n\n{numbers}\n"
+                f"Input: {channels} channel(s), {global_crops_size} pixels, intensities {value_range} to 0..1, mean {mean}, std {std} "
+                f"(preprocessor_config.json).\n\n    from transformers import AutoModel\n    model = AutoModel.from_pretrained('{run_dir}/checkpoints/best/hf')\n\n"
+                f"Config:\n\n```python\n{dump(globals(), config_keys)}```\n")
+
+    def record_eval(iteration, accuracy):
+        """Log a k-NN measurement; True where it is the best so far."""
+        knn.setdefault("start", accuracy)
+        best = accuracy > knn.get("best", -1.0)
+        if best:
+            knn.update(best=accuracy, best_iteration=iteration)
+        say(f"k-NN (k=5, {eval_split}) at iteration {iteration}: {accuracy:.4f}   start {knn['start']:.4f}, best {knn['best']:.4f} at {knn['best_iteration']}"
+            + (f"\n!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: training is harming these features. Lower lr, a longer freeze_backbone_iterations, "
+               "or use_lora; checkpoints/best keeps the best teacher. !!!!" if accuracy < knn["start"] - 0.01 else ""))
+        return best
+
+    wandb = None
+    if wandb_log and is_main():
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=true needs wandb; pip install wandb, or --wandb_log=false") from None
+        wandb.init(project="dino-mx", name=model_name, config=config)
+
+    def write_log(record):
+        if is_main():
+            with open(jsonl, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            if wandb:
+                wandb.log(record, step=record["iteration"])
+
+    if eval_split in measured and start_iteration == 0:
+        knn["pixels"] = knn_accuracy(None, *measured)
+        first = teacher_knn(*measured)
+        say(f"raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
+        knn["untrained"] = first
+        record_eval(0, first[eval_split])
+        write_log(dict(iteration=0, knn_accuracy=first[eval_split]))
+
+    # ---- the loop ----
+    stop_signal = []
+    previous_handlers = {number: signal.signal(number, lambda number, _: stop_signal.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    waiting = freeze_backbone_iterations if freeze_backbone_iterations >= 0 else max_iterations // 10 if use_pretrained else 0
+    ln_k, ln_k_ibot = math.log(dino_head_out_dim), math.log(ibot_out_dim)
+    L = local_crops_number + label_guided_crops_number
+    pairs = global_crops_number * (global_crops_number - 1 + L)
+    share_local = global_crops_number * L / pairs
+    bad_images, batches = set(), iter(loader)
+    began = last_time = time.time()
+    iteration, last_logged = start_iteration, start_iteration
+    while iteration < max_iterations and not all_reduce_max(torch.tensor(len(stop_signal), device=run_device)):
+        torch.manual_seed(hash((seed, iteration, rank())) % 2**63)         # dropout and drop path: a function of the iteration
+        lr_now = cosine_schedule(lr, min_lr, iteration, max_iterations, warmup_iterations, reach_end=schedule_reaches_end)
+        weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, iteration, max_iterations, reach_end=schedule_reaches_end)
+        momentum_now = cosine_schedule(momentum_teacher, final_momentum_teacher, iteration, max_iterations, reach_end=schedule_reaches_end)
+        teacher_temp_now = linear_schedule(warmup_teacher_temp, teacher_temp, iteration, warmup_teacher_temp_iterations)
+        frozen_last = iteration < freeze_last_layer
+        backbone_factor = 1.0 if waiting == 0 else min(1.0, max(0.0, (iteration - waiting + 1) / waiting))
+        set_learning_rates(optimizer, lr_now, 0.0 if frozen_last and freeze_last_layer_by == "lr" else lr_now, weight_decay_now, backbone_factor)
+        logged, indices, center_rows = {}, [], dict(dino=[], ibot=[])
+
+        for micro in range(micro_batches):
+            batch = next(batches)
+            if any(errors := gather_objects(batch.get("error"))) if world_size() > 1 else (errors := [batch.get("error")])[0]:
+                raise UserError(next(error for error in errors if error))
+            indices += batch["index"]
+            bad_images.update(batch["bad"])
+
+            # Step 1. Photometrics, on the device; global crop 1 and the others differ (DINO)
+            images = {key: batch[key].to(run_device, non_blocking=True) for key in ("global_crops", "local_crops")}
+            first = photometrics(images["global_crops"][:batch_size], batch["global_seeds"][:batch_size], "global1")
+            others = photometrics(images["global_crops"][batch_size:], batch["global_seeds"][batch_size:], "global2")
+            global_crops = torch.cat([first, others])                                      # [V*B,C,S,S]
+            local_crops = photometrics(images["local_crops"], batch["local_seeds"], "local") if L else None   # [L*B,C,s,s]
+            masks = batch["masks"].to(run_device, non_blocking=True) if "masks" in batch else None            # [V*B,P]
+            if iteration == 0 and micro == 0 and generate_samples and is_main():
+                save_samples(f"{run_dir}/samples/crops.png", global_crops, local_crops, masks, batch_size, photometrics)
+
+            # Step 2. The teacher sees the global crops, unmasked, and makes the targets
+            with teacher.teacher_weights(student) as network, autocast():
+                teacher_out = network(global_crops, masks=masks, apply_masks=False)
+            targets = make_targets(teacher_out, centers, teacher_temp_now)
+            for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
+                if key in teacher_out and centering == "centering":
+                    center_rows[name].append(teacher_out[key].float().mean(dim=0, keepdim=True) if micro_batches > 1 else teacher_out[key])
+
+            # Step 3. The student sees everything, masked where iBOT asks
+            with autocast():
+                student_out = student(global_crops, local_crops, masks)
+            total, terms = compute_losses(student_out, targets, masks, teacher_out["patches"])
+            with no_sync(student, last=micro == micro_batches - 1):
+                scaler.scale(total / micro_batches).backward()
+            for name, value in dict(terms, loss=total).items():
+                logged[name] = logged.get(name, 0) + value.detach() / micro_batches
+
+        # Step 4. Stop before anything is touched if the loss is not a number; else clip, step, move the teacher
+        names = sorted(logged)
+        logged = dict(zip(names, all_reduce_mean(torch.stack([logged[name] for name in names])).tolist()))
+        if not math.isfinite(logged["loss"]):
+            everyone = sum(gather_objects(indices), [])
+            raise UserError(f"loss is {logged['loss']} at iteration {iteration} (" + ", ".join(f"{n} {logged[n]:.4g}" for n in names) + f"), lr {lr_now:.3g}; "
+                            f"neither weights nor teacher were touched, checkpoints/last is good. Try a lower lr or clip_grad, or mixed_precision=no. "
+                            f"Images of the batch: {everyone}")
+        scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(unwrap(student), clip_grad, clip_grad_by)
+        if frozen_last and freeze_last_layer_by == "grad":
+            for group in optimizer.param_groups:
+                if group["is_last_layer"]:
+                    for param in group["params"]:
+                        param.grad = None
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        teacher.update(student, momentum_now)
+        for name, rows in center_rows.items():                 # after the loss: a step uses the centres of the steps before
+            if rows:
+                centers[name] = update_center(centers[name], torch.cat(rows))
+        iteration += 1
+
+        # Step 5. Log, measure, save. `iteration` now counts the finished ones
+        done = iteration == max_iterations
+        if iteration % log_interval == 0 or done or iteration == start_iteration + 1:
+            now = time.time()
+            used, available = memory_gb(run_device)
+            record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now, momentum_teacher=momentum_now,
+                          teacher_temp=teacher_temp_now, batch_size=global_batch_size, grad_norm=float(grad_norm),
+                          images_per_second=global_batch_size * (iteration - last_logged) / (now - last_time), memory_gb=used, **monitor(teacher_out, targets))
+            left = (max_iterations - iteration) * (now - began) / (iteration - start_iteration)
+            say(f"Total Loss: {record['loss']:.4f} Local DINO: {record['dino_local_loss']:.4f} (ln K: {share_local * ln_k:.4f}) "
+                f"Global DINO: {record['dino_global_loss']:.4f} (ln K: {(1 - share_local) * ln_k:.4f}) "
+                + (f"iBOT: {record['ibot_loss']:.4f} (ln K: {ibot_mask_sample_probability * ln_k_ibot:.4f}) " if ibot_loss_weight else "iBOT: 0 ")
+                + (f"KoLeo: {record['koleo_loss']:.4f} " if koleo_loss_weight else "") + (f"Gram: {record['gram_loss']:.4f} " if gram_loss_weight else "")
+                + f"LR: {lr_now:.6f} Weight Decay: {weight_decay_now:.6f} Teacher momentum: {momentum_now:.6f} Current Batch Size: {global_batch_size} "
+                f"Iteration: {iteration}/{max_iterations} Device: {run_device} Memory: {used:.2f}/{available:.2f} GB | "
+                f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} RankMe {record['rankme']:.1f} | "
+                f"{(now - last_time) / (iteration - last_logged):.2f} s/it, {int(left) // 60}:{int(left) % 60:02d} left")
+            if advice := diagnose(record):
+                say(f"!!!! {advice} !!!!")
+            last_time, last_logged = now, iteration
+        else:
+            record = None
+        best = False
+        if eval_split in measured and (done or (eval_interval and iteration % eval_interval == 0)):
+            accuracy = teacher_knn(eval_split)[eval_split]
+            best = record_eval(iteration, accuracy)
+            record = dict(record or dict(iteration=iteration), knn_accuracy=accuracy)
+            last_time += time.time() - now if record.get("loss") is not None else 0
+        if record:
+            write_log(record)
+        if best or done or iteration % saveckp_freq == 0:
+            save(iteration, best=best or (done and eval_split not in measured), keep=iteration % saveckp_freq == 0)
+
+    for number, handler in previous_handlers.items():
+        signal.signal(number, handler)
+    bad_images = sorted(set().union(*gather_objects(bad_images)))
+    if bad_images:
+        say(f"{len(bad_images)} image(s) could not be read and were replaced by their neighbours:\n  " + "\n  ".join(bad_images))
+    if iteration < max_iterations:
+        save(iteration)
+        say(f"stopped by signal {stop_signal[0] if stop_signal else 'of another rank'} after iteration {iteration}, saved. To go on:\n"
+            f"  python train.py {run_dir}/config.py --resume_from={run_dir}")
+        return cleanup()
+
+    # ---- what was learned ----
+    final = teacher_knn(*measured)
+    if is_main():
+        with open(f"{run_dir}/results/summary.json", "w") as file:
+            json.dump(dict(knn, final=final, iterations=iteration, seconds=time.time() - began, loss=logged["loss"]), file, indent=2)
+        results = [f"{split} {knn['untrained'][split]:.3f} -> {value:.3f} (raw pixels {knn['pixels'][split]:.3f})" for split, value in final.items()
+                   if "untrained" in knn and split in knn["untrained"]]
+        say(f"\nDone: {iteration} iterations in {(time.time() - began) / 60:.1f} min; "
+            + (f"5-NN accuracy of the teacher's CLS, start -> end: {', '.join(results)}" + (f", best {eval_split} {knn['best']:.3f} at iteration "
+               f"{knn['best_iteration']}" if "best" in knn else "") if results else f"no labels to measure with, RankMe {record['rankme']:.1f}")
+            + f". Everything is in {run_dir}: look at samples/crops.png and log.jsonl; use the features with "
+            f"AutoModel.from_pretrained('{run_dir}/checkpoints/best/hf'); train on from there with --model_type={run_dir}/checkpoints/best/hf.")
+    cleanup()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(override(globals(), config_keys, sys.argv[1:]))
