@@ -77,7 +77,7 @@ blur_probability = (1.0, 0.1, 0.5)  # global crop 1, global crop 2, local crops;
 window_jitter = 0.0              # CT: both ends of intensity_range move per crop by up to this share of its width; 0.1 is mild
 
 # ---- backbone ----
-model_type = 'facebook/dinov2-small'  # a hub id or a local directory | a family, from scratch: vit, dinov2, dinov2_with_registers, dinov3_vit
+model_type = 'facebook/dino-vits16'   # a hub id or a local directory | a family, from scratch: vit, dinov2, dinov2_with_registers, dinov3_vit
 use_pretrained = True            # False = random weights, in the shape of model_type or, for a family, of the keys below
 hidden_size = 384                # from scratch: width
 num_hidden_layers = 12           # from scratch: blocks

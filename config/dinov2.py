@@ -1,0 +1,42 @@
+"""DINOv2 (arXiv 2304.07193), the numbers of facebookresearch/dinov2, ssl_default_config.yaml. A recipe: combine it with a data set.
+
+    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov2.py
+
+Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written after the
+data set's file, they follow its max_iterations and global_batch_size.
+"""
+# losses: DINO + iBOT with a shared head + KoLeo. Sinkhorn and a head of their own for patches are DINOv2's long runs (vitl14.yaml)
+centering = 'centering'
+dino_head_norm_last_layer = False
+head_weight_norm = True
+ibot_loss_weight = 1.0
+ibot_separate_head = False
+ibot_out_dim = dino_head_out_dim
+ibot_mask_exact = False
+koleo_loss_weight = 0.1
+warmup_teacher_temp = 0.04
+teacher_temp = 0.07
+warmup_teacher_temp_iterations = max_iterations * 3 // 10
+
+# optimizer: the published peak is for training from scratch; released weights keep the gentle lr that they had before this file
+lr = lr if use_pretrained else 4e-3 * (global_batch_size / 1024) ** 0.5
+min_lr = 1e-6
+warmup_iterations = max_iterations // 10
+weight_decay = 0.04
+weight_decay_end = 0.4
+clip_grad = 3.0
+clip_grad_by = 'module'
+freeze_last_layer = max_iterations // 100
+freeze_last_layer_by = 'lr'
+layerwise_decay = 0.9
+patch_embed_lr_mult = 0.2
+schedule_reaches_end = False
+drop_path_rate = 0.0 if use_pretrained else 0.3   # published 0.3; adapting released weights for a few hundred iterations goes without
+
+# teacher: 0.992 is for 125 000 iterations; its memory 1 / (1 - m) should not be more than a thirtieth of a short run
+momentum_teacher = min(0.992, 1 - 30 / max(max_iterations, 60))
+
+# crops: blur as the released weights were trained (the code inverts the probability, see augment.photometric)
+global_crops_scale = (0.32, 1.0)
+local_crops_scale = (0.05, 0.32)
+blur_probability = (0.0, 0.9, 0.5)
