@@ -12,6 +12,7 @@ import shutil
 import torch
 
 from configurator import UserError
+from model import quiet_transformers
 
 
 # ---- state: what resuming needs ----
@@ -98,7 +99,8 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card):
         backbone = copy.deepcopy(backbone).merge_and_unload()
     weights = {name: value for name, value in backbone.state_dict().items()
                if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
-    backbone.save_pretrained(temporary, state_dict=weights)
+    with quiet_transformers():
+        backbone.save_pretrained(temporary, state_dict=weights)
     # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
     low, high = intensity_range
     factor = 1 / (high - low)

@@ -89,8 +89,8 @@ class ImageFiles:
 class Rows:
     """Some rows of an array or of ImageFiles, without a copy."""
 
-    def __init__(self, items, rows):
-        self.items, self.rows = items, rows
+    def __init__(self, items, rows, num_channels=0):
+        self.items, self.rows, self.num_channels = items, rows, num_channels
 
     def __len__(self):
         return len(self.rows)
@@ -108,7 +108,7 @@ class Dataset(torch.utils.data.Dataset):
     def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train"):
         self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
         self.name, self.split = name, split
-        self.num_channels = self[0][0].shape[2]
+        self.num_channels = images.num_channels if hasattr(images, "num_channels") else 1 if images.ndim == 3 else images.shape[3]
 
     def __len__(self):
         return len(self.images)
@@ -130,7 +130,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
-        return Dataset(Rows(self.images, rows), None if self.labels is None else self.labels[rows],
+        return Dataset(Rows(self.images, rows, self.num_channels), None if self.labels is None else self.labels[rows],
                        None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split)
 
     def __getstate__(self):
@@ -183,7 +183,6 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     if num_channels and dataset.num_channels != num_channels:
         raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
                         f"--num_channels={dataset.num_channels}, or 0 to take what the data has")
-    dataset[0]                                                  # a mask that does not fit shows here, before training
     if cut and labels is not None and len(images) > 1:
         shuffled = np.random.default_rng(seed).permutation(len(images))
         n_val = max(1, len(images) // 10)
@@ -312,6 +311,16 @@ def _phantom_arrays(cache_dir, size):
 
 # ---- folders of images ----
 
+def _first_channels(paths):
+    """Channels of the first file that can be read; what is wrong with the others shows when they are."""
+    for path in paths[:100]:
+        try:
+            return load_image(path).shape[2]
+        except UserError as error:
+            problem = error
+    raise problem
+
+
 def _scan_folder(root, num_channels):
     """(read, splits, class_names) of a folder of image files; a file's class is the first folder on its way."""
     splits = [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
@@ -332,30 +341,38 @@ def _scan_folder(root, num_channels):
     def read(split):
         top, pictures, files = found[split]
         paths = [os.path.join(pictures, file) for file in files]
-        channels = num_channels or load_image(paths[0]).shape[2]
+        channels = num_channels or _first_channels(paths)
         masks = None
         if pictures != top:
             stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
             candidates = [next((stem + e for e in (".png", ".npy", ".tif", ".bmp") if os.path.isfile(stem + e)), "") for stem in stems]
             masks = ImageFiles(candidates)
         labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
-        if load_image(paths[0]).shape[2] != channels:
-            raise UserError(f"{paths[0]}: {load_image(paths[0]).shape[2]} channel(s), num_channels={channels}; set --num_channels=0 "
-                            "to take what the data has")
+        if _first_channels(paths) != channels:
+            raise UserError(f"dataset_path={root!r}: images have {_first_channels(paths)} channel(s), num_channels={channels}; set "
+                            "--num_channels=0 to take what the data has")
         return ImageFiles(paths, channels), labels, masks
     return read, list(tops), class_names
 
 
 # ---- what a run reads, and when ----
 
-def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0):
-    """(intensity_range, mean, std) from a seeded sample of images.
+def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0, on_bad_image="error"):
+    """(intensity_range, mean, std) from a seeded sample of images; on_bad_image='skip' leaves out what cannot be read.
 
     intensity_range (0, 0) means: find it. uint8 is (0, 255); everything else gets its 0.5 and 99.5 percentiles, rounded.
     mean, std: tuples, one per channel, of the pixels mapped to 0..1 and clipped.
     """
     rows = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
-    images = [dataset[i][0] for i in sorted(rows)]
+    images = []
+    for i in sorted(rows):
+        try:
+            images.append(dataset[i][0])
+        except UserError:
+            if on_bad_image == "error":
+                raise
+    if not images:
+        raise UserError(f"{dataset.name}: none of {len(rows)} sampled images can be read")
     if tuple(intensity_range) == (0.0, 0.0):
         if images[0].dtype == np.uint8:
             intensity_range = (0.0, 255.0)

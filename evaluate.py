@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from augment import Photometrics, resize_center
+from configurator import UserError
 from model import forward_features
 
 
 class WholeImages(torch.utils.data.Dataset):
-    """The images of a data set at one size: item i -> [C,size,size] tensor in native dtype."""
+    """The images of a data set at one size: item i -> (i, [C,size,size] tensor in native dtype, ''), or (i, None, error)."""
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
@@ -23,31 +24,41 @@ class WholeImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        return resize_center(self.dataset[i][0], self.size)
+        try:
+            return i, resize_center(self.dataset[i][0], self.size), ""
+        except UserError as error:                             # as text: an exception from a worker is a page long
+            return i, None, str(error)
 
 
 @torch.no_grad()
 def extract_features(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), std=(0.5,), batch_size=64,
-                     num_workers=0, autocast=contextlib.nullcontext):
-    """CLS features of every image of a data set, in its order.
+                     num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error"):
+    """CLS features of the images of a data set, in its order.
 
     Args: backbone: any that forward_features takes, in eval mode, on its device; or None for the raw pixels (at `size`,
     intensities 0..1, flattened): the baseline that features have to beat. size: pixels of the square the images are resized
-    to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass.
+    to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass; on_bad_image:
+    'skip' leaves out what cannot be read, 'error' raises UserError.
     Returns: features [N,D] fp32 on the backbone's device (raw pixels: CPU), labels [N] int64 ([N,c] multi-label), or None.
     """
     device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
     photometrics = Photometrics("medical", intensity_range, mean, std)
-    loader = DataLoader(WholeImages(dataset, size), batch_size=batch_size, num_workers=num_workers)
-    features = []
-    for images in loader:
-        pixels = photometrics.plain(images.to(device, non_blocking=True))                  # [B,C,size,size]
+    loader = DataLoader(WholeImages(dataset, size), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    features, kept = [], []
+    for batch in loader:
+        if on_bad_image == "error" and any(error for _, _, error in batch):
+            raise UserError(next(error for _, _, error in batch if error))
+        batch = [(i, image) for i, image, error in batch if not error]
+        if not batch:
+            continue
+        kept += [i for i, _ in batch]
+        pixels = photometrics.plain(torch.stack([image for _, image in batch]).to(device))  # [B,C,size,size]
         if backbone is None:
             features.append(pixels.flatten(1))
         else:
             with autocast():
                 features.append(forward_features(backbone, pixels)[0].float())             # [B,D]
-    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels).astype(np.int64))
+    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels)[kept].astype(np.int64))
     return torch.cat(features), labels
 
 

@@ -38,7 +38,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     if model_type not in FAMILIES and os.path.sep in model_type and model_type[0] in "./~" and not os.path.isdir(model_type):
         raise UserError(f"model_type={model_type!r}: no such directory; give a directory with config.json, or a hub id")
     try:
-        config = transformers.AutoConfig.for_model(model_type) if model_type in FAMILIES else \
+        config = _family_config(model_type, size_keys) if model_type in FAMILIES else \
             transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model_type={model_type!r} cannot be loaded: neither a local directory with config.json nor a hub id "
@@ -46,8 +46,6 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                         f"({str(error).splitlines()[0][:120]})") from None
     if config.model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}")
-    if "hidden_size" in size_keys and hasattr(config, "intermediate_size"):      # dinov2 has mlp_ratio = 4 instead
-        size_keys.setdefault("intermediate_size", 4 * size_keys["hidden_size"])
     for key, value in size_keys.items():
         if use_pretrained and key not in ("drop_path_rate", "pos_embed_rescale"):
             raise UserError(f"{key}={value} would change the shape of the pretrained {model_type!r}; leave it out, or set "
@@ -59,7 +57,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     if not use_pretrained:
         config.num_channels = num_channels
         return transformers.AutoModel.from_config(config, **extra).float()
-    with _quiet_transformers():
+    with quiet_transformers():
         backbone, info = transformers.AutoModel.from_pretrained(
             model_type, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **extra)
     missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
@@ -71,8 +69,17 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     return backbone
 
 
+def _family_config(family, size_keys):
+    """A config of the family with those of the keys that it has. By the constructor: what it derives (dinov2's stage names)
+    would go stale under setattr."""
+    known = transformers.AutoConfig.for_model(family)
+    if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):       # dinov2 has mlp_ratio = 4 instead
+        size_keys = {"intermediate_size": 4 * size_keys["hidden_size"], **size_keys}
+    return transformers.AutoConfig.for_model(family, **{key: value for key, value in size_keys.items() if hasattr(known, key)})
+
+
 @contextlib.contextmanager
-def _quiet_transformers():
+def quiet_transformers():
     """No loading bars and no report on the mask token: build_backbone checks the loading info itself."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -111,6 +118,7 @@ def _set_channels(backbone, num_channels):
                 if hasattr(parent, "num_channels"):
                     parent.num_channels = num_channels
     backbone.config.num_channels = num_channels
+    backbone.patch_embed_inflated = True                      # train.py lets it learn while the rest of the backbone waits
 
 
 def pretrained_image_stats(model_type):

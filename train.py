@@ -318,7 +318,7 @@ def main(sources):
     measured = {split: data for split, data in splits.items() if data is not None and single_label}
     if label_guided_crops_number and train_set.masks is None:
         raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; set it to 0")
-    value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed)
+    value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed, on_bad_image=on_bad_image)
     stats_from = "measured on 256 images"
     if use_pretrained and (stats := pretrained_image_stats(model_type)):                   # what the weights expect
         same = len(stats[0]) == channels
@@ -328,7 +328,7 @@ def main(sources):
     for key, value in (("image_mean", mean), ("image_std", std)):
         if len(value) != channels:
             raise UserError(f"{key}={value}: the images have {channels} channel(s); give as many values")
-    say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), {train_set[0][0].dtype}; "
+    say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), {getattr(train_set.images, 'dtype', 'image files')}; "
         + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or "no k-NN: "
            + ("no labels" if train_set.labels is None else "several labels per image" if not single_label else "no other split")) +
         f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} ({'given' if image_mean else stats_from})")
@@ -341,7 +341,7 @@ def main(sources):
                      patch_size=patch_size, num_register_tokens=num_register_tokens)
     backbone = build_backbone(model_type, use_pretrained, channels, drop_path_rate=drop_path_rate,
                               pos_embed_rescale=pos_embed_rescale or None, **sizes)
-    patch, width = backbone.config.patch_size, backbone.config.hidden_size
+    patch, width, inflated = backbone.config.patch_size, backbone.config.hidden_size, getattr(backbone, "patch_embed_inflated", False)
     for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
         if size % patch:
             raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use {size // patch * patch or patch} or "
@@ -373,7 +373,7 @@ def main(sources):
         say(f"note: warmup_iterations={warmup_iterations} of max_iterations={max_iterations}: the run ends before lr={lr} is reached")
     groups = param_groups(student, lr, weight_decay, layerwise_decay, patch_embed_lr_mult)
     for group in groups:                                       # inflated filters are new: they learn along with the heads
-        group["waits"] = not (group["is_patch_embed"] and use_pretrained and channels != 3)
+        group["waits"] = not (group["is_patch_embed"] and inflated)
     optimizer = torch.optim.AdamW(groups, betas=adam_betas, fused=True)
     if mixed_precision == "fp16" and run_device.type != "cuda":
         raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
@@ -430,7 +430,7 @@ def main(sources):
         """{split: 5-NN accuracy of CLS features, or of raw pixels for backbone None}; rank 0 measures, the others wait."""
         result = {}
         if is_main() and names:
-            settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast,
+            settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast, on_bad_image=on_bad_image,
                             size=global_crops_size if backbone is not None else min(32, global_crops_size))
             train_features, train_labels = extract_features(backbone, bank, **settings)
             for name in names:
@@ -497,6 +497,7 @@ def main(sources):
         knn["untrained"] = first
         record_eval(0, first[eval_split])
         write_log(dict(iteration=0, knn_accuracy=first[eval_split]))
+        save(0, best=True)                                     # if training only harms, best stays where it started
 
     # ---- the loop ----
     stop_signal = []

@@ -1,0 +1,348 @@
+"""train.py as a user runs it, shrunk: every recipe on every family, every config file, one process against two, resumed
+against uninterrupted, every kind of data, and what it says when something is wrong."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel
+
+from configurator import UserError, override
+from model import FAMILIES, build_backbone, forward_features
+from phantom import make_phantom
+from tests_support import ROOT, load_script
+
+CONFIGS = sorted(file for file in os.listdir(os.path.join(ROOT, "config")) if file.endswith(".py"))
+RECIPES = [file for file in CONFIGS if file.startswith("dinov")]
+SHRUNK = ["--use_pretrained=false", "--model_type=vit", "--hidden_size=32", "--num_hidden_layers=2", "--num_attention_heads=2",
+          "--patch_size=8", "--num_register_tokens=2", "--global_crops_size=32", "--local_crops_size=16", "--local_crops_number=2",
+          "--dino_head_out_dim=64", "--ibot_out_dim=64", "--head_hidden_dim=32", "--head_bottleneck_dim=16", "--global_batch_size=8",
+          "--max_iterations=3", "--warmup_iterations=1", "--log_interval=1", "--eval_interval=2", "--saveckp_freq=2", "--num_workers=0",
+          "--mixed_precision=no", "--lr=1e-3", "--device=cpu"]
+
+
+def load_train():
+    return load_script("train")
+
+
+def run(out, *argv, configs=(), module=None):
+    """Run train.py in this process with the shrunk config; returns the lines of log.jsonl."""
+    module = module or load_train()
+    files = [os.path.join(ROOT, "config", file) for file in configs]
+    module.main(override(vars(module), module.config_keys, [*files, *SHRUNK, f"--out_dir={out}", f"--cache_dir={out}-cache", *argv]))
+    return log(out)
+
+
+def log(out):
+    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def losses(records):
+    names = ("loss", "dino_local_loss", "dino_global_loss", "ibot_loss", "koleo_loss", "gram_loss")
+    return torch.tensor([[record[name] for name in names] for record in records if "loss" in record], dtype=torch.float64)
+
+
+def state(out, name="last"):
+    return torch.load(os.path.join(out, "checkpoints", name, "state.pt"), weights_only=True)
+
+
+def assert_same(a, b):
+    """Bitwise, through nested dicts and lists."""
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """A small phantom as a user's .npz: int16 HU, labels, masks, three splits."""
+    arrays = {}
+    for split, n, seed in (("train", 40, 0), ("val", 12, 1), ("test", 12, 2)):
+        arrays.update({f"{split}_{key}": value for key, value in make_phantom(n, 40, seed).items()})
+    path = str(tmp_path_factory.mktemp("data") / "phantom40.npz")
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+# ---- recipes x families, config files ----
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_every_family(tmp_path, npz, recipe, family):
+    out = str(tmp_path / "run")
+    module = load_train()
+    records = run(out, f"--dataset_path={npz}", f"--model_type={family}", configs=[recipe], module=module)
+    table = losses(records)
+    assert len(table) == 3 and torch.isfinite(table).all()
+    weights = torch.tensor([module.dino_head_loss_weight] * 2 + [module.ibot_loss_weight, module.koleo_loss_weight, module.gram_loss_weight])
+    assert torch.allclose(table[:, 0], table[:, 1:] @ weights.double(), rtol=1e-5)         # total = the logged terms, weighed
+    assert (table[:, 3] > 0).all() == (recipe != "dinov1.py")
+    assert [record["iteration"] for record in records if "knn_accuracy" in record] == [0, 2, 3]
+    # the export gives the features of the best teacher, exactly
+    best = state(out, "best")
+    exported = AutoModel.from_pretrained(f"{out}/checkpoints/best/hf").eval()
+    assert exported.config.num_channels == 1
+    network = build_backbone(family, False, 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32,
+                             num_register_tokens=2).eval()
+    network.load_state_dict({name[len("backbone."):]: value for name, value in {**best["student"], **best["teacher"]}.items()
+                             if name.startswith("backbone.")})
+    pixels = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(forward_features(exported, pixels)[0], forward_features(network, pixels)[0])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_file_runs(tmp_path, npz, config):
+    records = run(str(tmp_path / "run"), f"--dataset_path={npz}", configs=[config])
+    assert torch.isfinite(losses(records)).all()
+
+
+def test_phantom_config_with_each_recipe_behind(tmp_path, npz):
+    for recipe in RECIPES:                                     # recipes compute from the data set's values
+        module = load_train()
+        override(vars(module), module.config_keys, [os.path.join(ROOT, "config", file) for file in ("phantom.py", recipe)])
+        assert module.warmup_iterations == module.max_iterations // 10
+        assert module.ibot_loss_weight == 0 or module.ibot_out_dim == module.dino_head_out_dim == 512
+
+
+def test_pretrained_directory_one_channel_and_lora_and_freezing(tmp_path, npz):
+    source = build_backbone("dinov2", False, 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
+    source.save_pretrained(tmp_path / "weights")
+    shape = ["--use_pretrained=true", f"--model_type={tmp_path}/weights", f"--dataset_path={npz}"]
+    run(str(tmp_path / "full"), *shape)
+    summed = state(str(tmp_path / "full"))["student"]["backbone.embeddings.patch_embeddings.projection.weight"].shape
+    assert summed == (32, 1, 8, 8)
+    run(str(tmp_path / "lora"), *shape, "--use_lora=true")
+    after = state(str(tmp_path / "lora"))["student"]
+    frozen = "backbone.base_model.model.encoder.layer.0.mlp.fc1.weight"
+    assert torch.equal(after[frozen], source.encoder.layer[0].mlp.fc1.weight)
+    assert os.path.isfile(tmp_path / "lora/checkpoints/best/hf/adapter/adapter_config.json")
+    run(str(tmp_path / "frozen"), *shape, "--freeze_backbone_layers=1", "--freeze_backbone_iterations=0")
+    after = state(str(tmp_path / "frozen"))["student"]
+    assert torch.equal(after["backbone.encoder.layer.0.mlp.fc1.weight"], source.encoder.layer[0].mlp.fc1.weight)
+    assert not torch.equal(after["backbone.encoder.layer.1.mlp.fc1.weight"], source.encoder.layer[1].mlp.fc1.weight)
+
+
+def test_heads_learn_first_when_pretrained(tmp_path, npz):
+    source = build_backbone("dinov2", False, 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
+    source.save_pretrained(tmp_path / "weights")
+    run(str(tmp_path / "run"), "--use_pretrained=true", f"--model_type={tmp_path}/weights", f"--dataset_path={npz}", "--freeze_backbone_iterations=2",
+        "--freeze_last_layer=0", "--warmup_iterations=0")
+    waiting, after = state(str(tmp_path / "run"), "0000002")["student"], state(str(tmp_path / "run"))["student"]
+    start = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    assert all(torch.equal(waiting[name], value) for name, value in start.items())          # bit-identical while the heads learn
+    assert not torch.equal(waiting["dino_head.mlp.0.weight"], after["dino_head.mlp.0.weight"])
+    assert any(not torch.equal(after[name], value) for name, value in start.items())
+
+
+# ---- one process against two, resumed against uninterrupted, accumulated against whole ----
+
+PARITY = ["--koleo_loss_weight=0", "--drop_path_rate=0", "--max_iterations=4", "--eval_interval=0", "--generate_samples=false"]
+
+
+@pytest.mark.parametrize("recipe", ["dinov2.py", "dinov3.py"])
+def test_two_processes_equal_one(tmp_path, npz, recipe):
+    """KoLeo is off: it looks for neighbours on its own rank, by definition."""
+    extra = [f"--dataset_path={npz}", "--model_type=dinov2", *PARITY]
+    alone = losses(run(str(tmp_path / "one"), *extra, configs=[recipe]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", f"config/{recipe}", *SHRUNK, *extra,
+               f"--out_dir={tmp_path}/two", f"--cache_dir={tmp_path}/cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    two = losses(log(str(tmp_path / "two")))
+    assert ((alone - two).abs() <= 1e-5 * alone.abs()).all(), (alone - two).abs().max()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resumed_equals_uninterrupted_bitwise(tmp_path, npz, recipe):
+    extra = [f"--dataset_path={npz}", "--model_type=dinov2", "--drop_path_rate=0.3", "--max_iterations=6", "--num_workers=1", "--mixed_precision=bf16"]
+    whole = run(str(tmp_path / "whole"), *extra, configs=[recipe])
+    module = load_train()                                      # stopped after 3 of 6 by a signal, in the middle of an epoch
+    update = module.EMATeacher.update
+    module.EMATeacher.update = lambda self, *args: (update(self, *args), calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    calls = []
+    try:
+        run(str(tmp_path / "parts"), *extra, configs=[recipe], module=module)
+    finally:
+        module.EMATeacher.update = update
+    assert state(str(tmp_path / "parts"))["iteration"] == 3
+    parts = run(str(tmp_path / "parts"), *extra, f"--resume_from={tmp_path}/parts", configs=[recipe])
+    a, b = state(str(tmp_path / "whole")), state(str(tmp_path / "parts"))
+    for key in ("student", "teacher", "optimizer", "centers", "iteration"):
+        assert_same(a[key], b[key])
+    assert torch.equal(losses(whole), losses(parts))
+    assert [record["iteration"] for record in whole] == [record["iteration"] for record in parts]
+
+
+def test_accumulated_equals_whole(tmp_path, npz):
+    """With centering, micro-batches change nothing: the targets do not depend on the batch, and the centre moves once."""
+    extra = [f"--dataset_path={npz}", *PARITY]
+    whole = losses(run(str(tmp_path / "one"), *extra, "--gradient_accumulation_steps=1", configs=["dinov1.py"]))
+    parts = losses(run(str(tmp_path / "four"), *extra, "--gradient_accumulation_steps=4", configs=["dinov1.py"]))
+    assert torch.allclose(whole, parts, rtol=1e-5)
+
+
+def test_resume_refuses_another_shape_and_prints_other_changes(tmp_path, npz, capsys):
+    run(str(tmp_path / "run"), f"--dataset_path={npz}")
+    with pytest.raises(UserError, match=r"dino_head_out_dim: checkpoint 64, now 32"):
+        run(str(tmp_path / "run"), f"--dataset_path={npz}", f"--resume_from={tmp_path}/run", "--dino_head_out_dim=32")
+    run(str(tmp_path / "run"), f"--dataset_path={npz}", "--resume_from=auto", "--max_iterations=4", "--weight_decay_end=0.3")
+    assert "max_iterations: 3 -> 4" in capsys.readouterr().out and state(str(tmp_path / "run"))["iteration"] == 4
+
+
+def test_an_earlier_run_is_kept(tmp_path, npz, capsys):
+    first = run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=1")
+    run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=2")
+    assert log(str(tmp_path / "run.1")) == first and "moved to" in capsys.readouterr().out
+
+
+def test_the_resolved_config_runs_again(tmp_path, npz):
+    first = run(str(tmp_path / "run"), f"--dataset_path={npz}")
+    module = load_train()
+    module.main(override(vars(module), module.config_keys, [f"{tmp_path}/run/config.py", f"--out_dir={tmp_path}/again"]))
+    assert torch.equal(losses(first), losses(log(str(tmp_path / "again"))))
+
+
+# ---- kinds of data ----
+
+def test_folders_rgb_and_flat(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / "classes" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 120, (50 + i, 44, 3)) + 100 * np.array([i % 2, 0, 0])
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.fromarray(image.astype(np.uint8)[..., 0]).save(tmp_path / "flat" / f"{i}.jpg")
+    records = run(str(tmp_path / "c"), f"--dataset_path={tmp_path}/classes")
+    assert records[0]["knn_accuracy"] >= 0 and "22 train images, 3 channel(s)" in capsys.readouterr().out
+    assert Image.open(tmp_path / "c/samples/crops.png").size[0] > 300
+    records = run(str(tmp_path / "f"), f"--dataset_path={tmp_path}/flat")
+    assert "knn_accuracy" not in records[-1] and "no labels" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(tmp_path / "f/checkpoints/best/hf").config.num_channels == 1   # without labels: the last teacher
+
+
+def test_label_guided_crops_are_further_local_crops(tmp_path, npz):
+    records = run(str(tmp_path / "run"), f"--dataset_path={npz}", "--label_guided_crops_number=2")
+    assert torch.isfinite(losses(records)).all()
+
+
+def test_unreadable_image_is_named_or_skipped(tmp_path, capsys):
+    for i in range(8):
+        Image.fromarray(np.full((40, 40), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"not a picture")
+    extra = [f"--dataset_path={tmp_path}", "--image_mean=0.5", "--image_std=0.25", "--intensity_range=0,255", "--num_workers=1"]
+    with pytest.raises(UserError, match=r"5\.png: cannot be read"):
+        run(str(tmp_path / "out" / "a"), *extra)
+    run(str(tmp_path / "out" / "b"), *extra, "--on_bad_image=skip")
+    assert "1 image(s) could not be read" in capsys.readouterr().out
+
+
+# ---- what it says when something is wrong ----
+
+@pytest.mark.parametrize("argv, message", [
+    (["--global_crops_size=36"], r"global_crops_size=36 is not a multiple of patch_size=8 of vit; use 32 or 40"),
+    (["--dataset_path=nowhere"], r"dataset_path='nowhere' does not exist; give 'phantom'"),
+    (["--num_channels=3"], r"images have 1 channel\(s\), num_channels=3; set --num_channels=1"),
+    (["--gradient_accumulation_steps=3"], r"gradient_accumulation_steps=3 does not divide the 8 images of a rank"),
+    (["--centering=sinkhorn"], r"centering='sinkhorn': choose one of centering, sinkhorn_knopp"),
+    (["--teacher_temp=0", "--local_crops_scale=0.5,0.1"], r"teacher_temp=0.0: .*\n.*local_crops_scale=\(0.5, 0.1\): needs 0 < low"),
+    (["--ibot_loss_weight=1", "--ibot_out_dim=32"], r"ibot_out_dim=32, dino_head_out_dim=64: a shared head has one size"),
+    (["--model_type=vit", "--use_pretrained=true"], r"is a family and has no weights"),
+    (["--resume_from=nowhere"], r"resume_from='nowhere': no checkpoint there"),
+    (["--mixed_precision=fp16"], r"mixed_precision='fp16' on cpu"),
+    (["--image_mean=0.1,0.2"], r"image_mean=\(0.1, 0.2\): the images have 1 channel\(s\)"),
+    (["--koleo_loss_weight=0.1", "--gradient_accumulation_steps=8"], r"koleo_loss_weight=0.1 needs 2 images"),
+])
+def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):
+    with pytest.raises(UserError, match=message):
+        run(str(tmp_path / "run"), f"--dataset_path={npz}", *argv)
+
+
+def test_command_line_errors_come_together_without_traceback(tmp_path):
+    result = subprocess.run([sys.executable, "train.py", "--teacher_tmp=0.07", "--max_iterations=1.5", "--out_dir", "config/phantm.py"], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for text in ("unknown key 'teacher_tmp', did you mean 'teacher_temp'?", "max_iterations = 1.5 (float), needs int", "did you mean config/phantom.py?",
+                 "--out_dir has no value"):
+        assert text in result.stderr
+
+
+def test_help_prints_the_block():
+    result = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    module = load_train()
+    assert result.returncode == 0
+    for key in module.config_keys:
+        assert f"\n{key} = " in result.stdout
+    assert result.stdout.index("# ---- data ----") < result.stdout.index("# ---- optimizer ----")
+
+
+def test_batch_that_ranks_cannot_share(tmp_path, npz, monkeypatch):
+    module = load_train()
+    monkeypatch.setattr(module, "world_size", lambda: 3)
+    with pytest.raises(UserError, match=r"global_batch_size=8 cannot be shared by 3 ranks; use a multiple, like 9"):
+        run(str(tmp_path / "run"), f"--dataset_path={npz}", module=module)
+
+
+def test_non_finite_loss_touches_nothing(tmp_path, npz):
+    module = load_train()
+    honest = module.compute_losses
+
+    def poisoned(*args):
+        total, terms = honest(*args)
+        calls.append(1)
+        return (total * float("nan"), dict(terms, dino_global_loss=total * float("nan"))) if len(calls) == 3 else (total, terms)
+
+    calls = []
+    module.compute_losses = poisoned
+    with pytest.raises(UserError, match=r"loss is nan at iteration 2 \(.*dino_global_loss nan.*\), lr .*Images of the batch: \[\d+, ") as error:
+        run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=6", module=module)
+    assert len(str(error.value).split("[")[1].split(",")) == 8                             # every image of the batch is named
+    saved = state(str(tmp_path / "run"))
+    assert saved["iteration"] == 2 and all(torch.isfinite(value).all() for value in saved["teacher"].values())
+
+
+def test_collapse_is_called_by_its_name():
+    module = load_train()
+    module.dino_head_out_dim, module.max_iterations = 64, 100
+    healthy = dict(iteration=60, dino_local_loss=2.5, dino_global_loss=0.5, teacher_entropy=1.0, prototype_use=0.5, rankme=20.0)
+    ln_k = float(np.log(64))
+    assert module.diagnose(healthy) == ""
+    assert "RankMe near 1" in module.diagnose(dict(healthy, rankme=1.1))
+    stuck = dict(healthy, dino_local_loss=ln_k * 0.8, dino_global_loss=ln_k * 0.2, teacher_entropy=ln_k)
+    assert "NOT LEARNING" in module.diagnose(stuck) and module.diagnose(dict(stuck, iteration=3)) == ""
+    assert "one prototype" in module.diagnose(dict(healthy, prototype_use=1 / 64))
+
+
+def test_monitor_numbers():
+    module = load_train()
+    one_hot = torch.eye(8).unflatten(0, (2, 4))                # [V,B,K], every row another prototype
+    values = module.monitor(dict(global_cls=torch.eye(8)), dict(dino=one_hot))
+    assert values["teacher_entropy"] == pytest.approx(0, abs=1e-6) and values["prototype_use"] == pytest.approx(1, rel=1e-5)
+    assert values["rankme"] == pytest.approx(8, rel=1e-3)
+    uniform = torch.full((2, 4, 8), 1 / 8)
+    assert module.monitor(dict(global_cls=torch.eye(8)), dict(dino=uniform))["teacher_entropy"] == pytest.approx(np.log(8), rel=1e-5)
+
+
+def test_a_tiny_set_is_overfitted(tmp_path, npz):
+    """20 slices, hardly augmented: the loss falls far below ln K, so the student learns what the teacher says."""
+    records = run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=100", "--lr=3e-3", "--momentum_teacher=0.9", "--freeze_last_layer=0",
+                  "--warmup_iterations=5", "--centering=sinkhorn_knopp", "--global_batch_size=20", "--global_crops_scale=0.9,1", "--local_crops_number=0",
+                  "--blur_probability=0,0,0", "--horizontal_flip=0", "--vertical_flip=0", "--koleo_loss_weight=0.1",
+                  "--eval_interval=0", "--weight_decay_end=0.04", "--log_interval=20")
+    assert records[-1]["dino_global_loss"] < 0.9 * np.log(64) and records[-1]["rankme"] > 2
