@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from configurator import UserError
 
 # Strengths of the photometrics; edit here. rgb: DINO's main_dino.py. medical: measured on the phantom and on brain MRI.
 PRESETS = {

@@ -83,7 +83,45 @@ def config_changes(state, config):
     return [(key, old.get(key), config.get(key)) for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
 
 
+# ---- the run's folder ----
+
+def open_run(run_dir, resume, config_text):
+    """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never overwritten: returns
+    its new name, else ''."""
+    moved = ""
+    if not resume and os.path.isfile(f"{run_dir}/config.py"):
+        moved = next(f"{run_dir}.{n}" for n in range(1, 10**6) if not os.path.exists(f"{run_dir}.{n}"))
+        os.rename(run_dir, moved)
+    for name in ("logs", "checkpoints", "samples", "results"):
+        os.makedirs(f"{run_dir}/{name}", exist_ok=True)
+    with open(f"{run_dir}/config.py", "w") as file:
+        file.write(f"# resolved config; runs as: python train.py {run_dir}/config.py\n{config_text}")
+    return moved
+
+
+def truncate_log(path, iteration):
+    """Drop the lines of a log.jsonl after `iteration`: a resumed run writes them again, the same ones."""
+    if os.path.isfile(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        with open(path + ".part", "w") as file:
+            file.writelines(lines)
+        os.replace(path + ".part", path)
+
+
 # ---- export: what users load ----
+
+def model_card(name, iteration, knn, config, config_text):
+    """README.md of an export: where the weights come from, what was measured, how to load them. knn: {what: number}."""
+    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items()) or "- no labels, not measured\n"
+    start = config["model_type"] if config["use_pretrained"] else f"random weights ({config['model_type']})"
+    return (f"---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
+            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} iterations on {config['dataset_path']}, started "
+            f"from {start}. For research on methods only, not for clinical use.\n\n5-NN accuracy of the CLS token:\n\n{numbers}\n"
+            "    from transformers import AutoModel\n    model = AutoModel.from_pretrained('<this folder>')\n\n"
+            "preprocessor_config.json holds size, intensity range, mean and std of the input. A ViT's pooler is not trained: use "
+            f"last_hidden_state[:, 0].\n\nConfig:\n\n```python\n{config_text}```\n")
+
 
 def export_hf(folder, backbone, size, intensity_range, mean, std, card):
     """Write an AutoModel directory: config.json, model.safetensors, preprocessor_config.json and a README.md model card.

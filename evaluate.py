@@ -1,8 +1,9 @@
-"""How good are the features? Feature extraction and k-NN, as train.py calls them along the way.
+"""How good are the features? Features and their k-NN with labels; health of a run without. train.py calls both along the way.
 
 k-NN needs no training and no choice of a learning rate, so a change in it is a change in the features.
 """
 import contextlib
+import math
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from augment import Photometrics, resize_center
 from configurator import UserError
+from distributed import all_reduce_mean, gather_objects, is_main
 from model import forward_features
 
 
@@ -88,9 +90,51 @@ def knn_classify(train_features, train_labels, test_features, k=5, temperature=N
     return torch.cat(predictions)
 
 
+def knn_accuracy(backbone, bank, queries, k=5, **settings):
+    """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`; settings: of
+    extract_features; backbone None = raw pixels. Rank 0 measures, the others wait and get the same dict."""
+    result = {}
+    if is_main() and queries:
+        train_features, train_labels = extract_features(backbone, bank, **settings)
+        for name, dataset in queries.items():
+            features, labels = extract_features(backbone, dataset, **settings)
+            result[name] = float((knn_classify(train_features, train_labels, features, k).cpu() == labels).float().mean())
+    return gather_objects(result)[0]
+
+
+# ---- without labels ----
+
 def rankme(features, eps=1e-7):
     """Effective rank of features [N,D]: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885
     equation 1-2). 1 = all images on one line: collapsed; at most min(N, D)."""
     singular = torch.linalg.svdvals(features.float())
     p = singular / singular.sum() + eps
     return float((-(p * p.log()).sum()).exp())
+
+
+@torch.no_grad()
+def monitor(teacher_cls, teacher_probs):
+    """Health of a run, from one batch. Args: teacher_cls [N,D]; teacher_probs [N,K], the DINO targets.
+
+    Returns: dict of floats. teacher_entropy: mean entropy of the targets, between 0 (one-hot) and ln K (uniform); prototype_use:
+    exp of the entropy of the mean target over all ranks, as a share of K; rankme: of the CLS features of this rank.
+    """
+    entropy = -(teacher_probs * teacher_probs.clamp_min(1e-12).log()).sum(dim=1).mean()
+    mean = all_reduce_mean(teacher_probs.mean(dim=0))                                      # [K]
+    used = (-(mean * mean.clamp_min(1e-12).log()).sum()).exp() / len(mean)
+    return dict(teacher_entropy=float(all_reduce_mean(entropy)), prototype_use=float(used), rankme=rankme(teacher_cls))
+
+
+def diagnose(record, n_prototypes, early):
+    """A sentence of advice where the numbers of a log record show a known failure, else ''. early: the run has just begun, when
+    a loss at ln K is no failure yet."""
+    ln_k = math.log(n_prototypes)
+    if record["rankme"] < 1.5:
+        return "COLLAPSED: all images get the same feature (RankMe near 1). Try koleo_loss_weight=0.1, a larger batch, a lower lr, or " \
+               "the other centering."
+    if record["prototype_use"] * n_prototypes < 1.5:
+        return "COLLAPSED: one prototype takes all images. Try sinkhorn_knopp, a higher teacher_temp, or a lower lr."
+    if not early and record["dino_local_loss"] + record["dino_global_loss"] > 0.99 * ln_k and record["teacher_entropy"] > 0.95 * ln_k:
+        return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform. Try a lower teacher_temp, a larger batch, " \
+               "a lower lr, fewer prototypes, or sinkhorn_knopp."
+    return ""

@@ -9,7 +9,6 @@ Config files apply from left to right, then --key=value. A recipe, a data set an
 Writes out/NAME/: config.py (resolved, runnable), log.jsonl, logs/train.log, samples/crops.png, results/summary.json and
 checkpoints/{last,best}; checkpoints/best/hf loads with transformers.AutoModel.from_pretrained.
 """
-import contextlib
 import json
 import math
 import os
@@ -22,12 +21,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment import PRESETS, MultiCrop, Photometrics, save_samples
-from checkpoint import check_fits, config_changes, export_hf, link_state, load_state, save_state
+from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
+                        truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, load_dataset, measure_intensities
 from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first, memory_gb, no_sync,
                          rank, setup, unwrap, world_size, wrap)
-from evaluate import extract_features, knn_classify, rankme
+from evaluate import diagnose, knn_accuracy, monitor
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import FAMILIES, DINOHead, EMATeacher, Student, add_lora, build_backbone, freeze_layers, pretrained_image_stats
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
@@ -240,32 +240,6 @@ def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, b
         group["weight_decay"] = weight_decay_now * group["wd_mult"]
 
 
-def monitor(teacher_out, targets):
-    """Health without labels. teacher_entropy: mean entropy of the DINO targets, between 0 (one-hot) and ln K (uniform);
-    prototype_use: prototypes in use (exp of the entropy of the mean target), as a share of K; rankme: of the CLS features."""
-    probs = targets["dino"].flatten(0, 1)                                                  # [V*B,K]
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(dim=1).mean()
-    mean = all_reduce_mean(probs.mean(dim=0))
-    used = (-(mean * mean.clamp_min(1e-12).log()).sum()).exp() / probs.shape[1]
-    return dict(teacher_entropy=float(all_reduce_mean(entropy)), prototype_use=float(used), rankme=rankme(teacher_out["global_cls"]))
-
-
-def diagnose(record):
-    """A sentence of advice where the numbers show a known failure, else ''."""
-    ln_k = math.log(dino_head_out_dim)
-    loss = record["dino_local_loss"] + record["dino_global_loss"]
-    if record["rankme"] < 1.5:
-        return "COLLAPSED: all images get the same feature (RankMe near 1). Try a larger batch, a lower lr, a slower teacher " \
-               "(momentum_teacher), or the other centering."
-    if record["iteration"] >= max(50, max_iterations // 5):
-        if loss > 0.98 * ln_k and record["teacher_entropy"] > 0.9 * ln_k:
-            return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform (collapse). Try a lower teacher_temp, " \
-                   "a larger batch, a lower lr, fewer prototypes, or sinkhorn_knopp."
-        if record["prototype_use"] * dino_head_out_dim < 1.5:
-            return "COLLAPSED: one prototype takes all images. Try centering or sinkhorn_knopp with a higher teacher_temp, or a lower lr."
-    return ""
-
-
 def main(sources):
     """Train with the config in this module's globals; sources: from configurator.override, for the printed config."""
     run_device = setup(device)
@@ -276,15 +250,8 @@ def main(sources):
     state = load_state(resume) if resume else None
 
     # ---- folders and log ----
-    if is_main():
-        if not resume and os.path.isfile(f"{run_dir}/config.py"):           # an earlier run: keep it, out of the way
-            number = next(n for n in range(1, 10**6) if not os.path.exists(f"{run_dir}.{n}"))
-            os.rename(run_dir, f"{run_dir}.{number}")
-            print(f"{run_dir} held an earlier run: moved to {run_dir}.{number} (to continue it: --resume_from)")
-        for name in ("logs", "checkpoints", "samples", "results"):
-            os.makedirs(f"{run_dir}/{name}", exist_ok=True)
-        with open(f"{run_dir}/config.py", "w") as file:
-            file.write(f"# resolved config of {model_name}; runs as: python train.py {run_dir}/config.py\n" + dump(globals(), config_keys))
+    if is_main() and (moved := open_run(run_dir, resume, dump(globals(), config_keys))):
+        print(f"{run_dir} held an earlier run: moved to {moved} (to continue a run: --resume_from)")
     barrier()
     log_file = open(f"{run_dir}/logs/train.log", "a", buffering=1) if is_main() else None
     jsonl = f"{run_dir}/log.jsonl"
@@ -387,11 +354,8 @@ def main(sources):
         scaler.load_state_dict(state["scaler"])
         centers = {name: value.to(run_device) for name, value in state["centers"].items()}
         start_iteration, knn = state["iteration"], state["knn"]
-        if is_main() and os.path.isfile(jsonl):                # lines after the checkpoint will be written again
-            lines = [line for line in open(jsonl) if line.endswith("\n") and json.loads(line)["iteration"] <= start_iteration]
-            with open(jsonl + ".part", "w") as file:
-                file.writelines(lines)
-            os.replace(jsonl + ".part", jsonl)
+        if is_main():
+            truncate_log(jsonl, start_iteration)
     if compile:
         student.backbone.compile()
     student = wrap(student, distribution, run_device)
@@ -426,21 +390,11 @@ def main(sources):
 
     bank, measured = limited(train_set), {split: limited(data) for split, data in measured.items()}
 
-    def knn_accuracy(backbone, *names):
-        """{split: 5-NN accuracy of CLS features, or of raw pixels for backbone None}; rank 0 measures, the others wait."""
-        result = {}
-        if is_main() and names:
-            settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast, on_bad_image=on_bad_image,
-                            size=global_crops_size if backbone is not None else min(32, global_crops_size))
-            train_features, train_labels = extract_features(backbone, bank, **settings)
-            for name in names:
-                features, labels = extract_features(backbone, measured[name], **settings)
-                result[name] = float((knn_classify(train_features, train_labels, features).cpu() == labels).float().mean())
-        return gather_objects(result)[0]
+    eval_settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast, on_bad_image=on_bad_image)
 
-    def teacher_knn(*names):
+    def teacher_knn(queries):
         with teacher.teacher_weights(student) as network:
-            return knn_accuracy(network.backbone, *names)
+            return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
 
     def save(iteration, best=False, keep=False):
         if not is_main():
@@ -453,16 +407,8 @@ def main(sources):
         if best:
             link_state(last, f"{run_dir}/checkpoints/best")
             with teacher.teacher_weights(student) as network:
-                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std, model_card(iteration))
-
-    def model_card(iteration):
-        numbers = "".join(f"- {name}: {value}\n" for name, value in knn.items()) or "- no labels, no k-NN\n"
-        return (f"---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags: [dino-mx, self-supervised]\n---\n\n# {model_name}\n\n"
-                f"EMA teacher of a DINO-MX run after {iteration} of {max_iterations} iterations on {dataset_path} ({len(train_set)} images), started from "
-                f"{model_type if use_pretrained else f'random weights ({backbone.config.model_type})'}.\n\n5-NN accuracy of the CLS token:\n\n{numbers}\n"
-                f"Input: {channels} channel(s), {global_crops_size} pixels, intensities {value_range} to 0..1, mean {mean}, std {std} "
-                f"(preprocessor_config.json).\n\n    from transformers import AutoModel\n    model = AutoModel.from_pretrained('{run_dir}/checkpoints/best/hf')\n\n"
-                f"Config:\n\n```python\n{dump(globals(), config_keys)}```\n")
+                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std,
+                          model_card(model_name, iteration, knn, config, dump(globals(), config_keys)))
 
     def record_eval(iteration, accuracy):
         """Log a k-NN measurement; True where it is the best so far."""
@@ -491,9 +437,9 @@ def main(sources):
                 wandb.log(record, step=record["iteration"])
 
     if eval_split in measured and start_iteration == 0:
-        knn["pixels"] = knn_accuracy(None, *measured)
-        first = teacher_knn(*measured)
-        say(f"raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
+        knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
+        first = teacher_knn(measured)
+        say("raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
         knn["untrained"] = first
         record_eval(0, first[eval_split])
         write_log(dict(iteration=0, knn_accuracy=first[eval_split]))
@@ -586,7 +532,7 @@ def main(sources):
             used, available = memory_gb(run_device)
             record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now, momentum_teacher=momentum_now,
                           teacher_temp=teacher_temp_now, batch_size=global_batch_size, grad_norm=float(grad_norm),
-                          images_per_second=global_batch_size * (iteration - last_logged) / (now - last_time), memory_gb=used, **monitor(teacher_out, targets))
+                          images_per_second=global_batch_size * (iteration - last_logged) / (now - last_time), memory_gb=used, **monitor(teacher_out["global_cls"], targets["dino"].flatten(0, 1)))
             left = (max_iterations - iteration) * (now - began) / (iteration - start_iteration)
             say(f"Total Loss: {record['loss']:.4f} Local DINO: {record['dino_local_loss']:.4f} (ln K: {share_local * ln_k:.4f}) "
                 f"Global DINO: {record['dino_global_loss']:.4f} (ln K: {(1 - share_local) * ln_k:.4f}) "
@@ -596,14 +542,14 @@ def main(sources):
                 f"Iteration: {iteration}/{max_iterations} Device: {run_device} Memory: {used:.2f}/{available:.2f} GB | "
                 f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} RankMe {record['rankme']:.1f} | "
                 f"{(now - last_time) / (iteration - last_logged):.2f} s/it, {int(left) // 60}:{int(left) % 60:02d} left")
-            if advice := diagnose(record):
+            if advice := diagnose(record, dino_head_out_dim, early=iteration < max(50, max_iterations // 5)):
                 say(f"!!!! {advice} !!!!")
             last_time, last_logged = now, iteration
         else:
             record = None
         best = False
         if eval_split in measured and (done or (eval_interval and iteration % eval_interval == 0)):
-            accuracy = teacher_knn(eval_split)[eval_split]
+            accuracy = teacher_knn({eval_split: measured[eval_split]})[eval_split]
             best = record_eval(iteration, accuracy)
             record = dict(record or dict(iteration=iteration), knn_accuracy=accuracy)
             last_time += time.time() - now if record.get("loss") is not None else 0
@@ -624,7 +570,7 @@ def main(sources):
         return cleanup()
 
     # ---- what was learned ----
-    final = teacher_knn(*measured)
+    final = teacher_knn(measured)
     if is_main():
         with open(f"{run_dir}/results/summary.json", "w") as file:
             json.dump(dict(knn, final=final, iterations=iteration, seconds=time.time() - began, loss=logged["loss"]), file, indent=2)

@@ -317,28 +317,6 @@ def test_non_finite_loss_touches_nothing(tmp_path, npz):
     assert saved["iteration"] == 2 and all(torch.isfinite(value).all() for value in saved["teacher"].values())
 
 
-def test_collapse_is_called_by_its_name():
-    module = load_train()
-    module.dino_head_out_dim, module.max_iterations = 64, 100
-    healthy = dict(iteration=60, dino_local_loss=2.5, dino_global_loss=0.5, teacher_entropy=1.0, prototype_use=0.5, rankme=20.0)
-    ln_k = float(np.log(64))
-    assert module.diagnose(healthy) == ""
-    assert "RankMe near 1" in module.diagnose(dict(healthy, rankme=1.1))
-    stuck = dict(healthy, dino_local_loss=ln_k * 0.8, dino_global_loss=ln_k * 0.2, teacher_entropy=ln_k)
-    assert "NOT LEARNING" in module.diagnose(stuck) and module.diagnose(dict(stuck, iteration=3)) == ""
-    assert "one prototype" in module.diagnose(dict(healthy, prototype_use=1 / 64))
-
-
-def test_monitor_numbers():
-    module = load_train()
-    one_hot = torch.eye(8).unflatten(0, (2, 4))                # [V,B,K], every row another prototype
-    values = module.monitor(dict(global_cls=torch.eye(8)), dict(dino=one_hot))
-    assert values["teacher_entropy"] == pytest.approx(0, abs=1e-6) and values["prototype_use"] == pytest.approx(1, rel=1e-5)
-    assert values["rankme"] == pytest.approx(8, rel=1e-3)
-    uniform = torch.full((2, 4, 8), 1 / 8)
-    assert module.monitor(dict(global_cls=torch.eye(8)), dict(dino=uniform))["teacher_entropy"] == pytest.approx(np.log(8), rel=1e-5)
-
-
 def test_a_tiny_set_is_overfitted(tmp_path, npz):
     """20 slices, hardly augmented: the loss falls far below ln K, so the student learns what the teacher says."""
     records = run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=100", "--lr=3e-3", "--momentum_teacher=0.9", "--freeze_last_layer=0",
