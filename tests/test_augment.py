@@ -352,7 +352,8 @@ def test_grayscale_makes_equal_channels(monkeypatch):
 def apply_matrix(x, **strengths):
     """color_matrix applied, with everything that is not named left at 0."""
     zero = np.zeros(len(x))
-    matrix, offset = color_matrix(x, zero > 0, **{**dict(brightness=zero, contrast=zero, saturation=zero, hue=zero), **strengths})
+    strengths = {**dict.fromkeys(("brightness", "contrast", "saturation", "hue"), zero), **strengths}
+    matrix, offset = color_matrix(x, zero > 0, **strengths)
     return torch.einsum("nij,njhw->nihw", matrix, x) + offset[:, :, None, None]
 
 
