@@ -103,11 +103,11 @@ class Rows:
 
 class Dataset(torch.utils.data.Dataset):
     """One split: .images [N,H,W] or [N,H,W,C] (or a list of files), .labels [N] int64 ([N,c] multi-label) or None, .masks
-    [N,H,W] or None, .class_names, .num_channels. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
+    [N,H,W] or None, .class_names, .num_channels, .splits that its source has. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
 
-    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train"):
+    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train", splits=()):
         self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
-        self.name, self.split = name, split
+        self.name, self.split, self.splits = name, split, list(splits)
         self.num_channels = images.num_channels if hasattr(images, "num_channels") else 1 if images.ndim == 3 else images.shape[3]
 
     def __len__(self):
@@ -131,7 +131,7 @@ class Dataset(torch.utils.data.Dataset):
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
         return Dataset(Rows(self.images, rows, self.num_channels), None if self.labels is None else self.labels[rows],
-                       None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split)
+                       None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split, self.splits)
 
     def __getstate__(self):
         """For spawned workers: a memory map would be pickled by content, so send its file name and map it again there."""
@@ -179,7 +179,7 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
         if other is not None and len(other) != len(images):
             raise UserError(f"{where}: {len(other)} {what} for {len(images)} images; there must be one each")
     labels = None if labels is None else np.asarray(labels).squeeze(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    dataset = Dataset(images, labels, masks, class_names, dataset_path, split)
+    dataset = Dataset(images, labels, masks, class_names, dataset_path, split, splits)
     if num_channels and dataset.num_channels != num_channels:
         raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
                         f"--num_channels={dataset.num_channels}, or 0 to take what the data has")

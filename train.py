@@ -240,6 +240,11 @@ def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, b
         group["weight_decay"] = weight_decay_now * group["wd_mult"]
 
 
+def ignore_ctrl_c(_):
+    """For loader workers: Ctrl-C reaches every process of the terminal, the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main(sources):
     """Train with the config in this module's globals; sources: from configurator.override, for the printed config."""
     run_device = setup(device)
@@ -249,18 +254,18 @@ def main(sources):
     resume = resume_from if resume_from != "auto" else run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
     state = load_state(resume) if resume else None
 
-    # ---- folders and log ----
-    if is_main() and (moved := open_run(run_dir, resume, dump(globals(), config_keys))):
-        print(f"{run_dir} held an earlier run: moved to {moved} (to continue a run: --resume_from)")
-    barrier()
-    log_file = open(f"{run_dir}/logs/train.log", "a", buffering=1) if is_main() else None
-    jsonl = f"{run_dir}/log.jsonl"
+    told = []                                                  # what is said before the run has a folder
 
     def say(text):
         if is_main():
             print(text, flush=True)
-            log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            told.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            if start_iteration is not None:
+                with open(f"{run_dir}/logs/train.log", "a") as file:
+                    file.writelines(told)
+                told.clear()
 
+    start_iteration = None                                     # set when all input is found good: until then nothing is written
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
     if state:
@@ -271,18 +276,12 @@ def main(sources):
     def open_split(split):
         return load_dataset(dataset_path, split, dataset_size, cache_dir, download_url, num_channels, seed)
 
-    def open_split_or_none(split):
-        try:
-            return open_split(split)
-        except UserError:
-            return None
-
     with main_first():                                         # one process per machine downloads and unpacks
         train_set = open_split("train")
         channels = train_set.num_channels
-        splits = {split: open_split_or_none(split) for split in dict.fromkeys((eval_split, "test"))} if train_set.labels is not None else {}
-    single_label = train_set.labels is not None and train_set.labels.ndim == 1
-    measured = {split: data for split, data in splits.items() if data is not None and single_label}
+        single_label = train_set.labels is not None and train_set.labels.ndim == 1
+        wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if single_label else []
+        measured = {split: open_split(split) for split in wanted}
     if label_guided_crops_number and train_set.masks is None:
         raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; set it to 0")
     value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed, on_bad_image=on_bad_image)
@@ -297,7 +296,7 @@ def main(sources):
             raise UserError(f"{key}={value}: the images have {channels} channel(s); give as many values")
     say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), {getattr(train_set.images, 'dtype', 'image files')}; "
         + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or "no k-NN: "
-           + ("no labels" if train_set.labels is None else "several labels per image" if not single_label else "no other split")) +
+           + ("no labels" if train_set.labels is None else "several labels per image")) +
         f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} ({'given' if image_mean else stats_from})")
 
     # ---- student and teacher ----
@@ -347,7 +346,7 @@ def main(sources):
     if mixed_precision == "fp16" and run_device.type != "cuda":
         raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
     scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
-    start_iteration, knn = 0, {}                               # knn: start, best, best_iteration on eval_split
+    first_iteration, knn = 0, {}                               # knn: start, best, best_iteration on eval_split
     if state:
         check_fits(state, student, config)
         student.load_state_dict(state["student"])
@@ -355,9 +354,9 @@ def main(sources):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         centers = {name: value.to(run_device) for name, value in state["centers"].items()}
-        start_iteration, knn = state["iteration"], state["knn"]
-        if is_main():
-            truncate_log(jsonl, start_iteration)
+        first_iteration, knn = state["iteration"], state["knn"]
+        if first_iteration >= max_iterations:
+            raise UserError(f"resume_from={resume!r} has finished {first_iteration} iterations; raise max_iterations={max_iterations} to go on")
     if compile:
         student.backbone.compile()
     student = wrap(student, distribution, run_device)
@@ -372,14 +371,23 @@ def main(sources):
     mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max, exact=ibot_mask_exact) \
         if ibot_loss_weight > 0 else None
     crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings, on_bad_image)
-    order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), start_iteration, max_iterations, seed, shuffle)
+    order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), first_iteration, max_iterations, seed, shuffle)
     workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
     loader = DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers, pin_memory=run_device.type == "cuda",
-                        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+                        worker_init_fn=ignore_ctrl_c)
     preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
     photometrics = Photometrics(preset, value_range, mean, std, window_jitter, blur_probability)
     say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; {preset} augmentation; "
         f"{len(train_set) / global_batch_size:.1f} iterations an epoch; {workers} loader worker(s) per rank")
+
+    # ---- all input is good: the run's folder ----
+    jsonl = f"{run_dir}/log.jsonl"
+    if is_main():
+        if moved := open_run(run_dir, resume, dump(globals(), config_keys)):
+            print(f"{run_dir} held an earlier run: moved to {moved} (to continue a run: --resume_from)")
+        truncate_log(jsonl, first_iteration)
+    barrier()
+    start_iteration = first_iteration
 
     def autocast():                                            # a fresh region each time: see EMATeacher.teacher_weights
         return torch.autocast(run_device.type, torch.float16 if mixed_precision == "fp16" else torch.bfloat16, enabled=mixed_precision != "no")
