@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -32,12 +33,13 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)      #
 
 # ---- one image ----
 
-def load_image(path, num_channels=0):
+def load_image(path, num_channels=0, as_mask=False):
     """One image file as an [H,W,C] array in its own dtype.
 
     png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope and
     intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are converted (a grey
-    jpg in an RGB folder), everything else must have it. Raises UserError that names the file.
+    jpg in an RGB folder), everything else must have it. as_mask: palette numbers stay numbers, of colours the largest channel
+    counts. Raises UserError that names the file.
     """
     try:
         if path.lower().endswith(".npy"):
@@ -46,7 +48,10 @@ def load_image(path, num_channels=0):
             image = _load_dicom(path)
         else:
             with Image.open(path) as picture:
-                if picture.mode.startswith(("I", "F")):
+                if as_mask:
+                    image = np.asarray(picture if picture.mode in ("1", "L", "P") else picture.convert("RGB"))
+                    image = image.max(axis=2) if image.ndim == 3 else image.astype(np.uint8)
+                elif picture.mode.startswith(("I", "F")):
                     image = np.asarray(picture)
                 else:
                     grey = num_channels == 1 or (num_channels == 0 and picture.mode in ("1", "L"))
@@ -76,17 +81,28 @@ def _load_dicom(path):
 class ImageFiles:
     """A list of image files that behaves like an array of images: len() and [i] -> [H,W,C]; '' stands for no file."""
 
-    def __init__(self, paths, num_channels=0):
-        self.paths, self.num_channels = paths, num_channels
+    def __init__(self, paths, num_channels=0, as_mask=False):
+        self.paths, self.num_channels, self.as_mask = paths, num_channels, as_mask
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return load_image(self.paths[i], self.num_channels) if self.paths[i] else None
+        return load_image(self.paths[i], self.num_channels, self.as_mask) if self.paths[i] else None
 
 
-class Rows:
+class Sendable:
+    """What goes to spawned workers: a memory map would be pickled by content, so its file name travels and is mapped again."""
+
+    def __getstate__(self):
+        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value for key, value in self.__dict__.items()}
+
+    def __setstate__(self, state):
+        self.__dict__ = {key: np.load(value[1], mmap_mode="r") if isinstance(value, tuple) and value[:1] == ("mapped",) else value
+                         for key, value in state.items()}
+
+
+class Rows(Sendable):
     """Some rows of an array or of ImageFiles, without a copy."""
 
     def __init__(self, items, rows, num_channels=0):
@@ -101,7 +117,7 @@ class Rows:
 
 # ---- one split ----
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(Sendable, torch.utils.data.Dataset):
     """One split: .images [N,H,W] or [N,H,W,C] (or a list of files), .labels [N] int64 ([N,c] multi-label) or None, .masks
     [N,H,W] or None, .class_names, .num_channels, .splits that its source has. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
 
@@ -132,14 +148,6 @@ class Dataset(torch.utils.data.Dataset):
         """Another view of the same images: rows [n] int."""
         return Dataset(Rows(self.images, rows, self.num_channels), None if self.labels is None else self.labels[rows],
                        None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split, self.splits)
-
-    def __getstate__(self):
-        """For spawned workers: a memory map would be pickled by content, so send its file name and map it again there."""
-        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value for key, value in self.__dict__.items()}
-
-    def __setstate__(self, state):
-        self.__dict__ = {key: np.load(value[1], mmap_mode="r") if isinstance(value, tuple) and value[:1] == ("mapped",) else value
-                         for key, value in state.items()}
 
 
 def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="", num_channels=0, seed=0):
@@ -199,7 +207,10 @@ def _read_arrays(folder):
     def read(split):
         def mapped(key):
             path = os.path.join(folder, f"{split}_{key}.npy")
-            return np.load(path, mmap_mode="r", allow_pickle=False) if os.path.isfile(path) else None
+            try:
+                return np.load(path, mmap_mode="r", allow_pickle=False) if os.path.isfile(path) else None
+            except ValueError as error:                         # python objects, which would have to be unpickled
+                raise UserError(f"{path}: cannot be read ({error}); save plain numbers") from None
         images = mapped("images")
         if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
             raise UserError(f"{folder}: {split}_images has shape {images.shape}, {images.dtype}; needs numbers [N,H,W] or [N,H,W,C]")
@@ -236,7 +247,7 @@ def _unpack(path, folder):
                     raise UserError(f"{path}: member {name!r} is not a plain .npy; is this an .npz written by numpy?")
                 with archive.open(name) as source, open(os.path.join(folder, name), "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not a complete .npz file ({error}); copy or download it again") from None
 
 
@@ -311,11 +322,11 @@ def _phantom_arrays(cache_dir, size):
 
 # ---- folders of images ----
 
-def _first_channels(paths):
+def _first_channels(paths, num_channels):
     """Channels of the first file that can be read; what is wrong with the others shows when they are."""
     for path in paths[:100]:
         try:
-            return load_image(path).shape[2]
+            return load_image(path, num_channels).shape[2]
         except UserError as error:
             problem = error
     raise problem
@@ -341,16 +352,17 @@ def _scan_folder(root, num_channels):
     def read(split):
         top, pictures, files = found[split]
         paths = [os.path.join(pictures, file) for file in files]
-        channels = num_channels or _first_channels(paths)
+        native = _first_channels(paths, 0)
+        if 0 < num_channels < native:                           # grey pictures may be asked for as RGB among others, not the reverse
+            raise UserError(f"dataset_path={root!r}: images have {native} channel(s), num_channels={num_channels}; set --num_channels=0 "
+                            "to take what the data has")
+        channels = _first_channels(paths, num_channels) if num_channels else native
         masks = None
         if pictures != top:
             stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
             candidates = [next((stem + e for e in (".png", ".npy", ".tif", ".bmp") if os.path.isfile(stem + e)), "") for stem in stems]
-            masks = ImageFiles(candidates)
+            masks = ImageFiles(candidates, as_mask=True)
         labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
-        if _first_channels(paths) != channels:
-            raise UserError(f"dataset_path={root!r}: images have {_first_channels(paths)} channel(s), num_channels={channels}; set "
-                            "--num_channels=0 to take what the data has")
         return ImageFiles(paths, channels), labels, masks
     return read, list(tops), class_names
 
@@ -379,7 +391,8 @@ def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=
         else:
             low, high = np.percentile(np.concatenate([image.ravel()[::7] for image in images]), (0.5, 99.5))
             digits = 0 if high - low > 20 else 4
-            intensity_range = (round(float(low), digits), round(float(max(high, low + 1e-6)), digits))
+            low, high = round(float(low), digits), round(float(high), digits)
+            intensity_range = (low, high if high > low else low + 1)       # nothing but air: any width will do
     low, high = intensity_range
     sums = np.zeros((3, dataset.num_channels))
     for image in images:

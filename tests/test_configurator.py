@@ -1,100 +1,230 @@
-"""Config files and flags: what is accepted, what is refused, and in which words."""
+"""Config files and flags: what is applied, what is refused and in which words, and that a dump runs again."""
+import os
 import subprocess
 import sys
-import types
 
 import pytest
 
-from configurator import UserError, describe, dump, list_keys, override
+from configurator import UserError, describe, dump, list_keys, one_line_errors, override
+from tests_support import ROOT
+
+SCRIPT = '''"""A tiny script.
+
+    python tiny.py
+"""
+import sys
+from configurator import dump, list_keys, one_line_errors, override
+# ==== config: all of it ====
+lr = 1e-4                    # peak, absolute
+steps = 100                  # iterations
+shuffle = True               # a new order every epoch
+model_name = 'tiny'          # the run's name
+scale = (0.4, 1.0)           # share of the area
+numbers = ()                 # () = not set
+dino_head_out_dim = 64       # prototypes
+_hidden = 3
+CONSTANT = 4
+config_keys = list_keys(globals())
+late = 5
+
+if __name__ == "__main__":
+    with one_line_errors():
+        override(globals(), config_keys, sys.argv[1:])
+        print(dump(globals(), config_keys), end="")
+'''
+KEYS = ["lr", "steps", "shuffle", "model_name", "scale", "numbers", "dino_head_out_dim"]
 
 
-def namespace():
-    values = dict(lr=1e-4, steps=100, warmup=10, name="run", flip=True, scale=(0.4, 1.0), mean=(), teacher_temp=0.07, dino_head_out_dim=64, crops_size=8)
-    return dict(values, sys=sys, CONSTANT=3, _private=1), list(values)
+@pytest.fixture
+def script(tmp_path):
+    """The path of a tiny script with a config block."""
+    path = tmp_path / "tiny.py"
+    path.write_text(SCRIPT)
+    return path
 
 
-def apply(*argv, tmp_path=None, files=()):
-    values, keys = namespace()
-    paths = []
-    for i, text in enumerate(files):
-        paths.append(str(tmp_path / f"c{i}.py"))
-        (tmp_path / f"c{i}.py").write_text(text)
-    return values, override(values, keys, [*paths, *argv])
+@pytest.fixture
+def apply(script):
+    """A function (*argv) -> the script's config after override, with `sources` beside it."""
+    def run(*argv):
+        namespace = {"__file__": str(script), "__name__": "tiny"}
+        exec(SCRIPT, namespace)
+        sources = override(namespace, namespace["config_keys"], [str(arg) for arg in argv])
+        return {key: namespace[key] for key in KEYS} | dict(sources=sources, namespace=namespace)
+    return run
 
 
-def test_list_keys_takes_plain_lower_case_globals():
-    values, keys = namespace()
-    assert list_keys(values) == keys
+@pytest.fixture
+def config(tmp_path):
+    """A function (text, name) -> the path of a config file."""
+    def write(text, name="config.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+    return write
 
 
-def test_flags_take_the_type_of_the_default():
-    values, sources = apply("--lr=1", "--steps=1e5", "--name=a=b", "--flip=false", "--scale=0.1,0.5", "--mean=0.5", "--dino_head.out_dim=8",
-                            "--teacher-temp=0.04", "--whatever.crops_size=16")
-    assert values["lr"] == 1.0 and type(values["lr"]) is float and values["steps"] == 100000 and type(values["steps"]) is int
-    assert values["name"] == "a=b" and values["flip"] is False and values["scale"] == (0.1, 0.5) and values["mean"] == (0.5,)
-    assert values["dino_head_out_dim"] == 8 and values["teacher_temp"] == 0.04 and values["crops_size"] == 16
-    assert sources["lr"] == (1e-4, "command line")
-
-
-def test_a_str_is_never_evaluated():
-    assert apply("--name=__import__('os')")[0]["name"] == "__import__('os')"
-
-
-def test_files_apply_in_order_and_see_current_values(tmp_path):
-    values, sources = apply("--lr=3", tmp_path=tmp_path, files=["steps = 500\nlr = 1", "import math\n_half = steps // 2\nwarmup = _half // 10\nlr = 2\n"])
-    assert (values["steps"], values["warmup"], values["lr"]) == (500, 25, 3.0) and sources["warmup"][1].endswith("c1.py")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--steps=1.5"], "command line: steps = 1.5 (float), needs int like 100"),
-    (["--steps=true"], "needs int"), (["--flip=1"], "needs true or false"), (["--lr=hot"], "needs float like 0.0001"),
-    (["--scale=0.1"], "needs tuple of 2 like (0.4, 1.0)"), (["--scale=0.1,b"], "needs tuple"),
-    (["--teacher_tmp=1"], "unknown key 'teacher_tmp', did you mean 'teacher_temp'?"),
-    (["--flip"], "--flip has no value, write --flip=VALUE"), (["--__name__=evil"], "unknown key"), (["--CONSTANT=4"], "unknown key"),
-    (["nowhere.py"], "nowhere.py: no such config file"),
-])
-def test_refused_on_the_command_line(argv, message):
+def refused(apply, *argv):
+    """The lines of the error that the arguments raise."""
     with pytest.raises(UserError) as error:
         apply(*argv)
-    assert message in str(error.value)
+    return [line.strip() for line in str(error.value).split("\n")]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("learning_rate = 1", "unknown key 'learning_rate'"), ("lr = '5e-4'", "lr = '5e-4' (str), needs float"), ("steps = True", "needs int"),
-    ("lr = (", "SyntaxError"), ("lr = nothing", "NameError"), ("sys = 3", "unknown key 'sys'"), ("steps = float('nan')", "needs int"),
-])
-def test_refused_in_a_file(tmp_path, text, message):
-    with pytest.raises(UserError) as error:
-        apply(tmp_path=tmp_path, files=[text])
-    assert message in str(error.value) and "c0.py" in str(error.value)
+# ---- keys ----
+
+def test_keys_are_the_plain_lower_case_globals_above_the_call():
+    namespace = {"__name__": "tiny"}
+    exec(SCRIPT, namespace)
+    assert namespace["config_keys"] == KEYS                   # in their order; not _hidden, CONSTANT, late, modules or functions
+    assert list_keys(dict(a=None, b=[1], c={}, d=len, e=1)) == ["e"]
 
 
-def test_all_errors_come_together_and_nothing_else_is_touched(tmp_path):
-    values, keys = namespace()
-    (tmp_path / "c.py").write_text("lr = 'x'\nnam = 1\nsteps = 7\n")
-    with pytest.raises(UserError) as error:
-        override(values, keys, [str(tmp_path / "c.py"), "--flip=2", "--scale=1"])
-    assert all(text in str(error.value) for text in ("lr = 'x'", "'nam'", "flip = '2'", "scale = (1,)"))
-    assert values["CONSTANT"] == 3 and isinstance(values["sys"], types.ModuleType)
+# ---- what is applied ----
+
+def test_nothing_given_changes_nothing(apply):
+    found = apply()
+    assert found["sources"] == {} and found["lr"] == 1e-4 and found["steps"] == 100
 
 
-def test_dump_runs_again_and_describe_marks_changes(tmp_path):
-    values, sources = apply("--lr=2e-5", "--scale=0.2,0.9", "--name=it's")
-    keys = namespace()[1]
-    again, _ = apply(tmp_path=tmp_path, files=[dump(values, keys)])
-    assert all(again[key] == values[key] for key in keys)
-    lines = describe(values, keys, sources).splitlines()
-    assert lines[0].startswith("* lr") and "default 0.0001, from command line" in lines[0] and lines[1].startswith("  steps")
+def test_later_wins_and_flags_come_last(apply, config):
+    first, second = config("lr = 1.0\nsteps = 1\nshuffle = False\n", "a.py"), config("lr = 2.0\nsteps = 2\n", "b.py")
+    found = apply("--lr=3", first, second)                    # a flag before the files counts all the same
+    assert (found["lr"], found["steps"], found["shuffle"]) == (3.0, 2, False)
+    assert found["sources"] == dict(lr=(1e-4, "command line"), steps=(100, second), shuffle=(True, first))
 
 
-def test_help_and_errors_of_a_script(tmp_path):
-    import configurator
-    script = tmp_path / "script.py"
-    script.write_text(f'"""What it does."""\nimport sys\nsys.path.insert(0, {configurator.__file__.rsplit("/", 1)[0]!r})\n'
-                      "from configurator import list_keys, one_line_errors, override\n# ==== config ====\n# ---- group ----\nlr = 0.1  # step size\n"
-                      "config_keys = list_keys(globals())\nif __name__ == '__main__':\n    with one_line_errors():\n"
-                      "        print(override(globals(), config_keys, sys.argv[1:]))\n")
-    helped = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert helped.returncode == 0 and "What it does." in helped.stdout and "# ---- group ----\nlr = 0.1  # step size" in helped.stdout
-    failed = subprocess.run([sys.executable, str(script), "--lrr=1"], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr == "error: command line: unknown key 'lrr', did you mean 'lr'?\n"
+def test_values_computed_from_current_ones(apply, config):
+    found = apply(config("steps = 50\n", "a.py"), config("lr = steps / 1000\n_half = steps // 2\ndino_head_out_dim = _half\n", "b.py"))
+    assert found["lr"] == 0.05 and found["dino_head_out_dim"] == 25
+
+
+def test_imports_and_underscore_names_in_a_file_are_scratch(apply, config):
+    found = apply(config("import math\nfrom math import sqrt\n_x = 3\nlr = math.pi * sqrt(_x)\n"))
+    assert found["lr"] == pytest.approx(5.4413981) and "math" not in found["namespace"] and "_x" not in found["namespace"]
+
+
+@pytest.mark.parametrize("flag", ["dino_head_out_dim", "dino-head-out-dim", "dino_head.out_dim", "dino_head.out-dim", "heads.dino_head_out_dim"])
+def test_dots_dashes_and_sections_in_a_flag(apply, flag):
+    assert apply(f"--{flag}=8192")["dino_head_out_dim"] == 8192
+
+
+@pytest.mark.parametrize("flag, key, value", [
+    ("--lr=1", "lr", 1.0), ("--lr=5e-4", "lr", 5e-4), ("--lr=-1.5", "lr", -1.5),
+    ("--steps=1e5", "steps", 100000), ("--steps=2.0", "steps", 2), ("--steps=-1", "steps", -1),
+    ("--shuffle=false", "shuffle", False), ("--shuffle=False", "shuffle", False), ("--shuffle=TRUE", "shuffle", True),
+    ("--model_name=2024", "model_name", "2024"), ("--model_name=a=b", "model_name", "a=b"), ("--model_name=", "model_name", ""),
+    ("--model_name=__import__('os')", "model_name", "__import__('os')"),
+    ("--scale=(0.1, 1)", "scale", (0.1, 1.0)), ("--scale=0.1,1", "scale", (0.1, 1.0)), ("--scale=[0.1,1]", "scale", (0.1, 1.0)),
+    ("--numbers=0.5", "numbers", (0.5,)), ("--numbers=1,2,3", "numbers", (1.0, 2.0, 3.0)), ("--numbers=()", "numbers", ())])
+def test_values_take_the_type_of_the_default(apply, flag, key, value):
+    found = apply(flag)[key]
+    assert found == value and type(found) is type(value)
+    if isinstance(value, tuple):
+        assert [type(item) for item in found] == [type(item) for item in value]
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("flag, message", [
+    ("--lr=fast", "command line: lr = 'fast' (str), needs float like 0.0001"),
+    ("--lr=true", "command line: lr = 'true' (str), needs float like 0.0001"),
+    ("--lr=True", "command line: lr = True (bool), needs float like 0.0001"),
+    ("--steps=1.5", "command line: steps = 1.5 (float), needs int like 100"),
+    ("--steps=1e999", "command line: steps = inf (float), needs int like 100"),
+    ("--steps=2**3", "command line: steps = '2**3' (str), needs int like 100"),       # a flag is not evaluated
+    ("--shuffle=1", "command line: shuffle = '1' (str), needs true or false"),
+    ("--shuffle=yes", "command line: shuffle = 'yes' (str), needs true or false"),
+    ("--scale=0.4", "command line: scale = (0.4,) (tuple), needs tuple of 2 like (0.4, 1.0)"),
+    ("--scale=1,2,3", "command line: scale = (1, 2, 3) (tuple), needs tuple of 2 like (0.4, 1.0)"),
+    ("--scale=(0.4,'x')", "command line: scale = (0.4, 'x') (tuple), needs float like 1.0"),
+    ("--numbers=abc", "command line: numbers = 'abc' (str), needs tuple of numbers"),
+    ("--shuffle", "command line: --shuffle has no value, write --shuffle=VALUE like --shuffle=True"),
+    ("--stepz=3", "command line: unknown key 'stepz', did you mean 'steps'?"),
+    ("--dino_head.out_dum=3", "command line: unknown key 'dino_head_out_dum', did you mean 'dino_head_out_dim'?"),
+    ("--qqqq=3", "command line: unknown key 'qqqq'; --help lists the keys"),
+    ("--late=3", "command line: unknown key 'late'; --help lists the keys"),
+    ("--CONSTANT=3", "command line: unknown key 'CONSTANT'; --help lists the keys"),
+    ("--__name__=evil", "command line: unknown key '__name__'; --help lists the keys")])
+def test_one_bad_flag_is_one_sentence(apply, flag, message):
+    assert refused(apply, flag) == [message]
+
+
+def test_types_in_a_file_are_checked(apply, config):
+    path = config("lr = '5e-4'\nsteps = 1.5\nshuffle = 1\nmodel_name = 3\nscale = (0.4, '1')\n")
+    assert refused(apply, path) == [
+        f"{path}: lr = '5e-4' (str), needs float like 0.0001", f"{path}: steps = 1.5 (float), needs int like 100",
+        f"{path}: shuffle = 1 (int), needs true or false", f"{path}: model_name = 3 (int), needs str like 'tiny'",
+        f"{path}: scale = (0.4, '1') (tuple), needs float like 1.0"]
+
+
+def test_all_mistakes_come_at_once(apply, config):
+    first, second = config("stepz = 3\nlr = 'x'\n", "a.py"), config("lr = 1 / 0\n", "b.py")
+    lines = refused(apply, first, second, "nowhere.py", "--steps=x", "--shuffle")
+    assert lines == [f"{first}: lr = 'x' (str), needs float like 0.0001", f"{first}: unknown key 'stepz', did you mean 'steps'?",
+                     f"{second}: ZeroDivisionError: division by zero", "nowhere.py: no such config file",
+                     "command line: steps = 'x' (str), needs int like 100",
+                     "command line: --shuffle has no value, write --shuffle=VALUE like --shuffle=True"]
+
+
+def test_a_file_that_does_not_parse_is_named(apply, config):
+    path = config("lr = = 3\n")
+    [line] = refused(apply, path)
+    assert line.startswith(f"{path}: SyntaxError: ")
+
+
+def test_a_missing_file_has_a_nearest_name(apply, tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "pathmnist.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert refused(apply, "config/pathmnis.py") == ["config/pathmnis.py: no such config file, did you mean config/pathmnist.py?"]
+
+
+# ---- what is told and saved ----
+
+def test_describe_marks_what_was_changed(apply, config):
+    path = config("steps = 7\n")
+    found = apply(path, "--scale=0.5,1")
+    lines = describe(found["namespace"], KEYS, found["sources"]).split("\n")
+    assert len(lines) == len(KEYS)
+    assert "* steps             = 7   (default 100, from " + path + ")" in lines
+    assert "* scale             = (0.5, 1.0)   (default (0.4, 1.0), from command line)" in lines
+    assert "  model_name        = 'tiny'" in lines
+
+
+def test_dump_makes_a_round_trip(apply, config):
+    found = apply("--lr=1e-7", "--steps=3", "--shuffle=false", "--model_name=it's \"a\" \\ test", "--scale=0.1,0.123456789012345678", "--numbers=1,2")
+    again = apply(config(dump(found["namespace"], KEYS)))
+    assert {key: again[key] for key in KEYS} == {key: found[key] for key in KEYS}
+
+
+def run_script(script, *argv):
+    return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=ROOT))
+
+
+def test_a_script_on_the_command_line(script):
+    result = run_script(script, "--steps=3")
+    assert result.returncode == 0 and "steps = 3\n" in result.stdout
+    result = run_script(script, "--stepz=3", "--lr=x")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == ("error: command line: unknown key 'stepz', did you mean 'steps'?\n"
+                             "       command line: lr = 'x' (str), needs float like 0.0001\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_prints_docstring_and_block(apply, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        apply("--nonsense=1", flag)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith("A tiny script.") and "python tiny.py" in text
+    assert "lr = 1e-4                    # peak, absolute" in text and "dino_head_out_dim = 64" in text
+    assert "import sys" not in text and "config_keys" not in text and "====" not in text
+
+
+def test_only_user_errors_lose_their_traceback():
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise UserError("x=3: must be 4")
+    assert stop.value.code == "error: x=3: must be 4"
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError("a bug")

@@ -1,86 +1,195 @@
-"""Two gloo processes against one with the joined batch. train.py's own parity is in test_train.py."""
+"""Two gloo processes against one with the joined batch: targets, losses, gradients; and the small helpers, alone and together."""
 import os
+import socket
+import time
 
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 
 import distributed
+from distributed import all_reduce_max, all_reduce_mean, all_reduce_sum, gather_objects, main_first, no_sync, unwrap, wrap
 from losses import dino_loss, ibot_loss, sinkhorn_knopp, softmax_center, update_center
-from model import DINOHead, Student, build_backbone
+from model import DINOHead, EMATeacher, Student, build_backbone
+
+WORLD = 2
+ROWS = {"equal": (4, 4), "unequal": (6, 2), "an empty rank": (8, 0), "the other empty": (0, 8), "no rows at all": (0, 0)}
+V, L, B, P = 2, 2, 4, 16                                       # B images over both ranks, crops of 32 and 16 pixels, patches of 8
+TARGETS = {"centering": lambda logits, center: softmax_center(logits, center, 0.05), "sinkhorn_knopp": lambda logits, _: sinkhorn_knopp(logits, 0.05)}
 
 
-def inputs():
-    """The joined batch and how two ranks share it; the second half of the masked rows is empty for rank 1."""
-    g = torch.Generator().manual_seed(0)
-    return dict(crops=torch.randn(2, 4, 1, 16, 16, generator=g), teacher=torch.rand(2, 4, 12, generator=g), masked=torch.rand(5, 12, generator=g),
-                masks=torch.zeros(8, 4, dtype=torch.bool))
+# ---- what one process computes, on its share or on everything ----
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def student():
-    torch.manual_seed(1)
-    return Student(build_backbone("vit", False, 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16),
-                   DINOHead(16, 12, 8, 4))
+def share(rows, rank):
+    """This rank's part of the rows; all of them for rank None."""
+    logits = normal(sum(rows), 6, seed=1)
+    return logits if rank is None else logits.split(rows)[rank]
 
 
-def measure(rank, world):
-    """What a rank computes from its share; rows of a rank are images [rank * 4 / world, ...)."""
-    x = inputs()
-    mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    teacher = x["teacher"][:, mine].flatten(0, 1)
-    masked = x["masked"] if world == 1 else x["masked"][:0] if rank == 1 else x["masked"]        # rank 1 has no masked patch
-    uneven = x["masked"] if world == 1 else x["masked"][:2] if rank == 0 else x["masked"][2:]
-    network = student()
-    network.backbone.embeddings.mask_token.requires_grad_(False)
-    wrapped = distributed.wrap(network, "ddp", torch.device("cpu"))
-    out = wrapped(x["crops"][:, mine].flatten(0, 1))["global_logits"].unflatten(0, (2, -1))
-    probs = softmax_center(teacher, torch.zeros(1, 12), 0.05).unflatten(0, (2, -1))
-    loss = dino_loss(out, probs) + ibot_loss(out.flatten(0, 1)[:0], masked[:0], x["masks"][:out.shape[0] * out.shape[1]])
+def images_of(crops, rank):
+    """View-major crops of all images -> those of this rank's images, view-major."""
+    if rank is None:
+        return crops
+    by_view = crops.unflatten(0, (-1, B))
+    return by_view[:, rank * B // WORLD:(rank + 1) * B // WORLD].flatten(0, 1)
+
+
+def targets(rank):
+    """{(what, split): tensor} of centres and Sinkhorn targets."""
+    found = {}
+    for name, rows in ROWS.items():
+        logits = share(rows, rank)
+        found["center", name] = update_center(normal(1, 6, seed=2), logits, momentum=0.9)
+        found["sinkhorn", name] = sinkhorn_knopp(logits, 0.05)
+    return found
+
+
+def build_student():
+    torch.manual_seed(0)
+    backbone = build_backbone("dinov2", use_pretrained=False, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    return Student(backbone, DINOHead(16, 12, 20, 8, norm_last_layer=False), DINOHead(16, 10, 20, 8))
+
+
+def step(student, teacher, rank, centering, seed=0):
+    """Loss of one forward pass, backward done. The masks have as many masked crops on each rank but not as many patches."""
+    masks = normal(V * B, P, seed=seed + 5) > 0.4
+    masks[0] = masks[B - 1] = False
+    masks[1, 1:], masks[1, 0] = False, True
+    masks = images_of(masks, rank)
+    global_crops, local_crops = (images_of(normal(n * B, 3, size, size, seed=seed + size), rank) for n, size in ((V, 32), (L, 16)))
+    with teacher.teacher_weights(student) as network:
+        teacher_out = network(global_crops, masks=masks, apply_masks=False)
+    to_probs = TARGETS[centering]
+    dino_probs = to_probs(teacher_out["global_logits"], normal(1, 12, seed=3) / 10).unflatten(0, (V, -1))
+    ibot_probs = to_probs(teacher_out["masked_logits"], normal(1, 10, seed=4) / 10)
+    out = student(global_crops, local_crops, masks)
+    logits = torch.cat([out["global_logits"], out["local_logits"]]).unflatten(0, (V + L, -1))
+    loss = dino_loss(logits, dino_probs) + ibot_loss(out["masked_logits"], ibot_probs, masks)
     loss.backward()
-    return dict(center=update_center(torch.zeros(1, 12), teacher), masked_center=update_center(torch.zeros(1, 12), masked),
-                sinkhorn=sinkhorn_knopp(teacher, 0.05).unflatten(0, (2, -1)), empty=sinkhorn_knopp(masked, 0.05), uneven=sinkhorn_knopp(uneven, 0.05),
-                loss=distributed.all_reduce_mean(loss.detach()), largest=distributed.all_reduce_max(torch.tensor(rank)),
-                grads={name: p.grad for name, p in network.named_parameters() if p.grad is not None}, names=distributed.gather_objects(f"rank {rank}"))
+    return all_reduce_mean(loss.detach())
 
 
-def worker(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+def gradients(student):
+    return {name: param.grad.clone() for name, param in unwrap(student).named_parameters() if param.grad is not None}
+
+
+def training(rank):
+    """{(what, centering): loss or gradients}: of one batch, and of two batches accumulated."""
+    found, device = {}, torch.device("cpu")
+    for centering in TARGETS:
+        student = build_student().train()
+        teacher = EMATeacher(student)
+        student = wrap(student, "ddp", device)
+        found["loss", centering] = step(student, teacher, rank, centering)
+        found["gradients", centering] = gradients(student)
+        student.zero_grad()
+        for micro in range(2):
+            with no_sync(student, last=micro == 1):
+                step(student, teacher, rank, centering, seed=100 * micro)
+        found["accumulated", centering] = gradients(student)
+    return found
+
+
+def helpers(rank, folder):
+    """What the small functions say, for comparison in the parent."""
+    x = torch.tensor([1.0, 5.0]) if rank == 0 else torch.tensor([3.0, 2.0])
+    before = x.clone()
+    found = dict(sum=all_reduce_sum(x), max=all_reduce_max(x), mean=all_reduce_mean(x), untouched=torch.equal(x, before))
+    found |= dict(rank=distributed.rank(), world_size=distributed.world_size(), is_main=distributed.is_main(), gathered=gather_objects(f"rank {rank}"))
+    student = torch.nn.Linear(2, 2)
+    found["none_is_itself"] = wrap(student, "none", torch.device("cpu")) is student
+    wrapped = wrap(student, "ddp", torch.device("cpu"))
+    found["unwrapped_is_itself"] = wrapped is not student and unwrap(wrapped) is student
+    path = os.path.join(folder, "downloaded")
+    with main_first():
+        if rank == 0:
+            time.sleep(0.3)                                    # a slow download: without the barrier rank 1 would be here before
+            open(path, "w").close()
+        found["file_there"] = os.path.exists(path)
+    return found
+
+
+def worker(rank, folder, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    with distributed.main_first():
-        seen = os.path.exists(f"{folder}/made")
-        open(f"{folder}/made", "w").close()
-    torch.save(dict(measure(rank, 2), seen=seen), f"{folder}/{rank}.pt")
+    device = distributed.setup("cpu")
+    torch.save({"device": str(device)} | targets(rank) | training(rank) | helpers(rank, folder), os.path.join(folder, f"{rank}.pt"))
     distributed.cleanup()
 
 
-def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    alone = measure(0, 1)
-
-    def same(a, b):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), (a - b).abs().max()
-    for rank in ranks:
-        same(rank["center"], alone["center"])
-        same(rank["masked_center"], alone["masked_center"])
-        same(rank["loss"], alone["loss"])
-        assert rank["grads"].keys() == alone["grads"].keys()
-        for name, gradient in alone["grads"].items():
-            same(rank["grads"][name], gradient)
-        assert rank["largest"] == 1 and rank["names"] == ["rank 0", "rank 1"]
-    same(torch.cat([rank["sinkhorn"] for rank in ranks], dim=1), alone["sinkhorn"])
-    same(torch.cat([rank["uneven"] for rank in ranks]), alone["uneven"])                   # 2 rows here, 3 there
-    same(ranks[0]["empty"], alone["empty"])                                                # 5 rows here, none there
-    assert len(ranks[1]["empty"]) == 0
-    assert [rank["seen"] for rank in ranks] == [False, True]                               # main_first: rank 0 before the other
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found: started once, for all tests."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(folder, port), nprocs=WORLD)
+    return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
 
 
-def test_alone_everything_vanishes():
-    x = torch.randn(3)
-    assert distributed.all_reduce_sum(x) is x and distributed.world_size() == 1 and distributed.is_main()
-    assert distributed.gather_objects("me") == ["me"]
-    network = torch.nn.Linear(2, 2)
-    assert distributed.wrap(network, "ddp", torch.device("cpu")) is network and distributed.unwrap(network) is network
-    used, total = distributed.memory_gb(torch.device("cpu"))
-    assert 0.05 < used < total
+@pytest.fixture(scope="module")
+def alone():
+    """What one process finds with the joined batch."""
+    return targets(None) | training(None)
+
+
+# ---- two against one ----
+
+@pytest.mark.parametrize("split", ROWS)
+def test_center_is_that_of_the_joined_batch(ranks, alone, split):
+    for found in ranks:
+        torch.testing.assert_close(found["center", split], alone["center", split], rtol=1e-5, atol=1e-6)
+    assert torch.equal(ranks[0]["center", split], ranks[1]["center", split])    # bit by bit, or the ranks drift apart
+
+
+@pytest.mark.parametrize("split", ROWS)
+def test_sinkhorn_is_that_of_the_joined_batch(ranks, alone, split):
+    joined = torch.cat([found["sinkhorn", split] for found in ranks])
+    assert [len(found["sinkhorn", split]) for found in ranks] == list(ROWS[split])
+    torch.testing.assert_close(joined, alone["sinkhorn", split], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("centering", TARGETS)
+def test_loss_and_gradients_are_those_of_the_joined_batch(ranks, alone, centering):
+    for found in ranks:
+        torch.testing.assert_close(found["loss", centering], alone["loss", centering], rtol=1e-5, atol=0.0)
+        for what in ("gradients", "accumulated"):
+            ours, expected = found[what, centering], alone[what, centering]
+            assert ours.keys() == expected.keys() and len(expected) > 40
+            for name in expected:                              # k_proj.bias has no true gradient: rounding only
+                torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()) + 1e-7, msg=name)
+
+
+def test_ranks_have_the_same_gradients_bitwise(ranks):
+    for centering in TARGETS:
+        for what in ("gradients", "accumulated"):
+            assert all(torch.equal(grad, ranks[1][what, centering][name]) for name, grad in ranks[0][what, centering].items())
+
+
+# ---- helpers ----
+
+def test_helpers_together(ranks):
+    for rank, found in enumerate(ranks):
+        assert found["device"] == "cpu" and found["rank"] == rank and found["world_size"] == WORLD and found["is_main"] == (rank == 0)
+        assert found["sum"].tolist() == [4.0, 7.0] and found["max"].tolist() == [3.0, 5.0] and found["mean"].tolist() == [2.0, 3.5]
+        assert found["untouched"] and found["gathered"] == ["rank 0", "rank 1"]
+        assert found["none_is_itself"] and found["unwrapped_is_itself"]
+
+
+def test_main_goes_first(ranks):
+    assert all(found["file_there"] for found in ranks)
+
+
+def test_helpers_vanish_alone():
+    x = torch.tensor([1.0, 5.0])
+    assert all_reduce_sum(x) is x and all_reduce_max(x) is x and torch.equal(all_reduce_mean(x), x)
+    assert distributed.rank() == 0 and distributed.world_size() == 1 and distributed.is_main() and gather_objects("me") == ["me"]
+    student = torch.nn.Linear(2, 2)
+    assert wrap(student, "ddp", torch.device("cpu")) is student and unwrap(student) is student
+    with main_first(), no_sync(student, last=False):
+        distributed.barrier()

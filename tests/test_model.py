@@ -1,142 +1,377 @@
-"""Backbones of every family, channel inflation, what is frozen, and the teacher that is not a second network."""
+"""Backbones of every family, channel inflation, heads, LoRA and freezing, and the teacher that is the student with other values."""
+import contextlib
 import copy
 
 import pytest
 import torch
+import transformers
 
 from configurator import UserError
+from losses import dino_loss, ibot_loss, koleo_loss, softmax_center
 from model import FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, forward_features, freeze_layers, inflate_patch_embed
 
-TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32, num_register_tokens=2)
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_student(family="dinov2", channels=1):
-    torch.manual_seed(0)
-    return Student(build_backbone(family, False, channels, **TINY), DINOHead(16, 12, 8, 4))
+def pixels(n=2, channels=3, size=32, seed=0):
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_those_of_transformers_and_masks_replace_tokens(family):
-    backbone = build_backbone(family, False, 1, **TINY).eval()
-    pixels = torch.randn(2, 1, 32, 32)
-    cls, patches = forward_features(backbone, pixels)
-    hidden = backbone(pixel_values=pixels).last_hidden_state
-    assert torch.equal(cls, hidden[:, 0]) and torch.equal(patches, hidden[:, -16:])
-    masks = torch.zeros(2, 16, dtype=torch.bool)
-    masks[0, 5] = True
-    changed = pixels.clone()
-    changed[0, :, 8:16, 8:16] += 1                             # patch 5: masked, so nobody can see the change
-    assert torch.equal(forward_features(backbone, pixels, masks)[0], forward_features(backbone, changed, masks)[0])
-    assert not torch.equal(forward_features(backbone, pixels, masks)[0][0], cls[0])
-    assert forward_features(backbone, torch.randn(2, 1, 16, 48))[1].shape == (2, 12, 16)    # any size, also not square
-    with pytest.raises(UserError, match="20x32 pixels is not a multiple of patch_size=8"):
-        forward_features(backbone, torch.randn(1, 1, 20, 32))
+def some_masks(n=2, patches=16):
+    """The first crop is masked in part, the others are not."""
+    masks = torch.zeros(n, patches, dtype=torch.bool)
+    masks[0, [1, 2, 7, 15]] = True
+    return masks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_channel_meets_what_three_copies_met(family, tmp_path):
-    rgb = build_backbone(family, False, 3, **TINY).eval()
-    rgb.save_pretrained(tmp_path)
-    grey = torch.randn(2, 1, 32, 32)
-    reference = forward_features(rgb, grey.repeat(1, 3, 1, 1))[0]
-    for channels in (1, 2, 5):                                 # the same pattern in all channels keeps its response
-        inflated = build_backbone(str(tmp_path), True, channels).eval()
-        assert torch.allclose(forward_features(inflated, grey.repeat(1, channels, 1, 1))[0], reference, atol=1e-5)
-        assert inflated.config.num_channels == channels
-    assert torch.equal(forward_features(build_backbone(str(tmp_path)).eval(), grey.repeat(1, 3, 1, 1))[0], reference)
-
-
-def test_inflation_numbers():
-    weight = torch.arange(6.0).view(1, 3, 1, 2)                # channel filters [0,1], [2,3], [4,5]
-    assert inflate_patch_embed(weight, 1).flatten().tolist() == [6, 9]
-    assert inflate_patch_embed(weight, 2)[0, :, 0].tolist() == [[3, 4.5]] * 2
-    assert inflate_patch_embed(weight, 3) is weight
-
-
-def test_freezing_and_lora():
-    backbone = build_backbone("dinov3_vit", False, 1, **TINY)
-    freeze_layers(backbone, 1)
-    trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, _ in backbone.named_parameters() if "embeddings" not in name and ".layer.0." not in name}
-    with pytest.raises(UserError, match="freeze_backbone_layers=3, but the backbone has 2 blocks"):
-        freeze_layers(backbone, 3)
-    for family in FAMILIES:
-        lora = add_lora(build_backbone(family, False, 1, **TINY), r=2)
-        names = {name for name, p in lora.named_parameters() if p.requires_grad}
-        assert len(names) == 2 * 2 * 2 and all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in names)
-        assert len(blocks(lora)) == 2
-
-
-def test_ema_by_hand():
-    student = make_student()
-    teacher = EMATeacher(student)
-    start = {name: value.clone() for name, value in teacher.values.items()}
+def features(backbone, images, masks=None):
     with torch.no_grad():
-        for param in student.parameters():
-            param.add_(1)
-    for momentum, expected in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
-        teacher.update(student, momentum)
-        assert all(torch.allclose(value, start[name] + expected, atol=1e-6) for name, value in teacher.values.items())
+        return forward_features(backbone.eval(), images, masks)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_teacher_is_what_a_second_network_would_be(bf16):
-    student = make_student().train()
-    teacher = EMATeacher(student)
-    for value in teacher.values.values():
-        value.add_(torch.randn_like(value) * 0.1)
-    second = copy.deepcopy(student).eval()
-    second.load_state_dict(teacher.values, strict=False)
-    pixels, before = torch.randn(4, 1, 32, 32), {name: p.clone() for name, p in student.named_parameters()}
+def changed(before, after):
+    """Names whose values are not bit-identical."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
 
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with teacher.teacher_weights(student) as network, autocast():
-        ours = network(pixels)["global_logits"]
-        assert not network.training and not ours.requires_grad
-    with torch.no_grad(), autocast():
-        assert torch.equal(ours, second(pixels)["global_logits"])
-    with autocast():                                           # and afterwards the student is itself again, in bf16 too
-        after = student(pixels)["global_logits"]
+
+def values_of(module):
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+# ---- backbone ----
+
+@every_family
+def test_features_are_tokens_of_the_last_norm(tiny_backbone, family):
+    """CLS first, then the registers, then the patches; the same for the size of the config and for a smaller crop."""
+    backbone = tiny_backbone(family)
+    for size in (32, 16):
+        cls, patches = features(backbone, pixels(size=size))
+        extra = dict(interpolate_pos_encoding=True) if family == "vit" else {}
         with torch.no_grad():
-            reference = copy.deepcopy(student)(pixels)["global_logits"]
-    assert torch.equal(after, reference) and student.training
-    assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
+            tokens = backbone(pixels(size=size), **extra).last_hidden_state
+        n_patches = (size // 8) ** 2
+        assert tokens.shape[1] == 1 + n_patches + (2 if family in ("dinov2_with_registers", "dinov3_vit") else 0)
+        assert torch.equal(cls, tokens[:, 0]) and torch.equal(patches, tokens[:, -n_patches:])
 
 
-def test_a_step_moves_what_is_trained_and_nothing_else():
-    student = make_student()
-    student.backbone = add_lora(student.backbone)
-    before = {name: p.clone() for name, p in student.named_parameters()}
-    teacher = EMATeacher(student)
-    assert all("lora_" in name or "head" in name for name in teacher.values)               # the base exists once
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):                                         # lora A waits for B, which starts at 0
-        student(torch.randn(4, 1, 32, 32))["global_logits"].square().sum().backward()
-        optimizer.step()
-    gain = "dino_head.last_layer.parametrizations.weight.original0"
-    for name, param in student.named_parameters():
-        assert torch.equal(param, before[name]) == (name not in teacher.values or name == gain), name
+@every_family
+def test_a_masked_patch_is_not_seen(tiny_backbone, family):
+    """Pixels under the mask change nothing, pixels beside it do, and the mask itself does."""
+    backbone, images, masks = tiny_backbone(family), pixels(), some_masks()
+    other = images.clone()
+    other[0, :, 0:8, 8:24] = 5.0                              # patches 1 and 2 of crop 0, which are masked
+    same, seen = features(backbone, images, masks), features(backbone, other, masks)
+    assert torch.equal(same[0], seen[0]) and torch.equal(same[1], seen[1])
+    plain = features(backbone, images)
+    assert not torch.allclose(plain[1][0], same[1][0], atol=1e-3)
+    torch.testing.assert_close(plain[1][1], same[1][1])       # the other crop is not touched
+    other[0, :, 0:8, 0:8] = 5.0                               # patch 0 is not masked
+    assert not torch.allclose(features(backbone, other, masks)[0][0], same[0][0], atol=1e-3)
 
 
-def test_head_has_unit_prototypes_and_fp32_length():
-    head = DINOHead(16, 12, 8, 4)
-    assert torch.allclose(head.last_layer.weight.norm(dim=1), torch.ones(12), atol=1e-5)
-    assert float(head(torch.randn(5, 16)).detach().abs().max()) <= 1 + 1e-5                # unit features, unit prototypes
+@every_family
+def test_the_mask_token_learns(tiny_backbone, family):
+    backbone = tiny_backbone(family)
+    forward_features(backbone, pixels(), some_masks())[0].sum().backward()
+    grads = [param.grad for name, param in backbone.named_parameters() if "mask_token" in name]
+    assert len(grads) == 1 and float(grads[0].abs().sum()) > 0
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(model_type="vit"), "is a family and has no weights"),
-    (dict(model_type="./nowhere"), "no such directory"),
-    (dict(model_type="nobody/nothing"), "cannot be loaded: neither a local directory"),
-])
-def test_what_cannot_be_loaded_is_said(arguments, message):
-    with pytest.raises(UserError, match=message):
-        build_backbone(**arguments)
+@every_family
+def test_crop_that_is_no_multiple_of_the_patch_is_refused(tiny_backbone, family):
+    with pytest.raises(UserError, match="36x36 pixels is not a multiple of patch_size=8"):
+        forward_features(tiny_backbone(family), pixels(size=36))
 
 
-def test_shapes_of_pretrained_weights_stay(tmp_path):
-    build_backbone("dinov2", False, 3, **TINY).save_pretrained(tmp_path)
+@pytest.mark.parametrize("model_type, settings, message", [
+    ("vit", {}, "is a family and has no weights"),
+    ("./nowhere", {}, "no such directory"),
+    ("nobody/nothing", {}, "cannot be loaded"),
+    ("nobody/nothing", dict(use_pretrained=False), "cannot be loaded")])
+def test_model_type_that_cannot_be_had(model_type, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_backbone(model_type, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_with_another_kind_of_model(tmp_path):
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a 'bert' model; supported are vit"):
+        build_backbone(str(tmp_path))
+
+
+def test_shape_of_pretrained_weights_cannot_be_changed(tiny_backbone, tmp_path):
+    tiny_backbone("dinov2").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="hidden_size=32 would change the shape"):
         build_backbone(str(tmp_path), hidden_size=32)
-    assert build_backbone(str(tmp_path), drop_path_rate=0.3).config.drop_path_rate == 0.3
+    assert build_backbone(str(tmp_path), drop_path_rate=0.2).config.drop_path_rate == 0.2
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tiny_backbone, tmp_path):
+    backbone = tiny_backbone("dinov2")
+    backbone.save_pretrained(tmp_path, state_dict={name: w for name, w in backbone.state_dict().items() if "layer.1." not in name})
+    with pytest.raises(UserError, match="do not fit its config.json; missing"):
+        build_backbone(str(tmp_path))
+
+
+@every_family
+def test_shape_of_a_folder_with_random_weights(tiny_backbone, tmp_path, family):
+    saved = tiny_backbone(family)
+    saved.save_pretrained(tmp_path)
+    fresh = build_backbone(str(tmp_path), use_pretrained=False, num_channels=2)
+    assert {name: w.shape for name, w in fresh.named_parameters() if "patch_embed" not in name} == \
+        {name: w.shape for name, w in saved.named_parameters() if "patch_embed" not in name}
+    assert len(blocks(fresh)) == len(blocks(saved))
+    assert not torch.equal(values_of(fresh)["embeddings.cls_token"], values_of(saved)["embeddings.cls_token"])    # its own weights
+    assert features(fresh, pixels(channels=2))[0].isfinite().all()
+
+
+# ---- channels ----
+
+def test_inflated_filters():
+    weight = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert inflate_patch_embed(weight, 3) is weight
+    torch.testing.assert_close(inflate_patch_embed(weight, 1), weight.sum(dim=1, keepdim=True))
+    six = inflate_patch_embed(weight, 6)
+    torch.testing.assert_close(six, weight.mean(dim=1, keepdim=True).expand(5, 6, 4, 4) / 2)
+
+
+@every_family
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_inflation_keeps_the_response_and_survives_a_reload(tiny_backbone, tmp_path, family, channels):
+    """A grey image copied into all channels looks the same to the RGB network and to the inflated one, saved and loaded again."""
+    rgb = tiny_backbone(family)
+    rgb.save_pretrained(tmp_path / "rgb")
+    inflated = build_backbone(str(tmp_path / "rgb"), num_channels=channels)
+    inflated.save_pretrained(tmp_path / "inflated")
+    reloaded = build_backbone(str(tmp_path / "inflated"), num_channels=channels)
+    assert reloaded.config.num_channels == channels
+    grey = pixels(channels=1)
+    expected = features(rgb, grey.repeat(1, 3, 1, 1))
+    for backbone in (inflated, reloaded):
+        for ours, theirs in zip(features(backbone, grey.repeat(1, channels, 1, 1)), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():                                     # nothing of ours is needed to use the export
+        plain = transformers.AutoModel.from_pretrained(tmp_path / "inflated").eval()
+        torch.testing.assert_close(plain(grey.repeat(1, channels, 1, 1)).last_hidden_state[:, 0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_from_scratch_with_other_channels(tiny_backbone, family):
+    backbone = tiny_backbone(family, num_channels=4)
+    assert backbone.config.num_channels == 4 and features(backbone, pixels(channels=4))[0].isfinite().all()
+
+
+# ---- heads ----
+
+def test_head_is_its_formula():
+    """Unit-length bottleneck times unit-length prototypes times the gain: cosines, for any gain of 1."""
+    torch.manual_seed(0)
+    head = DINOHead(6, 9, hidden_dim=7, bottleneck_dim=4)
+    x = torch.randn(5, 6)
+    hidden = torch.nn.functional.gelu(head.mlp[2](torch.nn.functional.gelu(head.mlp[0](x))))
+    bottleneck = head.mlp[4](hidden)
+    direction = head.last_layer.parametrizations.weight.original1
+    cosine = torch.nn.functional.cosine_similarity(bottleneck[:, None], direction[None], dim=-1)
+    torch.testing.assert_close(head(x), cosine, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        head.last_layer.parametrizations.weight.original0.mul_(3)
+    torch.testing.assert_close(head(x), 3 * cosine, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings, frozen", [(dict(norm_last_layer=True), {"last_layer.parametrizations.weight.original0"}),
+                                              (dict(norm_last_layer=False), set()), (dict(weight_norm=False), set())])
+def test_head_gain_is_frozen_with_norm_last_layer(settings, frozen):
+    head = DINOHead(6, 9, 7, 4, **settings)
+    assert {name for name, param in head.named_parameters() if not param.requires_grad} == frozen
+
+
+# ---- student ----
+
+@every_family
+def test_one_forward_is_its_parts(tiny_student, family):
+    """Global crops masked, local crops not; the DINO head on every CLS token, the iBOT head on the masked patches in row-major order."""
+    student, masks = tiny_student(family).eval(), some_masks(4)
+    masks[3, 5] = True
+    global_crops, local_crops = pixels(4), pixels(6, size=16, seed=1)
+    with torch.no_grad():
+        out = student(global_crops, local_crops, masks)
+        teacher_out = student(global_crops, masks=masks, apply_masks=False)
+    cls, patches = features(student.backbone, global_crops, masks)
+    local_cls = features(student.backbone, local_crops)[0]
+    tokens = torch.stack([patches[crop, patch] for crop in range(4) for patch in range(16) if masks[crop, patch]])
+    with torch.no_grad():
+        expected = dict(global_cls=cls, patches=patches, local_cls=local_cls, global_logits=student.dino_head(cls),
+                        local_logits=student.dino_head(local_cls), masked_logits=student.ibot_head(tokens))
+        cls, patches = features(student.backbone, global_crops)
+        expected_teacher = dict(global_cls=cls, patches=patches, global_logits=student.dino_head(cls), masked_logits=student.ibot_head(patches[masks]))
+    for found, wanted in ((out, expected), (teacher_out, expected_teacher)):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_shared_head_serves_the_patches(tiny_backbone):
+    student, masks = Student(tiny_backbone("dinov2"), DINOHead(16, 24, 20, 8)).eval(), some_masks()
+    with torch.no_grad():
+        out = student(pixels(), masks=masks)
+        torch.testing.assert_close(out["masked_logits"], student.dino_head(out["patches"][masks]))
+
+
+# ---- LoRA and freezing ----
+
+def training_step(student, optimizer):
+    """One AdamW step on a loss that reaches everything, with large gradients so that whatever can move does."""
+    student.train()
+    teacher, masks = EMATeacher(student), some_masks(4)
+    crops = pixels(4)
+    with teacher.teacher_weights(student) as network:
+        teacher_out = network(crops, masks=masks, apply_masks=False)
+    center = torch.zeros(1, teacher_out["global_logits"].shape[1])
+    out = student(crops, pixels(4, size=16, seed=1), masks)
+    probs = softmax_center(teacher_out["global_logits"], center, 0.04).unflatten(0, (2, -1))
+    logits = torch.cat([out["global_logits"], out["local_logits"]]).unflatten(0, (4, -1))
+    loss = dino_loss(logits, probs) + ibot_loss(out["masked_logits"], softmax_center(teacher_out["masked_logits"], center, 0.04), masks) \
+        + koleo_loss(out["global_cls"])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def adamw(student, lr=1e-2):
+    return torch.optim.AdamW([param for param in student.parameters() if param.requires_grad], lr=lr)
+
+
+@every_family
+def test_lora_trains_adapters_and_heads_only(tiny_student, family):
+    student = tiny_student(family)
+    before = features(student.backbone, pixels())
+    student.backbone = add_lora(student.backbone, r=2, alpha=4, dropout=0.0)
+    for ours, theirs in zip(features(student.backbone, pixels()), before):
+        assert torch.equal(ours, theirs)                      # B starts at 0: adding adapters changes nothing
+    start, optimizer = values_of(student), adamw(student)
+    training_step(student, optimizer)
+    training_step(student, optimizer)                         # A has no gradient while B is 0
+    moved = changed(start, values_of(student))
+    assert moved == {name for name in start if "lora_" in name or "_head" in name}
+    assert len([name for name in moved if "lora_" in name]) == 2 * 2 * 2     # blocks * (query, value) * (A, B)
+
+
+@every_family
+def test_lora_teacher_holds_adapters_and_heads_only(tiny_student, family):
+    student = tiny_student(family)
+    student.backbone = add_lora(student.backbone, r=2)
+    teacher = EMATeacher(student)
+    assert all("lora_" in name or "_head" in name for name in teacher.values)
+    base = next(param for name, param in student.named_parameters() if name not in teacher.values)
+    with teacher.teacher_weights(student) as network:
+        assert any(param.data_ptr() == base.data_ptr() for param in network.parameters())    # the base exists once
+
+
+@every_family
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_frozen_layers_stand_still(tiny_student, family, n):
+    student = tiny_student(family)
+    freeze_layers(student.backbone, n)
+    start, optimizer = values_of(student), adamw(student)
+    training_step(student, optimizer)
+    moved = changed(start, values_of(student))
+    still = {name for name in start if n and ".embeddings." in name}
+    still |= {name for name in start for i in range(n) if name.startswith("backbone.") and (f"layer.{i}." in name or f"layers.{i}." in name)}
+    assert {name for name in start if not name.endswith("k_proj.bias")} - moved == {name for name in still if not name.endswith("k_proj.bias")}
+    assert moved.isdisjoint(still)
+
+
+def test_freezing_more_blocks_than_there_are(tiny_backbone):
+    with pytest.raises(UserError, match="freeze_backbone_layers=3, but the backbone has 2 blocks"):
+        freeze_layers(tiny_backbone("vit"), 3)
+
+
+# ---- teacher ----
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_ema_is_its_formula(tiny_student, momentum):
+    student = tiny_student("vit")
+    teacher, old = EMATeacher(student), values_of(student)
+    training_step(student, adamw(student))
+    new = values_of(student)
+    teacher.update(student, momentum)
+    for name, value in teacher.values.items():
+        torch.testing.assert_close(value, momentum * old[name] + (1 - momentum) * new[name], rtol=1e-6, atol=1e-7)
+        if momentum in (0.0, 1.0):
+            assert torch.equal(value, (new if momentum == 0.0 else old)[name])
+
+
+def different_teacher(student):
+    """An EMA teacher whose values are none of the student's."""
+    teacher = EMATeacher(student)
+    torch.manual_seed(3)
+    for value in teacher.values.values():
+        value.add_(0.1 * torch.randn_like(value))
+    return teacher
+
+
+@every_family
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_teacher_weights_are_a_second_network(tiny_student, family, mixed_precision):
+    """Exactly the output of a deep copy with the EMA values; afterwards the student is bit-identical, output included, though
+    autocast keeps a cache of bf16 weights."""
+    student = tiny_student(family)
+    teacher = different_teacher(student)
+    second = copy.deepcopy(student)
+    second.load_state_dict(teacher.values, strict=False)
+    crops, masks = pixels(), some_masks()
+
+    def autocast():
+        return torch.autocast("cpu", dtype=torch.bfloat16) if mixed_precision == "bf16" else contextlib.nullcontext()
+
+    def output(network):
+        with autocast():
+            return network(crops, masks=masks)
+    with torch.no_grad():
+        expected, own = output(second.eval()), output(copy.deepcopy(student).eval())
+    start = values_of(student)
+    pointers = [param.data_ptr() for param in student.parameters()]
+    output(student.eval())                                    # fills whatever caches there are with student values
+    student.train()
+    with teacher.teacher_weights(student) as network:
+        assert not network.training and not torch.is_grad_enabled()
+        found = output(network)
+    assert changed(expected, found) == set()
+    assert student.training and torch.is_grad_enabled()
+    assert changed(start, values_of(student)) == set() and pointers == [param.data_ptr() for param in student.parameters()]
+    assert changed(own, output(student.eval())) == set()
+    assert changed(expected, own) == set(own)                 # the two do differ
+
+
+def test_student_comes_back_after_an_error(tiny_student):
+    student = tiny_student("vit").train()
+    teacher, start = different_teacher(student), values_of(student)
+    with pytest.raises(RuntimeError, match="inside"):
+        with teacher.teacher_weights(student):
+            raise RuntimeError("inside")
+    assert changed(start, values_of(student)) == set() and student.training and torch.is_grad_enabled()
+
+
+def test_no_gradient_reaches_the_teacher(tiny_student):
+    student = tiny_student("vit")
+    teacher = different_teacher(student)
+    start = {name: value.clone() for name, value in teacher.values.items()}
+    with teacher.teacher_weights(student) as network:
+        teacher_out = network(pixels(4))
+    assert not any(value.requires_grad for value in teacher_out.values())
+    training_step(student, adamw(student))
+    assert changed(start, teacher.values) == set()            # only update moves it
+    assert all(value.grad is None and not value.requires_grad for value in teacher.values.values())
+
+
+def test_teacher_state_makes_a_round_trip(tiny_student):
+    student = tiny_student("vit")
+    teacher = different_teacher(student)
+    fresh = EMATeacher(student)
+    fresh.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    assert changed(fresh.values, teacher.values) == set()
+    with pytest.raises(KeyError):
+        fresh.load_state_dict({})

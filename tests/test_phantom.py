@@ -1,4 +1,4 @@
-"""The phantom: the same bytes everywhere, Hounsfield units in range, balanced labels, and no short cut to its labels."""
+"""The phantom: the same bytes everywhere, Hounsfield units in range, balanced labels, no short cut to them."""
 import hashlib
 
 import numpy as np
