@@ -44,8 +44,8 @@ def resize(image, size):
     Integers are rounded and clipped to their range; uint16, which torch cannot resize, comes back as float32.
     """
     tensor = torch.from_numpy(np.array(image if image.dtype != np.uint16 else image.astype(np.float32)))
-    dtype = tensor.dtype                                       # np.array above: a memory-mapped page must not be written to
-    tensor = tensor.permute(2, 0, 1)[None]                     # [1,C,H,W], channels last in memory: the fast path for uint8
+    dtype = tensor.dtype                                       # np.array above: a mapped page must not be written to
+    tensor = tensor.permute(2, 0, 1)[None]                     # [1,C,H,W], channels last in memory: fast for uint8
     if dtype == torch.uint8:
         return F.interpolate(tensor, size=size, mode="bicubic", antialias=True)[0]
     tensor = F.interpolate(tensor.float(), size=size, mode="bicubic", antialias=True)[0]
@@ -64,12 +64,12 @@ def resize_center(image, size):
 
 
 class MultiCrop:
-    """Cuts the crops of one image: V large ones for student and teacher, L small ones for the student alone (SwAV, DINO).
+    """Cuts crops of one image: V large ones for student and teacher, L small ones for the student alone (SwAV, DINO).
 
-    A crop is a box of random area (`*_scale`, share of the image area), aspect 3/4 to 4/3 and place, resized to a square and
-    flipped: the random crop and the random resized crop of the paper's Table 3 in one. label_guided_crops_number further
-    small crops are centred near a labelled pixel (paper section 2.2.4); without labels they are random ones, so that the
-    batch keeps its shape.
+    A crop is a box of random area (`*_scale`, share of the image area), aspect 3/4 to 4/3 and place, resized to a
+    square and flipped: the random crop and the random resized crop of the paper's Table 3 in one.
+    label_guided_crops_number further small crops are centred near a labelled pixel (paper section 2.2.4); without
+    labels they are random ones, so that the batch keeps its shape.
     """
 
     def __init__(self, global_crops_size=224, global_crops_scale=(0.4, 1.0), global_crops_number=2, local_crops_size=96,
@@ -83,8 +83,8 @@ class MultiCrop:
     def __call__(self, image, mask, generator):
         """Args: image [H,W,C], any real dtype; mask [H,W], non-zero = labelled, or None; generator: numpy or torch.
 
-        Returns: dict with global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image (guided crops last),
-        global_seeds [V] and local_seeds [L] int64, from which photometric draws.
+        Returns: dict with global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image (guided crops
+        last), global_seeds [V] and local_seeds [L] int64, from which photometric draws.
         """
         rng, shape = numpy_generator(generator), image.shape[:2]
         labelled = np.argwhere(mask) if mask is not None and self.guided[0] else []
@@ -96,13 +96,14 @@ class MultiCrop:
 
         global_crops, local_crops = cut(*self.globals), cut(*self.locals) + cut(*self.guided, guided=True)
         none = torch.zeros(0, image.shape[2], 1, 1)
-        return dict(global_crops=torch.stack(global_crops), local_crops=torch.stack(local_crops) if local_crops else none,
+        return dict(global_crops=torch.stack(global_crops),
+                    local_crops=torch.stack(local_crops) if local_crops else none,
                     global_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(global_crops))),
                     local_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(local_crops))))
 
     @staticmethod
     def random_box(shape, scale, rng):
-        """(top, left, height, width) of a random resized crop; after ten boxes that do not fit, the largest central one."""
+        """(top, left, height, width) of a random resized crop; if ten boxes do not fit, the largest central one."""
         height, width = shape
         for area, log_aspect, y, x in rng.random((10, 4)):
             area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -163,26 +164,28 @@ def to_unit(crops, intensity_range, seeds=None, window_jitter=0.0):
 def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)):
     """Random colours, intensities, blur and noise for a batch of crops; every crop draws its own.
 
-    In order: brightness, contrast, saturation, hue, grayscale as one colour matrix per crop; Gaussian blur; solarization (of
-    global2 only, as in DINO); noise. Clipped once at the end, not after every operation as in torchvision; the hue turns
-    in YIQ, a rotation, where torchvision turns in HSV.
-    Args: crops [N,C,S,S] float in 0..1, on any device (uint8 is divided by 255); preset 'rgb' or 'medical'; generator: numpy
-    or torch, or int64 seeds [N], one per crop; kind 'global1', 'global2' or 'local'; blur_probability for these three.
-    The default is DINO's. The DINOv2 and DINOv3 code asks for the same but, through an inversion in its GaussianBlur, blurs
-    with (0.0, 0.9, 0.5); config/dinov2.py and dinov3.py follow what the released weights were trained with.
-    Returns: crops [N,C,S,S] float32 in 0..1. Saturation, hue and grayscale need three channels and are left out otherwise.
+    In order: brightness, contrast, saturation, hue, grayscale as one colour matrix per crop; Gaussian blur;
+    solarization (of global2 only, as in DINO); noise. Clipped once at the end, not after every operation as in
+    torchvision; the hue turns in YIQ, a rotation, where torchvision turns in HSV.
+    Args: crops [N,C,S,S] float in 0..1, on any device (uint8 is divided by 255); preset 'rgb' or 'medical'; generator:
+    numpy or torch, or int64 seeds [N], one per crop; kind 'global1', 'global2' or 'local'; blur_probability for these
+    three. The default is DINO's. The DINOv2 and DINOv3 code asks for the same but, through an inversion in its
+    GaussianBlur, blurs with (0.0, 0.9, 0.5); config/dinov2.py and dinov3.py follow what the released weights were
+    trained with. Returns: crops [N,C,S,S] float32 in 0..1. Saturation, hue and grayscale need three channels and are
+    left out otherwise.
     """
     if preset not in PRESETS or kind not in KINDS:
-        raise ValueError(f"photometric: preset={preset!r}, kind={kind!r}; presets are {', '.join(PRESETS)}, kinds {', '.join(KINDS)}")
+        raise ValueError(f"photometric: preset={preset!r}, kind={kind!r}; "
+                         f"presets are {', '.join(PRESETS)}, kinds {', '.join(KINDS)}")
     p, device = PRESETS[preset], crops.device
     x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
     if len(x) == 0:
         return x
     seeds = generator if torch.is_tensor(generator) or isinstance(generator, np.ndarray) else \
         numpy_generator(generator).integers(2**63 - 1, size=len(x))
-    u = uniforms(seeds, 11)                                                                # [N,11], a column per decision
+    u = uniforms(seeds, 11)                                                                # [N,11], one per decision
     jitter = u[:, 0] < p["jitter_probability"]
-    strengths = {name: np.where(jitter, 2 * u[:, column] - 1, 0) * p[name]                 # [N] each, 0 = no change
+    strengths = {name: np.where(jitter, 2 * u[:, column] - 1, 0) * p[name]                 # [N] each, 0: no change
                  for column, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=1)}
     gray = u[:, 5] < p["grayscale_probability"]
     matrix, offset = color_matrix(x, gray, **strengths)
@@ -196,7 +199,7 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
     if kind == "global2":
         solarized = torch.from_numpy(u[:, 8] < p["solarize_probability"]).to(device)[:, None, None, None]
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
-    for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):                           # a seed each: see the docstring
+    for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):                           # [N] seeds, see above
         noise = torch.randn(x.shape[1:], generator=torch.Generator(device).manual_seed(int(seeds[row])), device=device)
         x[row] += p["noise"] * u[row, 10] * noise
     return x.clamp_(0, 1)
@@ -205,13 +208,13 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
 def color_matrix(x, gray, brightness, contrast, saturation, hue):
     """Per crop the matrix A [N,C,C] and offset b [N,C] of x -> A x + b, the product of all colour operations.
 
-    brightness: x (1 + s); contrast: away from the crop's mean grey; saturation: away from the pixel's grey; hue: turn by
-    2 pi s around the grey axis; gray: [N] bool, saturation to nothing. Strengths [N], 0 = unchanged.
+    brightness: x (1 + s); contrast: away from the crop's mean grey; saturation: away from the pixel's grey; hue: turn
+    by 2 pi s around the grey axis; gray: [N] bool, saturation to nothing. Strengths [N], 0 = unchanged.
     """
     n, channels = x.shape[:2]
     weights = np.array([0.299, 0.587, 0.114]) if channels == 3 else np.full(channels, 1 / channels)    # luma, ITU-R 601
     eye = np.eye(channels)
-    to_gray = np.tile(weights, (channels, 1))                                              # [C,C]: every row gives the grey
+    to_gray = np.tile(weights, (channels, 1))                                              # [C,C], rows give grey
     scale = (1 + brightness) * (1 + contrast)                                              # [N]
     matrix = scale[:, None, None] * eye                                                    # [N,C,C]
     if channels == 3:
@@ -267,12 +270,12 @@ class Photometrics:
 def sample_masks(n_crops, grid, generator, sample_probability=0.5, ratio_min_max=(0.1, 0.5), exact=False, rows=None):
     """Block masks for a batch: iBOT section 3.2 with the sampling of DINOv2's collate.
 
-    int(n_crops * sample_probability) crops are masked; the range of ratios is cut into as many equal bins and each masked
-    crop draws from a bin of its own, so the batch covers the range evenly; then they are shuffled. A mask grows by
-    rectangles until its number is reached or no rectangle fits: it may fall short, never exceed. exact=True is DINOv3:
-    the top of each bin, filled up with single patches.
-    Args: grid: patches per side, or (h, w); generator: numpy or torch; rows: build only these rows (a rank's share of the
-    batch): the others stay False, and these are what they would be without `rows`.
+    int(n_crops * sample_probability) crops are masked; the range of ratios is cut into as many equal bins and each
+    masked crop draws from a bin of its own, so the batch covers the range evenly; then they are shuffled. A mask grows
+    by rectangles until its number is reached or no rectangle fits: it may fall short, never exceed. exact=True is
+    DINOv3: the top of each bin, filled up with single patches.
+    Args: grid: patches per side, or (h, w); generator: numpy or torch; rows: build only these rows (a rank's share of
+    the batch): the others stay False, and these are what they would be without `rows`.
     Returns: bool [n_crops,P], True = masked.
     """
     rng = numpy_generator(generator)
@@ -290,8 +293,8 @@ def sample_masks(n_crops, grid, generator, sample_probability=0.5, ratio_min_max
 
 
 def block_mask(mask, target, rng, exact):
-    """Mask up to `target` patches of one [h,w] bool array, in place: rectangles of at least about 4 patches, aspect 0.3 to
-    1/0.3, at most half of the grid at once, ten tries each (BEiT's generator, as DINOv2 uses it)."""
+    """Mask up to `target` patches of one [h,w] bool array, in place: rectangles of at least about 4 patches, aspect 0.3
+    to 1/0.3, at most half of the grid at once, ten tries each (BEiT's generator, as DINOv2 uses it)."""
     h, w = mask.shape
     left = target
     while left > 0:
@@ -317,8 +320,8 @@ def block_mask(mask, target, rng, exact):
 # ---- a look at the crops ----
 
 def save_samples(path, global_crops, local_crops, masks, n_images, photometrics, max_images=6):
-    """A PNG of the first images of a batch, one row each: global crops, global crops with masked patches hatched out, local
-    crops; the pixels are those the network gets, with the normalisation undone.
+    """A PNG of the first images of a batch, one row each: global crops, global crops with masked patches hatched out,
+    local crops; the pixels are those the network gets, with the normalisation undone.
 
     Args: global_crops [V*B,C,S,S], local_crops [L*B,C,s,s] or None: normalised; masks [V*B,P] bool or None; n_images B.
     """
@@ -335,8 +338,9 @@ def save_samples(path, global_crops, local_crops, masks, n_images, photometrics,
     columns = n_views * (2 if masks is not None else 1) + n_local
     sheet = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + gap) + gap + 14), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = [f"global {v + 1}" for v in range(n_views)] + \
-        ([f"masked {v + 1}" for v in range(n_views)] if masks is not None else []) + [f"local {i + 1}" for i in range(n_local)]
+    titles = [f"global {v + 1}" for v in range(n_views)]
+    titles += [f"masked {v + 1}" for v in range(n_views)] if masks is not None else []
+    titles += [f"local {i + 1}" for i in range(n_local)]
     for column, title in enumerate(titles):
         draw.text((gap + column * (tile + gap), 2), title, fill="black")
         for row in range(rows):
@@ -348,6 +352,7 @@ def save_samples(path, global_crops, local_crops, masks, n_images, photometrics,
                 cell = tile / side
                 for patch in masks[index * n_images + row].nonzero().flatten().tolist():
                     y, x = patch // side * cell, patch % side * cell
-                    ImageDraw.Draw(image).rectangle([round(x), round(y), round(x + cell) - 1, round(y + cell) - 1], fill=(255, 140, 0))
+                    corners = [round(x), round(y), round(x + cell) - 1, round(y + cell) - 1]
+                    ImageDraw.Draw(image).rectangle(corners, fill=(255, 140, 0))
             sheet.paste(image, (gap + column * (tile + gap), 14 + gap + row * (tile + gap)))
     sheet.save(path)

@@ -1,4 +1,4 @@
-"""Data sets: MedMNIST by name, .npz files, folders of images, and the embedded phantom; and the order in which a run reads them.
+"""Data sets: MedMNIST by name, .npz files, image folders, the embedded phantom; and the order in which a run reads them.
 
 Pixels stay what they are: uint8, 16-bit, Hounsfield units, float; one to many channels. Whatever comes in an archive is
 unpacked once into .npy files in a cache and memory-mapped from there, so that all ranks and workers share the pages.
@@ -36,10 +36,10 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)      #
 def load_image(path, num_channels=0, as_mask=False):
     """One image file as an [H,W,C] array in its own dtype.
 
-    png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope and
-    intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are converted (a grey
-    jpg in an RGB folder), everything else must have it. as_mask: palette numbers stay numbers, of colours the largest channel
-    counts. Raises UserError that names the file.
+    png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope
+    and intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are
+    converted (a grey jpg in an RGB folder), everything else must have it. as_mask: palette numbers stay numbers, of
+    colours the largest channel counts. Raises UserError that names the file.
     """
     try:
         if path.lower().endswith(".npy"):
@@ -59,8 +59,8 @@ def load_image(path, num_channels=0, as_mask=False):
     except UserError:
         raise
     except Exception as error:                    # decoders raise anything: OSError, SyntaxError, struct.error, bombs
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); mend or remove it, or set "
-                        "--on_bad_image=skip") from None
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
+                        "mend or remove it, or set --on_bad_image=skip") from None
     image = image[..., None] if image.ndim == 2 else image
     if image.ndim != 3 or image.dtype.kind not in "uif" or num_channels not in (0, image.shape[2]):
         raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, channels] numbers"
@@ -92,14 +92,16 @@ class ImageFiles:
 
 
 class Sendable:
-    """What goes to spawned workers: a memory map would be pickled by content, so its file name travels and is mapped again."""
+    """Goes to spawned workers: a memory map would be pickled by content, so its file name travels and is mapped again."""
 
     def __getstate__(self):
-        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value for key, value in self.__dict__.items()}
+        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value
+                for key, value in self.__dict__.items()}
 
     def __setstate__(self, state):
-        self.__dict__ = {key: np.load(value[1], mmap_mode="r") if isinstance(value, tuple) and value[:1] == ("mapped",) else value
-                         for key, value in state.items()}
+        for key, value in state.items():
+            mapped = isinstance(value, tuple) and value[:1] == ("mapped",)
+            self.__dict__[key] = np.load(value[1], mmap_mode="r") if mapped else value
 
 
 class Rows(Sendable):
@@ -118,13 +120,17 @@ class Rows(Sendable):
 # ---- one split ----
 
 class Dataset(Sendable, torch.utils.data.Dataset):
-    """One split: .images [N,H,W] or [N,H,W,C] (or a list of files), .labels [N] int64 ([N,c] multi-label) or None, .masks
-    [N,H,W] or None, .class_names, .num_channels, .splits that its source has. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
+    """One split: .images [N,H,W] or [N,H,W,C] (or image files), .labels [N] int64 ([N,c] multi-label) or None, .masks
+    [N,H,W] or None, .class_names, .num_channels, .splits that its source has. ds[i] -> (image [H,W,C], mask [H,W] or
+    None)."""
 
     def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train", splits=()):
         self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
         self.name, self.split, self.splits = name, split, list(splits)
-        self.num_channels = images.num_channels if hasattr(images, "num_channels") else 1 if images.ndim == 3 else images.shape[3]
+        if hasattr(images, "num_channels"):
+            self.num_channels = images.num_channels
+        else:
+            self.num_channels = 1 if images.ndim == 3 else images.shape[3]
 
     def __len__(self):
         return len(self.images)
@@ -134,7 +140,8 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         image = image[..., None] if image.ndim == 2 else image
         mask = mask[..., 0] if mask is not None and mask.ndim == 3 else mask
         if mask is not None and mask.shape != image.shape[:2]:
-            raise UserError(f"mask {i} of {self.name}: shape {mask.shape}, its image {image.shape[:2]}; both must agree")
+            raise UserError(f"mask {i} of {self.name}: shape {mask.shape}, its image {image.shape[:2]}; "
+                            "both must agree")
         return image, mask
 
     def path(self, i):
@@ -146,18 +153,20 @@ class Dataset(Sendable, torch.utils.data.Dataset):
 
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
-        return Dataset(Rows(self.images, rows, self.num_channels), None if self.labels is None else self.labels[rows],
-                       None if self.masks is None else Rows(self.masks, rows), self.class_names, self.name, split, self.splits)
+        images = Rows(self.images, rows, self.num_channels)
+        labels = None if self.labels is None else self.labels[rows]
+        masks = None if self.masks is None else Rows(self.masks, rows)
+        return Dataset(images, labels, masks, self.class_names, self.name, split, self.splits)
 
 
 def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="", num_channels=0, seed=0):
     """One split of a data set.
 
-    Args: dataset_path: 'phantom'; a MedMNIST name; a .npz with {split}_images, and optionally {split}_labels, {split}_masks,
-    class_names; a folder of images: flat, with one sub-folder per class, or train/ val/ test/ of either, or images/ with
-    masks/ beside it. size: side of MedMNIST (28, 64, 128, 224) and phantom images; download_url: a mirror's folder in place
-    of MedMNIST's own host; num_channels: what the data must have, 0 = any. Where labels exist but no val, a tenth of train,
-    drawn with `seed`, serves as val and is left out of train.
+    Args: dataset_path: 'phantom'; a MedMNIST name; a .npz with {split}_images, and optionally {split}_labels,
+    {split}_masks, class_names; a folder of images: flat, with one sub-folder per class, or train/ val/ test/ of either,
+    or images/ with masks/ beside it. size: side of MedMNIST (28, 64, 128, 224) and phantom images; download_url: a
+    mirror's folder in place of MedMNIST's own host; num_channels: what the data must have, 0 = any. Where labels exist
+    but no val, a tenth of train, drawn with `seed`, serves as val and is left out of train.
     Returns: Dataset. Raises UserError: what is missing or wrong, and what to do.
     """
     cache_dir = os.path.expanduser(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx"))
@@ -174,8 +183,8 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     elif os.path.isdir(dataset_path):
         read, splits, class_names = _scan_folder(dataset_path, num_channels)
     else:
-        raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', a MedMNIST name ({', '.join(MEDMNIST)}), "
-                        "a .npz file or a folder of images")
+        raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', "
+                        f"a MedMNIST name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
     cut = split in ("train", "val") and "val" not in splits and "train" in splits
     if split not in splits and not cut:
         raise UserError(f"dataset_path={dataset_path!r} has no split {split!r}; it has {', '.join(splits) or 'none'}")
@@ -186,7 +195,8 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     for what, other in (("labels", labels), ("masks", masks)):
         if other is not None and len(other) != len(images):
             raise UserError(f"{where}: {len(other)} {what} for {len(images)} images; there must be one each")
-    labels = None if labels is None else np.asarray(labels).squeeze(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
+        labels = np.asarray(labels).squeeze(-1)
     dataset = Dataset(images, labels, masks, class_names, dataset_path, split, splits)
     if num_channels and dataset.num_channels != num_channels:
         raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
@@ -213,10 +223,12 @@ def _read_arrays(folder):
                 raise UserError(f"{path}: cannot be read ({error}); save plain numbers") from None
         images = mapped("images")
         if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
-            raise UserError(f"{folder}: {split}_images has shape {images.shape}, {images.dtype}; needs numbers [N,H,W] or [N,H,W,C]")
+            raise UserError(f"{folder}: {split}_images has shape {images.shape}, {images.dtype}; "
+                            "needs numbers [N,H,W] or [N,H,W,C]")
         masks = mapped("masks")
         if masks is not None and masks.shape[1:3] != images.shape[1:3]:
-            raise UserError(f"{folder}: {split}_masks has shape {masks.shape}, {split}_images {images.shape}; height and width must agree")
+            raise UserError(f"{folder}: {split}_masks has shape {masks.shape}, {split}_images {images.shape}; "
+                            "height and width must agree")
         return images, mapped("labels"), masks
     return read
 
@@ -272,7 +284,8 @@ def _medmnist_arrays(name, size, cache_dir, download_url):
         if own:
             download(url, md5, archive)
         elif _md5(archive) != md5:
-            raise UserError(f"{archive} has MD5 {_md5(archive)}, should be {md5}; remove it, and it is downloaded again")
+            raise UserError(f"{archive} has MD5 {_md5(archive)}, should be {md5}; "
+                            "remove it, and it is downloaded again")
         _unpack(archive, temporary)
         if own:
             os.remove(archive)                                  # the arrays hold the same; the 224 files are GBs
@@ -285,7 +298,7 @@ def _md5(path):
 
 
 def download(url, md5, path):
-    """Fetch url to path: written beside it, length and MD5 checked, then renamed; nothing is left of a failed attempt."""
+    """Fetch url to path: written beside it, length and MD5 checked, then renamed; a failed attempt leaves nothing."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
     advice = f"try again, name a mirror with --download_url, or put the file at {path} yourself"
@@ -344,23 +357,26 @@ def _scan_folder(root, num_channels):
             for file in files if file.lower().endswith(EXTENSIONS)))
     everything = [file for _, _, files in found.values() for file in files]
     if not everything:
-        raise UserError(f"dataset_path={root!r}: no images; looked for files ending in {', '.join(EXTENSIONS)} in it and below")
+        raise UserError(f"dataset_path={root!r}: no images; "
+                        f"looked for files ending in {', '.join(EXTENSIONS)} in it and below")
     # a class needs a folder: where some files lie at the top, there are no classes
-    class_names = sorted({file.split(os.sep)[0] for file in everything}) if all(os.sep in file for file in everything) else []
+    all_in_folders = all(os.sep in file for file in everything)
+    class_names = sorted({file.split(os.sep)[0] for file in everything}) if all_in_folders else []
     number = {name: i for i, name in enumerate(class_names)}
 
     def read(split):
         top, pictures, files = found[split]
         paths = [os.path.join(pictures, file) for file in files]
         native = _first_channels(paths, 0)
-        if 0 < num_channels < native:                           # grey pictures may be asked for as RGB among others, not the reverse
-            raise UserError(f"dataset_path={root!r}: images have {native} channel(s), num_channels={num_channels}; set --num_channels=0 "
-                            "to take what the data has")
+        if 0 < num_channels < native:                           # grey may be asked for as RGB, among others; not the reverse
+            raise UserError(f"dataset_path={root!r}: images have {native} channel(s), num_channels={num_channels}; "
+                            "set --num_channels=0 to take what the data has")
         channels = _first_channels(paths, num_channels) if num_channels else native
         masks = None
         if pictures != top:
             stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
-            candidates = [next((stem + e for e in (".png", ".npy", ".tif", ".bmp") if os.path.isfile(stem + e)), "") for stem in stems]
+            endings = (".png", ".npy", ".tif", ".bmp")
+            candidates = [next((stem + e for e in endings if os.path.isfile(stem + e)), "") for stem in stems]
             masks = ImageFiles(candidates, as_mask=True)
         labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
         return ImageFiles(paths, channels), labels, masks
@@ -372,7 +388,7 @@ def _scan_folder(root, num_channels):
 def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0, on_bad_image="error"):
     """(intensity_range, mean, std) from a seeded sample of images; on_bad_image='skip' leaves out what cannot be read.
 
-    intensity_range (0, 0) means: find it. uint8 is (0, 255); everything else gets its 0.5 and 99.5 percentiles, rounded.
+    intensity_range (0, 0) means: find it. uint8 is (0, 255); all others get their 0.5 and 99.5 percentiles, rounded.
     mean, std: tuples, one per channel, of the pixels mapped to 0..1 and clipped.
     """
     rows = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
@@ -412,7 +428,8 @@ class BatchOrder(torch.utils.data.Sampler):
 
     def __init__(self, n_images, global_batch_size, micro_batches, rank, world_size, start, stop, seed, shuffle=True):
         self.n_images, self.global_batch_size, self.micro_batches = n_images, global_batch_size, micro_batches
-        self.rank, self.world_size, self.start, self.stop, self.seed, self.shuffle = rank, world_size, start, stop, seed, shuffle
+        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
+        self.seed, self.shuffle = seed, shuffle
 
     def __len__(self):
         return (self.stop - self.start) * self.micro_batches
@@ -427,7 +444,7 @@ class BatchOrder(torch.utils.data.Sampler):
                 samples = []
                 for number in range(n, n + batch_size):
                     epoch, place = divmod(number, self.n_images)
-                    if self.shuffle and epoch not in epochs:     # a batch touches two epochs at most, or a few tiny ones
+                    if self.shuffle and epoch not in epochs:     # a batch is in two at most, or in a few tiny ones
                         epochs = {e: order for e, order in epochs.items() if e >= epoch - 1}
                         epochs[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.n_images)
                     samples.append((number, int(epochs[epoch][place]) if self.shuffle else place))
@@ -435,7 +452,7 @@ class BatchOrder(torch.utils.data.Sampler):
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Crops of a data set, as the training loop takes them: item (n, index) -> crops of one image, collate -> a batch."""
+    """Crops of a data set as the training loop takes them: item (n, index) -> crops of one image, collate -> a batch."""
 
     def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error"):
         """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks."""
@@ -452,7 +469,7 @@ class CropDataset(torch.utils.data.Dataset):
             try:
                 image, mask = self.dataset[index]
                 break
-            except UserError as error:                          # carried home as text: a worker's exception is a page long
+            except UserError as error:                          # goes home as text: a worker's exception fills a page
                 bad.append(self.dataset.path(index))
                 if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
                     return dict(error=str(error))
@@ -461,19 +478,21 @@ class CropDataset(torch.utils.data.Dataset):
         return dict(crops, n=n, index=index, bad=bad)
 
     def collate(self, samples):
-        """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major; masks
-        [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
+        """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major;
+        masks [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
             return dict(error=errors[0])
-        batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)        # [V,B,...] -> [V*B,...]
+        batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)  # [V,B,...] -> [V*B,...]
                  for key in ("global_crops", "local_crops", "global_seeds", "local_seeds")}
         batch["index"] = [sample["index"] for sample in samples]
         batch["bad"] = [path for sample in samples for path in sample["bad"]]
         if self.mask_settings is not None:
             # the masks of the global batch have one plan; each rank builds its own rows of it
-            n_views, positions = len(batch["global_crops"]) // len(samples), [s["n"] % self.global_batch_size for s in samples]
+            n_views = len(batch["global_crops"]) // len(samples)
+            positions = [sample["n"] % self.global_batch_size for sample in samples]
             rows = [view * self.global_batch_size + position for view in range(n_views) for position in positions]
             rng = np.random.default_rng((self.seed, 3, samples[0]["n"] // self.global_batch_size))
-            batch["masks"] = sample_masks(n_views * self.global_batch_size, self.grid, rng, rows=rows, **self.mask_settings)[rows]
+            n_crops = n_views * self.global_batch_size
+            batch["masks"] = sample_masks(n_crops, self.grid, rng, rows=rows, **self.mask_settings)[rows]
         return batch

@@ -34,8 +34,9 @@ def setup(device="auto"):
 
 
 def cleanup():
-    """Leave the process group, so that torchrun ends without a warning."""
+    """Leave the process group together: gloo aborts a rank whose peer has closed the connection while it still listens."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -3,9 +3,9 @@
 Four families of transformers are one thing here: 'vit' (DINO), 'dinov2', 'dinov2_with_registers' and 'dinov3_vit'.
 forward_features hides what differs, everything else treats them alike.
 
-Shape letters, used in all files: B images per rank, V views (global crops), L local crops, P patches, M masked patches in
-the batch, D embed dim, K prototypes, C channels, H W pixels, h w patch grid, p patch size. View-major always: crop v of
-image b is row v * B + b. masks: bool, True = masked = the student sees the mask token there.
+Shape letters, used in all files: B images per rank, V views (global crops), L local crops, P patches, M masked patches
+in the batch, D embed dim, K prototypes, C channels, H W pixels, h w patch grid, p patch size. View-major always: crop v
+of image b is row v * B + b. masks: bool, True = masked = the student sees the mask token there.
 """
 import contextlib
 import os
@@ -28,28 +28,30 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
 
     Args: model_type: a hub id ('facebook/dinov2-small') or a local directory, for its weights or (use_pretrained=False)
     its shape with random weights; or the name of a family, from scratch. size_keys: keys of the HF config (hidden_size,
-    num_hidden_layers, num_attention_heads, patch_size, image_size, num_register_tokens, drop_path_rate, ...), those that
-    the family does not have are ignored; on pretrained weights only those that change no shape are allowed.
+    num_hidden_layers, num_attention_heads, patch_size, image_size, num_register_tokens, drop_path_rate, ...), those
+    that the family does not have are ignored; on pretrained weights only those that change no shape are allowed.
     Returns: transformers PreTrainedModel in fp32, without pooler. Raises UserError for what cannot be found or loaded.
     """
     if model_type in FAMILIES and use_pretrained:
-        raise UserError(f"model_type={model_type!r} is a family and has no weights; give a hub id or a local directory, or "
-                        "--use_pretrained=false to train from scratch")
-    if model_type not in FAMILIES and os.path.sep in model_type and model_type[0] in "./~" and not os.path.isdir(model_type):
+        raise UserError(f"model_type={model_type!r} is a family and has no weights; "
+                        "give a hub id or a local directory, or --use_pretrained=false to train from scratch")
+    names_a_folder = os.path.sep in model_type and model_type[0] in "./~"
+    if names_a_folder and not os.path.isdir(model_type):
         raise UserError(f"model_type={model_type!r}: no such directory; give a directory with config.json, or a hub id")
     try:
         config = _family_config(model_type, size_keys) if model_type in FAMILIES else \
             transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_type={model_type!r} cannot be loaded: neither a local directory with config.json nor a hub id "
-                        f"that can be reached; from scratch use one of {', '.join(FAMILIES)} "
-                        f"({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"model_type={model_type!r} cannot be loaded: "
+                        "neither a local directory with config.json nor a hub id that can be reached; "
+                        f"from scratch use one of {', '.join(FAMILIES)} ({str(error).splitlines()[0][:120]})") from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; "
+                        f"supported are {', '.join(FAMILIES)}")
     for key, value in size_keys.items():
         if use_pretrained and key not in ("drop_path_rate", "pos_embed_rescale"):
-            raise UserError(f"{key}={value} would change the shape of the pretrained {model_type!r}; leave it out, or set "
-                            "--use_pretrained=false")
+            raise UserError(f"{key}={value} would change the shape of the pretrained {model_type!r}; "
+                            "leave it out, or set --use_pretrained=false")
         if hasattr(config, key):
             setattr(config, key, value)
     # the pooler would be random and unused, which DDP refuses; ViT makes its mask token only when asked
@@ -70,12 +72,13 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
 
 
 def _family_config(family, size_keys):
-    """A config of the family with those of the keys that it has. By the constructor: what it derives (dinov2's stage names)
-    would go stale under setattr."""
+    """A config of the family with those of the keys that it has. By the constructor: what it derives (dinov2's stage
+    names) would go stale under setattr."""
     known = transformers.AutoConfig.for_model(family)
     if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):       # dinov2 has mlp_ratio = 4 instead
         size_keys = {"intermediate_size": 4 * size_keys["hidden_size"], **size_keys}
-    return transformers.AutoConfig.for_model(family, **{key: value for key, value in size_keys.items() if hasattr(known, key)})
+    size_keys = {key: value for key, value in size_keys.items() if hasattr(known, key)}
+    return transformers.AutoConfig.for_model(family, **size_keys)
 
 
 @contextlib.contextmanager
@@ -94,9 +97,9 @@ def quiet_transformers():
 def inflate_patch_embed(weight, num_channels):
     """A patch embedding of RGB filters, [D,3,p,p], as one of num_channels, [D,C,p,p].
 
-    The mean of the given filters, repeated, times 3/C: a pattern that is the same in all channels keeps its response. For
-    C = 1 this is the sum of the filters, exactly what a grey image copied into three channels would meet. The number of
-    given channels need not be 3; where it is C already, the weight comes back as it is.
+    The mean of the given filters, repeated, times 3/C: a pattern that is the same in all channels keeps its response.
+    For C = 1 this is the sum of the filters, exactly what a grey image copied into three channels would meet. The
+    number of given channels need not be 3; where it is C already, the weight comes back as it is.
     """
     given = weight.shape[1]
     if given == num_channels:
@@ -109,16 +112,17 @@ def _set_channels(backbone, num_channels):
     for parent in backbone.modules():
         for name, conv in parent.named_children():
             if isinstance(conv, nn.Conv2d):
-                new = nn.Conv2d(num_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None)
+                has_bias = conv.bias is not None
+                new = nn.Conv2d(num_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=has_bias)
                 with torch.no_grad():
                     new.weight.copy_(inflate_patch_embed(conv.weight, num_channels))
-                    if conv.bias is not None:
+                    if has_bias:
                         new.bias.copy_(conv.bias)
                 setattr(parent, name, new)
                 if hasattr(parent, "num_channels"):
                     parent.num_channels = num_channels
     backbone.config.num_channels = num_channels
-    backbone.patch_embed_inflated = True                      # train.py lets it learn while the rest of the backbone waits
+    backbone.patch_embed_inflated = True                      # train.py lets it learn while the other weights wait
 
 
 def pretrained_image_stats(model_type):
@@ -141,12 +145,13 @@ def forward_features(backbone, pixels, masks=None):
     """CLS and patch tokens after the final norm, for any family.
 
     Args: backbone: a PreTrainedModel or its peft wrapper; pixels [B,C,H,W], H and W multiples of the patch size; masks
-    [B,P] bool, True = the patch is replaced by the mask token. Returns: cls [B,D], patches [B,P,D] (registers left out).
-    Raises UserError for a size that transformers would floor without a word.
+    [B,P] bool, True = the patch is replaced by the mask token. Returns: cls [B,D], patches [B,P,D] (registers left
+    out). Raises UserError for a size that transformers would floor without a word.
     """
     config, extra = backbone.config, {}
     if pixels.shape[-2] % config.patch_size or pixels.shape[-1] % config.patch_size:
-        raise UserError(f"crop of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is not a multiple of patch_size={config.patch_size}")
+        raise UserError(f"crop of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is not a "
+                        f"multiple of patch_size={config.patch_size}")
     if config.model_type == "vit":
         extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
     if masks is not None:
@@ -178,18 +183,20 @@ def add_lora(backbone, r=4, alpha=16, dropout=0.1):
     targets = next((pair for pair in (["q_proj", "v_proj"], ["query", "value"]) if set(pair) <= present), None)
     if targets is None:                                       # the names changed between transformers 4 and 5
         raise UserError(f"use_lora: no query and value projections among the linear layers {sorted(present)}")
-    return peft.get_peft_model(backbone, peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    return peft.get_peft_model(backbone, config)
 
 
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes: features [N,D] -> logits [N,K]. DINO (arXiv 2104.14294) appendix C.
 
-    Three Linear layers with GELU to the bottleneck, unit length, then K prototypes without bias. DINO and DINOv2 normalise
-    the prototypes (weight norm): their gain is frozen at 1 with norm_last_layer, else trained. DINOv3: weight_norm=False,
-    a plain Linear. n_layers=1 is a single Linear to the bottleneck.
+    Three Linear layers with GELU to the bottleneck, unit length, then K prototypes without bias. DINO and DINOv2
+    normalise the prototypes (weight norm): their gain is frozen at 1 with norm_last_layer, else trained. DINOv3:
+    weight_norm=False, a plain Linear. n_layers=1 is a single Linear to the bottleneck.
     """
 
-    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True, weight_norm=True, n_layers=3):
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True, weight_norm=True,
+                 n_layers=3):
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
         layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.GELU())][:-1]
@@ -198,7 +205,7 @@ class DINOHead(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
-        if weight_norm:                                       # W_k = g_k v_k / |v_k|; v keeps nn.Linear's own initialisation
+        if weight_norm:                                       # W_k = g_k v_k / |v_k|; v as nn.Linear initialises it
             self.last_layer = nn.utils.parametrizations.weight_norm(self.last_layer)
             gain = self.last_layer.parametrizations.weight.original0                       # [K,1]
             nn.init.ones_(gain)
@@ -226,8 +233,8 @@ class Student(nn.Module):
     def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True):
         """Features and logits of all crops.
 
-        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks: replace
-        the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
+        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks:
+        replace the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
         [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks.
         """
@@ -248,8 +255,8 @@ class Student(nn.Module):
 class EMATeacher:
     """The teacher: the student's network with averaged values in place of its trainable parameters.
 
-    It keeps one tensor per trainable parameter and no network: frozen weights (LoRA base, frozen layers) exist once, for
-    student and teacher alike. DINO section 3.1: teacher = m * teacher + (1 - m) * student.
+    It keeps one tensor per trainable parameter and no network: frozen weights (LoRA base, frozen layers) exist once,
+    for student and teacher alike. DINO section 3.1: teacher = m * teacher + (1 - m) * student.
     """
 
     def __init__(self, student):
@@ -270,8 +277,8 @@ class EMATeacher:
     def teacher_weights(self, student):
         """Inside, `student` is the teacher: EMA values, eval mode, no gradients. Yields the module without DDP.
 
-        Only pointers move. Open autocast inside and close it inside as well: its cache of bf16 weights goes by parameter,
-        so one region around teacher and student would hand the teacher's weights to the student.
+        Only pointers move. Open autocast inside and close it inside as well: its cache of bf16 weights goes by
+        parameter, so one region around teacher and student would hand the teacher's weights to the student.
         """
         module, training = unwrap(student), student.training
         params = self._trainable(student)

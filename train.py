@@ -1,7 +1,7 @@
 """Self-supervised training of a vision transformer by self-distillation: DINO, DINOv2 and DINOv3 recipes on any HF ViT.
 
     python train.py config/phantom.py                                # laptop: embedded data, a small ViT, some minutes
-    python train.py config/dinov2.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
+    python train.py config/dinov2.py --dataset_path=my_images/ --model_type=facebook/dinov2-small --local_crops_size=98
     torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py            # four GPUs, one machine
     python train.py --help                                           # every key with its meaning
 
@@ -25,11 +25,12 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, load_dataset, measure_intensities
-from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first, memory_gb, no_sync,
-                         rank, setup, unwrap, world_size, wrap)
+from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first,
+                         memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
 from evaluate import diagnose, knn_accuracy, monitor
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
-from model import FAMILIES, DINOHead, EMATeacher, Student, add_lora, build_backbone, freeze_layers, pretrained_image_stats
+from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, build_backbone, freeze_layers,
+                   pretrained_image_stats)
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
 
 # ==== config: defaults are the paper's Listings 2-8; all durations in iterations (optimizer steps), counted from 0 ====
@@ -38,10 +39,10 @@ model_name = 'pathmnist'         # the run's name
 out_dir = ''                     # where it writes; '' = out/{model_name}
 seed = 0                         # of weights, data order, crops, masks; the same seed on the same machine repeats a run
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
-resume_from = ''                 # a run folder or a checkpoint in it; 'auto' = out_dir where it holds a checkpoint; '' = start anew
+resume_from = ''                 # a run folder or a checkpoint in it; 'auto' = out_dir if it has one; '' = start anew
 max_iterations = 2000            # paper: 2000
 log_interval = 10                # iterations between log lines
-eval_interval = 250              # iterations between k-NN measurements (0 = only at the start and the end); needs labels
+eval_interval = 250              # iterations between k-NN measurements; 0 = only at the start and the end; needs labels
 saveckp_freq = 250               # iterations between checkpoints that are kept; checkpoints/last is written as often
 generate_samples = True          # write samples/crops.png: the first batch as the network sees it
 wandb_log = False                # also log to Weights & Biases (pip install wandb)
@@ -52,14 +53,14 @@ dataset_size = 224               # pixels of MedMNIST images to download: 28 | 6
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
 download_url = ''                # a mirror's folder with the MedMNIST files; '' = their own host
 shuffle = True                   # a new order every epoch; False = file order
-num_channels = 0                 # channels of the network's input; 0 = what the data has. Grey stays one channel, never faked RGB
-intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1, the rest clipped: an HU window for CT like (-160, 240); (0, 0) = uint8: 0..255, else measured
-image_mean = ()                  # per channel, of pixels in 0..1; () = what the pretrained weights had, else measured and printed
+num_channels = 0                 # of the network's input; 0 = what the data has. Grey stays one channel
+intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1, like the HU window (-160, 240); (0, 0) = measured
+image_mean = ()                  # per channel, of pixels in 0..1; () = of the pretrained weights, else measured
 image_std = ()                   # likewise
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = take its neighbour, list the files at the end
-num_workers = -1                 # processes that read and crop, per rank; -1 = up to 8, one less than the cores; 0 = none
+num_workers = -1                 # processes that read and crop, per rank; -1 = one less than the cores, up to 8
 eval_split = 'val'               # k-NN is measured on this split against train; the best checkpoint is chosen by it
-eval_max_images = 10000          # of each split at most so many, drawn by seed, so that a measurement stays short; 0 = all
+eval_max_images = 10000          # of each split at most so many, drawn by seed: measurements stay short; 0 = all
 
 # ---- crops ----
 augmentation = 'auto'            # 'rgb' | 'medical' (paper Table 3) | 'auto' = rgb for three channels, else medical
@@ -68,23 +69,23 @@ global_crops_size = 224          # pixels; a multiple of the patch size
 global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 8           # small views that only the student sees; 0 = none
 local_crops_size = 96            # pixels; a multiple of the patch size, so 98 for patch 14
-local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: up to the lower end of the global scale
+local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: 0.05 up to the lower end of the global scale
 label_guided_crops_number = 0    # further local crops centred on labelled pixels (paper section 2.2.4); needs masks
 label_guided_crops_scale = (0.02, 0.1)  # their share of the image area
 horizontal_flip = 0.5            # probability; 0 where left and right must not be confused
 vertical_flip = 0.5              # probability; paper Table 3 flips both ways, DINO only horizontally
-blur_probability = (1.0, 0.1, 0.5)  # global crop 1, global crop 2, local crops; see augment.photometric for DINOv2's (0, 0.9, 0.5)
-window_jitter = 0.0              # CT: both ends of intensity_range move per crop by up to this share of its width; 0.1 is mild
+blur_probability = (1.0, 0.1, 0.5)  # global crop 1, 2, local; DINOv2 in truth (0, 0.9, 0.5): augment.photometric
+window_jitter = 0.0              # CT: both ends of intensity_range move by up to this share of its width; 0.1 is mild
 
 # ---- backbone ----
-model_type = 'facebook/dino-vits16'   # a hub id or a local directory | a family, from scratch: vit, dinov2, dinov2_with_registers, dinov3_vit
-use_pretrained = True            # False = random weights, in the shape of model_type or, for a family, of the keys below
+model_type = 'facebook/dino-vits16'  # a hub id | a directory | a family: vit, dinov2, dinov2_with_registers, dinov3_vit
+use_pretrained = True            # False = random weights in the shape of model_type; for a family, of the next keys
 hidden_size = 384                # from scratch: width
 num_hidden_layers = 12           # from scratch: blocks
 num_attention_heads = 6          # from scratch: hidden_size must be a multiple
 patch_size = 16                  # from scratch: pixels
 num_register_tokens = 4          # from scratch, dinov2_with_registers and dinov3_vit
-drop_path_rate = 0.0             # stochastic depth of the student, where the family has it (all but vit); DINO 0.1, DINOv2 0.3
+drop_path_rate = 0.0             # stochastic depth of the student, where the family has it (not vit); DINOv2 0.3
 pos_embed_rescale = 0.0          # DINOv3: random scale of positions in training, up to this factor (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper section 2.2.1)
 use_lora = False                 # train low-rank adapters on query and value projections only (paper section 2.2.3)
@@ -108,20 +109,20 @@ ibot_mask_ratio_min_max = (0.1, 0.5)  # share of the patches masked in them
 ibot_mask_exact = False          # True = DINOv3: exactly the top of each ratio bin
 
 # ---- losses and teacher ----
-centering = 'centering'          # 'centering' (DINO; tolerates small batches) | 'sinkhorn_knopp' (DINOv2 long runs, DINOv3)
+centering = 'centering'          # 'centering' (DINO, DINOv2) | 'sinkhorn_knopp' (DINOv2 long runs, DINOv3)
 student_temp = 0.1               # softmax temperature of the student
 teacher_temp = 0.04              # final value, after warm-up; above 0.07 is unstable (dino help text)
 warmup_teacher_temp = 0.04       # first value; lower it where the loss does not fall
 warmup_teacher_temp_iterations = 500  # linear between the two
-momentum_teacher = 0.996         # EMA: teacher = m * teacher + (1 - m) * student; short runs want a faster teacher (0.9 for 300 iterations)
+momentum_teacher = 0.996         # teacher = m * teacher + (1 - m) * student; 0.9 for runs of some hundred iterations
 final_momentum_teacher = 1.0     # m rises to this with a cosine
-koleo_loss_weight = 0.0          # spreads the CLS features of a batch (DINOv2 and DINOv3: 0.1); needs 2 images per rank
-gram_loss_weight = 0.0           # keeps the student's patch similarities near the EMA teacher's (DINOv3 gram.ema_teacher)
+koleo_loss_weight = 0.0          # spreads the CLS features of a batch (DINOv2, DINOv3: 0.1); needs 2 images per rank
+gram_loss_weight = 0.0           # keeps the student's patch similarities near the EMA teacher's (DINOv3)
 
 # ---- optimizer ----
 global_batch_size = 64           # images per step over all ranks; the batch per rank follows
-gradient_accumulation_steps = 0  # micro-batches per step and rank; 0 = as few as keep them at 64 images or below. Sinkhorn and KoLeo see one
-lr = 1e-4                        # peak, absolute. From scratch: DINO 5e-4 * batch / 256, DINOv2 4e-3 * sqrt(batch / 1024)
+gradient_accumulation_steps = 0  # micro-batches per step; 0 = as few as keep them below 65 images. Sinkhorn sees one
+lr = 1e-4                        # peak, absolute. From scratch: DINO 5e-4 * batch/256, DINOv2 4e-3 * sqrt(batch/1024)
 min_lr = 1e-5                    # the cosine ends here
 warmup_iterations = 1000         # linear from 0 to lr
 weight_decay = 0.04              # first value; not on biases, norms, layer scale
@@ -131,13 +132,13 @@ schedule_reaches_end = False     # False = DINO, DINOv2: the cosine stops one st
 layerwise_decay = 1.0            # lr of block i times this ** (blocks - i): early blocks move less; DINOv2 0.9
 patch_embed_lr_mult = 1.0        # of the patch embedding on top (DINOv2, DINOv3: 0.2)
 clip_grad = 3.0                  # largest gradient norm; 0 = off
-clip_grad_by = 'parameter'       # 'parameter' = every tensor by itself (DINO) | 'module' = backbone and each head (DINOv2, DINOv3)
+clip_grad_by = 'parameter'       # 'parameter' = every tensor (DINO) | 'module' = backbone, each head (DINOv2, DINOv3)
 freeze_last_layer = 100          # iterations in which the prototypes stand still: helps the start (dino help text)
-freeze_last_layer_by = 'grad'    # 'grad' = drop their gradient (DINO) | 'lr' = learning rate 0, moments run on (DINOv2, DINOv3)
-freeze_backbone_iterations = -1  # backbone waits while random heads learn, then its lr ramps up as long; -1 = a tenth of the run if pretrained
+freeze_last_layer_by = 'grad'    # 'grad' = drop their gradient (DINO) | 'lr' = lr 0, moments run on (DINOv2, DINOv3)
+freeze_backbone_iterations = -1  # it waits while random heads learn, then ramps up as long; -1 = 10 % if pretrained
 
 # ---- system ----
-distribution = 'ddp'             # under torchrun: 'ddp'; 'none' = every process for itself is an error, alone it makes no difference
+distribution = 'ddp'             # how processes share the work under torchrun: 'ddp'; 'none' refuses more than one
 mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32
 activation_checkpointing = False # recompute activations in backward: less memory, a third more time
 compile = False                  # torch.compile the backbone: minutes at the start, faster steps
@@ -147,52 +148,58 @@ MICRO_BATCH = 64                 # what gradient_accumulation_steps = 0 aims at
 
 
 def check_config():
-    """Ranges and pairs, all mistakes at once; raises UserError. Called with the resolved config, before anything is read."""
-    errors = []
+    """Ranges and pairs, all mistakes at once; raises UserError. Called before anything is read."""
+    now, ranks, errors = globals(), world_size(), []
+    share = global_batch_size // ranks
 
     def need(ok, message):
         if not ok:
             errors.append(message)
     for key, choices in (("centering", ("centering", "sinkhorn_knopp")), ("clip_grad_by", ("parameter", "module")),
                          ("freeze_last_layer_by", ("grad", "lr")), ("mixed_precision", ("bf16", "fp16", "no")),
-                         ("distribution", ("ddp", "none")), ("on_bad_image", ("error", "skip")), ("augmentation", ("auto", *PRESETS))):
-        need(globals()[key] in choices, f"{key}={globals()[key]!r}: choose one of {', '.join(choices)}")
-    for key in ("max_iterations", "log_interval", "saveckp_freq", "global_batch_size", "global_crops_size", "local_crops_size",
-                "dino_head_out_dim", "ibot_out_dim", "dataset_size"):
-        need(globals()[key] > 0, f"{key}={globals()[key]}: must be above 0")
-    for key in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
-        need(globals()[key] > 0, f"{key}={globals()[key]}: a temperature must be above 0")
-    for key in ("momentum_teacher", "final_momentum_teacher", "ibot_mask_sample_probability", "drop_path_rate", "horizontal_flip", "vertical_flip"):
-        need(0 <= globals()[key] <= 1, f"{key}={globals()[key]}: must be in 0..1")
+                         ("distribution", ("ddp", "none")), ("on_bad_image", ("error", "skip")),
+                         ("augmentation", ("auto", *PRESETS))):
+        need(now[key] in choices, f"{key}={now[key]!r}: choose one of {', '.join(choices)}")
+    for key in ("max_iterations", "log_interval", "saveckp_freq", "global_batch_size", "global_crops_size",
+                "local_crops_size", "dino_head_out_dim", "ibot_out_dim", "dataset_size", "teacher_temp",
+                "warmup_teacher_temp", "student_temp"):
+        need(now[key] > 0, f"{key}={now[key]}: must be above 0")
+    for key in ("momentum_teacher", "final_momentum_teacher", "ibot_mask_sample_probability", "drop_path_rate",
+                "horizontal_flip", "vertical_flip"):
+        need(0 <= now[key] <= 1, f"{key}={now[key]}: must be in 0..1")
     for key in ("global_crops_scale", "local_crops_scale", "label_guided_crops_scale", "ibot_mask_ratio_min_max"):
-        low, high = globals()[key]
+        low, high = now[key]
         need(0 < low <= high <= 1, f"{key}={(low, high)}: needs 0 < low <= high <= 1")
-    need(global_crops_number >= 2, f"global_crops_number={global_crops_number}: the teacher of one view teaches the others; use 2")
-    need(global_batch_size % world_size() == 0, f"global_batch_size={global_batch_size} cannot be shared by {world_size()} ranks; use a "
-         f"multiple, like {math.ceil(global_batch_size / world_size()) * world_size()}")
-    share = global_batch_size // world_size()
-    need(share % max(1, gradient_accumulation_steps) == 0, f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide "
-         f"the {share} images of a rank")
-    need(world_size() == 1 or distribution != "none", f"distribution='none' with {world_size()} processes: they would not share gradients; use ddp")
-    need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim, f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim="
-         f"{dino_head_out_dim}: a shared head has one size; make them equal or set --ibot_separate_head=true")
-    need(model_type not in FAMILIES or hidden_size % num_attention_heads == 0, f"hidden_size={hidden_size} is not a multiple of "
-         f"num_attention_heads={num_attention_heads}")
+    need(global_crops_number >= 2, f"global_crops_number={global_crops_number}: one view teaches the others; use 2")
+    need(global_batch_size % ranks == 0, f"global_batch_size={global_batch_size} cannot be shared by {ranks} ranks; "
+         f"use a multiple, like {math.ceil(global_batch_size / ranks) * ranks}")
+    need(share % max(1, gradient_accumulation_steps) == 0, f"gradient_accumulation_steps={gradient_accumulation_steps} "
+         f"does not divide the {share} images of a rank")
+    need(ranks == 1 or distribution != "none", f"distribution='none' with {ranks} processes: use ddp, or start one")
+    need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim,
+         f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim={dino_head_out_dim}: a shared head has one size; make them "
+         "equal or set --ibot_separate_head=true")
+    need(model_type not in FAMILIES or hidden_size % num_attention_heads == 0, f"hidden_size={hidden_size} is not a "
+         f"multiple of num_attention_heads={num_attention_heads}")
     if errors:
         raise UserError("\n       ".join(errors))
 
 
 def accumulation_steps():
-    """Micro-batches per step and rank: as given, or the smallest divisor of a rank's share that keeps them small enough."""
+    """Micro-batches per step and rank: as given, or the smallest divisor of a rank's share that keeps them small."""
     share = global_batch_size // world_size()
-    return gradient_accumulation_steps or next(steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= MICRO_BATCH)
+    return gradient_accumulation_steps or next(
+        steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= MICRO_BATCH)
 
 
-# ---- the maths of one iteration, with the module's config; tests compare them with the reference trajectories ----
+# ---- the maths of one iteration, with this config; tests compare them with the reference trajectories ----
 
 def make_targets(teacher_out, centers, teacher_temp):
-    """Teacher logits -> what the student should say. teacher_out: of Student.forward; centers: {'dino': [1,K], 'ibot': [1,K]}.
-    Returns dict: 'dino' [V,B,K] and, with masks, 'ibot' [M,K]; rows sum to 1, no gradient."""
+    """Teacher logits -> what the student should say.
+
+    Args: teacher_out: of Student.forward; centers: {'dino': [1,K], 'ibot': [1,K]}. Returns dict: 'dino' [V,B,K] and,
+    with masks, 'ibot' [M,K]; rows sum to 1, no gradient.
+    """
     def to_probs(name, logits):
         if centering == "sinkhorn_knopp":
             return sinkhorn_knopp(logits, teacher_temp)
@@ -206,38 +213,63 @@ def make_targets(teacher_out, centers, teacher_temp):
 def compute_losses(student_out, targets, masks, teacher_patches=None):
     """(total, terms): total is exactly the weighted sum of the logged terms.
 
-    The DINO loss is the mean over all pairs of a teacher crop and another student crop. It is shown in two parts, each the
-    mean over its pairs times their share of all pairs: V * (V - 1) pairs of global crops, V * L with a local crop
+    The DINO loss is the mean over all pairs of a teacher crop and another student crop. It is shown in two parts, each
+    the mean over its pairs times their share of all pairs: V * (V - 1) pairs of global crops, V * L with a local crop
     (DINOv2 and DINOv3; together the same as DINO's). koleo is the sum over the global crops, as in DINOv2.
     """
-    V = global_crops_number
-    L = len(student_out.get("local_logits", ())) * V // len(student_out["global_logits"])
+    V, global_logits = global_crops_number, student_out["global_logits"]
+    L = len(student_out.get("local_logits", ())) * V // len(global_logits)
     n_global, n_local = V * (V - 1), V * L
-    global_logits = student_out["global_logits"].unflatten(0, (V, -1))                     # [V,B,K]
     zero = global_logits.new_zeros((), dtype=torch.float32)
     terms = dict(dino_local_loss=zero, ibot_loss=zero, koleo_loss=zero, gram_loss=zero)
-    terms["dino_global_loss"] = dino_loss(global_logits, targets["dino"], student_temp) * n_global / (n_global + n_local)
+    terms["dino_global_loss"] = n_global / (n_global + n_local) * dino_loss(
+        global_logits.unflatten(0, (V, -1)), targets["dino"], student_temp)                # [V,B,K] against [V,B,K]
     if L > 0:
-        local_logits = student_out["local_logits"].unflatten(0, (L, -1))                   # [L,B,K]
-        terms["dino_local_loss"] = dino_loss(local_logits, targets["dino"], student_temp, ignore_diagonal=False) * n_local / (n_global + n_local)
+        terms["dino_local_loss"] = n_local / (n_global + n_local) * dino_loss(
+            student_out["local_logits"].unflatten(0, (L, -1)), targets["dino"], student_temp, ignore_diagonal=False)
     if ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, student_temp)
-    if koleo_loss_weight > 0:                                 # before the head, each view by itself: views of an image may be near
+    if koleo_loss_weight > 0:              # before the head, each view by itself: views of an image may be near
         terms["koleo_loss"] = sum(koleo_loss(cls) for cls in student_out["global_cls"].chunk(V))
     if gram_loss_weight > 0:
         terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
-    total = dino_head_loss_weight * (terms["dino_local_loss"] + terms["dino_global_loss"]) + ibot_loss_weight * terms["ibot_loss"] \
-        + koleo_loss_weight * terms["koleo_loss"] + gram_loss_weight * terms["gram_loss"]
+    total = dino_head_loss_weight * (terms["dino_local_loss"] + terms["dino_global_loss"]) \
+        + ibot_loss_weight * terms["ibot_loss"] + koleo_loss_weight * terms["koleo_loss"] \
+        + gram_loss_weight * terms["gram_loss"]
     return total, terms
 
 
 def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, backbone_factor):
-    """Write this iteration's values into the groups of optim.param_groups. backbone_factor: 0 while the heads learn alone,
-    then up to 1; an inflated patch embedding does not wait (its group is marked with waits=False)."""
+    """Write this iteration's values into the groups of optim.param_groups. backbone_factor: 0 while the heads learn
+    alone, then up to 1; an inflated patch embedding does not wait (its group says waits=False)."""
     for group in optimizer.param_groups:
         waits = group["is_backbone"] and group.get("waits", True)
-        group["lr"] = (last_layer_lr_now if group["is_last_layer"] else lr_now) * group["lr_mult"] * (backbone_factor if waits else 1.0)
+        group["lr"] = (last_layer_lr_now if group["is_last_layer"] else lr_now) * group["lr_mult"]
+        group["lr"] *= backbone_factor if waits else 1.0
         group["weight_decay"] = weight_decay_now * group["wd_mult"]
+
+
+def log_line(record, run_device):
+    """The paper's log line (section 2.1.3), each loss beside its value for a student that knows nothing: ln K times
+    the share of its pairs, or of the masked crops."""
+    V, L = global_crops_number, local_crops_number + label_guided_crops_number
+    share = L / (V - 1 + L)
+    line = ""
+    for name, key, chance in (("Local DINO", "dino_local_loss", share * math.log(dino_head_out_dim)),
+                              ("Global DINO", "dino_global_loss", (1 - share) * math.log(dino_head_out_dim)),
+                              ("iBOT", "ibot_loss", ibot_mask_sample_probability * math.log(ibot_out_dim))):
+        if key != "ibot_loss" or ibot_loss_weight > 0:
+            line += f"{name}: {record[key]:.4f} (ln K: {chance:.4f}) "
+        else:
+            line += f"{name}: off "
+    line += f"KoLeo: {record['koleo_loss']:.4f} " if koleo_loss_weight > 0 else ""
+    line += f"Gram: {record['gram_loss']:.4f} " if gram_loss_weight > 0 else ""
+    return (f"Total Loss: {record['loss']:.4f} {line}LR: {record['lr']:.6f} Weight Decay: {record['weight_decay']:.6f} "
+            f"Teacher momentum: {record['momentum_teacher']:.6f} Current Batch Size: {global_batch_size} "
+            f"Iteration: {record['iteration']}/{max_iterations} Device: {run_device} "
+            f"Memory: {record['memory_gb']:.2f}/{memory_gb(run_device)[1]:.2f} GB | "
+            f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} "
+            f"RankMe {record['rankme']:.1f}")
 
 
 def ignore_ctrl_c(_):
@@ -251,26 +283,27 @@ def main(sources):
     check_config()
     config = {key: globals()[key] for key in config_keys}
     run_dir = out_dir or os.path.join("out", model_name)
-    resume = resume_from if resume_from != "auto" else run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
+    resume = resume_from
+    if resume == "auto":
+        resume = run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
     state = load_state(resume) if resume else None
-
-    told = []                                                  # what is said before the run has a folder
+    told, run_is_open = [], False                              # nothing is written before all input is found good
 
     def say(text):
         if is_main():
             print(text, flush=True)
             told.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            if start_iteration is not None:
+            if run_is_open:
                 with open(f"{run_dir}/logs/train.log", "a") as file:
                     file.writelines(told)
                 told.clear()
 
-    start_iteration = None                                     # set when all input is found good: until then nothing is written
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
     if state:
-        changes = [c for c in config_changes(state, config) if c[0] != "resume_from"]
-        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(f"\n  changed since: {k}: {a!r} -> {b!r}" for k, a, b in changes))
+        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
+            f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
+            if key != "resume_from"))
 
     # ---- data ----
     def open_split(split):
@@ -278,44 +311,48 @@ def main(sources):
 
     with main_first():                                         # one process per machine downloads and unpacks
         train_set = open_split("train")
-        channels = train_set.num_channels
-        single_label = train_set.labels is not None and train_set.labels.ndim == 1
-        wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if single_label else []
+        labelled = train_set.labels is not None and train_set.labels.ndim == 1
+        wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if labelled else []
         measured = {split: open_split(split) for split in wanted}
+    channels = train_set.num_channels
     if label_guided_crops_number and train_set.masks is None:
-        raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; set it to 0")
+        raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; "
+                        "set it to 0")
     value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed, on_bad_image=on_bad_image)
     stats_from = "measured on 256 images"
     if use_pretrained and (stats := pretrained_image_stats(model_type)):                   # what the weights expect
         same = len(stats[0]) == channels
-        mean, std = stats if same else tuple((float(np.mean(s)),) * channels for s in stats)
+        mean, std = stats if same else tuple((float(np.mean(values)),) * channels for values in stats)
         stats_from = "of the pretrained weights" + ("" if same else ", averaged over their channels")
     mean, std = image_mean or mean, image_std or std
-    for key, value in (("image_mean", mean), ("image_std", std)):
-        if len(value) != channels:
-            raise UserError(f"{key}={value}: the images have {channels} channel(s); give as many values")
-    say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), {getattr(train_set.images, 'dtype', 'image files')}; "
-        + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or "no k-NN: "
-           + ("no labels" if train_set.labels is None else "several labels per image")) +
-        f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} ({'given' if image_mean else stats_from})")
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != channels:
+            raise UserError(f"{key}={values}: the images have {channels} channel(s); give as many values")
+    why_not = "no labels" if train_set.labels is None else "several labels per image"
+    say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), "
+        f"{getattr(train_set.images, 'dtype', 'image files')}; "
+        + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or f"no k-NN: {why_not}")
+        + f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} "
+        f"({'given' if image_mean else stats_from})")
 
     # ---- student and teacher ----
     torch.manual_seed(seed)                                    # the same initial weights on every rank
     sizes = {} if use_pretrained else dict(image_size=global_crops_size)
     if model_type in FAMILIES:
-        sizes.update(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
-                     patch_size=patch_size, num_register_tokens=num_register_tokens)
+        sizes.update(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, patch_size=patch_size,
+                     num_attention_heads=num_attention_heads, num_register_tokens=num_register_tokens)
     backbone = build_backbone(model_type, use_pretrained, channels, drop_path_rate=drop_path_rate,
                               pos_embed_rescale=pos_embed_rescale or None, **sizes)
-    if run_device.type == "cpu":                               # fused attention is slow backward on CPUs: phantom 0.37 s a step, eager 0.19
+    family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
+    inflated = getattr(backbone, "patch_embed_inflated", False)
+    if run_device.type == "cpu":       # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
         backbone.set_attn_implementation("eager")
-    patch, width, inflated = backbone.config.patch_size, backbone.config.hidden_size, getattr(backbone, "patch_embed_inflated", False)
     for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
         if size % patch:
-            raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use {size // patch * patch or patch} or "
-                            f"{(size // patch + 1) * patch}")
+            raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
+                            f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
     if drop_path_rate > 0 and not hasattr(backbone.config, "drop_path_rate"):
-        say(f"note: {backbone.config.model_type} has no stochastic depth in transformers; drop_path_rate={drop_path_rate} has no effect")
+        say(f"note: {family} has no stochastic depth in transformers; drop_path_rate={drop_path_rate} has no effect")
     if ibot_loss_weight == 0:                                  # never used: DDP would wait for its gradient
         for name, param in backbone.named_parameters():
             if "mask_token" in name:
@@ -327,26 +364,29 @@ def main(sources):
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
     dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer, **head)
-    own_ibot_head = ibot_loss_weight > 0 and ibot_separate_head
-    ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head) if own_ibot_head else None
+    ibot_head = None
+    if ibot_loss_weight > 0 and ibot_separate_head:
+        ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
     student = Student(backbone, dino_head, ibot_head).to(run_device).train()
-    teacher = EMATeacher(student)                              # before DDP and compile: names without their prefixes
-    centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device), ibot=torch.zeros(1, ibot_out_dim, device=run_device))
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    say(f"model: {model_type} ({backbone.config.model_type}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, patch {patch}; "
-        f"trainable {trainable / 1e6:.2f} M of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, heads included")
+    teacher = EMATeacher(student)                              # before DDP: parameter names without its prefix
+    centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device),
+                   ibot=torch.zeros(1, ibot_out_dim, device=run_device))
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    everything = sum(p.numel() for p in student.parameters()) / 1e6
+    say(f"model: {model_type} ({family}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, patch "
+        f"{patch}; trainable {trainable:.2f} M of {everything:.2f} M parameters, heads included")
 
-    # ---- optimizer ----
+    # ---- optimizer, and what a checkpoint brings back ----
     if warmup_iterations >= max_iterations:
-        say(f"note: warmup_iterations={warmup_iterations} of max_iterations={max_iterations}: the run ends before lr={lr} is reached")
+        say(f"note: warmup_iterations={warmup_iterations} of max_iterations={max_iterations}: it ends before lr={lr}")
     groups = param_groups(student, lr, weight_decay, layerwise_decay, patch_embed_lr_mult)
-    for group in groups:                                       # inflated filters are new: they learn along with the heads
+    for group in groups:                                       # inflated filters are new: they learn with the heads
         group["waits"] = not (group["is_patch_embed"] and inflated)
     optimizer = torch.optim.AdamW(groups, betas=adam_betas, fused=True)
     if mixed_precision == "fp16" and run_device.type != "cuda":
         raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
     scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
-    first_iteration, knn = 0, {}                               # knn: start, best, best_iteration on eval_split
+    iteration, knn = 0, {}                                     # finished iterations; k-NN: start, best, best_iteration
     if state:
         check_fits(state, student, config)
         student.load_state_dict(state["student"])
@@ -354,9 +394,10 @@ def main(sources):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         centers = {name: value.to(run_device) for name, value in state["centers"].items()}
-        first_iteration, knn = state["iteration"], state["knn"]
-        if first_iteration >= max_iterations:
-            raise UserError(f"resume_from={resume!r} has finished {first_iteration} iterations; raise max_iterations={max_iterations} to go on")
+        iteration, knn = state["iteration"], state["knn"]
+        if iteration >= max_iterations:
+            raise UserError(f"resume_from={resume!r} has finished {iteration} iterations; raise "
+                            f"max_iterations={max_iterations} to go on")
     if compile:
         student.backbone.compile()
     student = wrap(student, distribution, run_device)
@@ -364,73 +405,36 @@ def main(sources):
     # ---- loader ----
     micro_batches = accumulation_steps()
     batch_size = global_batch_size // world_size() // micro_batches
+    L = local_crops_number + label_guided_crops_number
     if koleo_loss_weight > 0 and batch_size < 2:
-        raise UserError(f"koleo_loss_weight={koleo_loss_weight} needs 2 images per rank and micro-batch, there is {batch_size}; raise global_batch_size")
-    crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number, local_crops_size, local_crops_scale, local_crops_number,
-                     label_guided_crops_number, label_guided_crops_scale, horizontal_flip, vertical_flip)
-    mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max, exact=ibot_mask_exact) \
-        if ibot_loss_weight > 0 else None
-    crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings, on_bad_image)
-    order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), first_iteration, max_iterations, seed, shuffle)
+        raise UserError(f"koleo_loss_weight={koleo_loss_weight} needs 2 images per rank and micro-batch, there is "
+                        f"{batch_size}; raise global_batch_size")
+    crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number, local_crops_size, local_crops_scale,
+                     local_crops_number, label_guided_crops_number, label_guided_crops_scale, horizontal_flip,
+                     vertical_flip)
+    mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max,
+                         exact=ibot_mask_exact) if ibot_loss_weight > 0 else None
+    crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings,
+                           on_bad_image)
+    order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), iteration,
+                       max_iterations, seed, shuffle)
     workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
-    loader = DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers, pin_memory=run_device.type == "cuda",
-                        worker_init_fn=ignore_ctrl_c)
+    loader = DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
+                        pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c)
     preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
     photometrics = Photometrics(preset, value_range, mean, std, window_jitter, blur_probability)
-    say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; {preset} augmentation; "
-        f"{len(train_set) / global_batch_size:.1f} iterations an epoch; {workers} loader worker(s) per rank")
+    say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; "
+        f"{preset} augmentation; {len(train_set) / global_batch_size:.1f} iterations an epoch; {workers} loader "
+        "worker(s) per rank")
 
-    # ---- all input is good: the run's folder ----
+    # ---- all input is good: the run's folder, k-NN, checkpoints ----
     jsonl = f"{run_dir}/log.jsonl"
     if is_main():
         if moved := open_run(run_dir, resume, dump(globals(), config_keys)):
             print(f"{run_dir} held an earlier run: moved to {moved} (to continue a run: --resume_from)")
-        truncate_log(jsonl, first_iteration)
+        truncate_log(jsonl, iteration)
     barrier()
-    start_iteration = first_iteration
-
-    def autocast():                                            # a fresh region each time: see EMATeacher.teacher_weights
-        return torch.autocast(run_device.type, torch.float16 if mixed_precision == "fp16" else torch.bfloat16, enabled=mixed_precision != "no")
-
-    # ---- k-NN, checkpoints ----
-    def limited(data):
-        if eval_max_images == 0 or len(data) <= eval_max_images:
-            return data
-        return data.subset(np.sort(np.random.default_rng(seed).permutation(len(data))[:eval_max_images]), data.split)
-
-    bank, measured = limited(train_set), {split: limited(data) for split, data in measured.items()}
-
-    eval_settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast, on_bad_image=on_bad_image)
-
-    def teacher_knn(queries):
-        with teacher.teacher_weights(student) as network:
-            return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
-
-    def save(iteration, best=False, keep=False):
-        if not is_main():
-            return
-        last = f"{run_dir}/checkpoints/last"
-        save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(), teacher=teacher.state_dict(),
-                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), centers=centers, knn=knn))
-        if keep:
-            link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
-        if best:
-            link_state(last, f"{run_dir}/checkpoints/best")
-            with teacher.teacher_weights(student) as network:
-                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std,
-                          model_card(model_name, iteration, knn, config, dump(globals(), config_keys)))
-
-    def record_eval(iteration, accuracy):
-        """Log a k-NN measurement; True where it is the best so far."""
-        knn.setdefault("start", accuracy)
-        best = accuracy > knn.get("best", -1.0)
-        if best:
-            knn.update(best=accuracy, best_iteration=iteration)
-        say(f"k-NN (k=5, {eval_split}) at iteration {iteration}: {accuracy:.4f}   start {knn['start']:.4f}, best {knn['best']:.4f} at {knn['best_iteration']}"
-            + (f"\n!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: training is harming these features. Lower lr, a longer freeze_backbone_iterations, "
-               "or use_lora; checkpoints/best keeps the best teacher. !!!!" if accuracy < knn["start"] - 0.01 else ""))
-        return best
-
+    run_is_open = True
     wandb = None
     if wandb_log and is_main():
         try:
@@ -446,51 +450,103 @@ def main(sources):
             if wandb:
                 wandb.log(record, step=record["iteration"])
 
-    if eval_split in measured and start_iteration == 0:
+    def autocast():                                            # a fresh region each time: EMATeacher.teacher_weights
+        half = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+        return torch.autocast(run_device.type, half, enabled=mixed_precision != "no")
+
+    def limited(data):
+        if eval_max_images == 0 or len(data) <= eval_max_images:
+            return data
+        rows = np.random.default_rng(seed).permutation(len(data))[:eval_max_images]
+        return data.subset(np.sort(rows), data.split)
+
+    bank, measured = limited(train_set), {split: limited(data) for split, data in measured.items()}
+    eval_settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast,
+                         on_bad_image=on_bad_image)
+
+    def teacher_knn(queries):
+        with teacher.teacher_weights(student) as network:
+            return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
+
+    def record_eval(accuracy):
+        """Tell a k-NN measurement; True where it is the best so far."""
+        knn.setdefault("start", accuracy)
+        best = accuracy > knn.get("best", -1.0)
+        if best:
+            knn.update(best=accuracy, best_iteration=iteration)
+        say(f"k-NN (k=5, {eval_split}) at iteration {iteration}: {accuracy:.4f}   start {knn['start']:.4f}, "
+            f"best {knn['best']:.4f} at {knn['best_iteration']}")
+        if accuracy < knn["start"] - 0.01:
+            say(f"!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: training harms these features. Lower lr, "
+                "longer freeze_backbone_iterations, or use_lora; checkpoints/best keeps the best teacher. !!!!")
+        return best
+
+    def save(best=False, keep=False):
+        if not is_main():
+            return
+        last = f"{run_dir}/checkpoints/last"
+        save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
+                              teacher=teacher.state_dict(), optimizer=optimizer.state_dict(),
+                              scaler=scaler.state_dict(), centers=centers, knn=knn))
+        if keep:
+            link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
+        if best:
+            link_state(last, f"{run_dir}/checkpoints/best")
+            card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
+            with teacher.teacher_weights(student) as network:
+                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std,
+                          card)
+
+    if measured and iteration == 0:
         knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
-        first = teacher_knn(measured)
+        knn["untrained"] = teacher_knn(measured)
         say("raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
-        knn["untrained"] = first
-        record_eval(0, first[eval_split])
-        write_log(dict(iteration=0, knn_accuracy=first[eval_split]))
-        save(0, best=True)                                     # if training only harms, best stays where it started
+        record_eval(knn["untrained"][eval_split])
+        write_log(dict(iteration=0, knn_accuracy=knn["start"]))
+        save(best=True)                                        # if training only harms, best stays where it started
 
     # ---- the loop ----
-    stop_signal = []
-    previous_handlers = {number: signal.signal(number, lambda number, _: stop_signal.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
-    waiting = freeze_backbone_iterations if freeze_backbone_iterations >= 0 else max_iterations // 10 if use_pretrained else 0
-    ln_k, ln_k_ibot = math.log(dino_head_out_dim), math.log(ibot_out_dim)
-    L = local_crops_number + label_guided_crops_number
-    pairs = global_crops_number * (global_crops_number - 1 + L)
-    share_local = global_crops_number * L / pairs
+    stop_signals, handlers = [], {}
+    for number in (signal.SIGTERM, signal.SIGINT):             # preemption, Ctrl-C: finish the step, save, exit 0
+        handlers[number] = signal.signal(number, lambda number, _: stop_signals.append(number))
+    waiting = freeze_backbone_iterations
+    if waiting < 0:
+        waiting = max_iterations // 10 if use_pretrained else 0
     bad_images, batches = set(), iter(loader)
     began = last_time = time.time()
-    iteration, last_logged = start_iteration, start_iteration
-    while iteration < max_iterations and not all_reduce_max(torch.tensor(len(stop_signal), device=run_device)):
-        torch.manual_seed(hash((seed, iteration, rank())) % 2**63)         # dropout and drop path: a function of the iteration
-        lr_now = cosine_schedule(lr, min_lr, iteration, max_iterations, warmup_iterations, reach_end=schedule_reaches_end)
-        weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, iteration, max_iterations, reach_end=schedule_reaches_end)
-        momentum_now = cosine_schedule(momentum_teacher, final_momentum_teacher, iteration, max_iterations, reach_end=schedule_reaches_end)
+    began_at = last_logged = iteration
+    while iteration < max_iterations and not all_reduce_max(torch.tensor(len(stop_signals), device=run_device)):
+        torch.manual_seed(hash((seed, iteration, rank())) % 2**63)   # dropout and drop path repeat on resume, too
+        lr_now = cosine_schedule(lr, min_lr, iteration, max_iterations, warmup_iterations,
+                                 reach_end=schedule_reaches_end)
+        weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, iteration, max_iterations,
+                                           reach_end=schedule_reaches_end)
+        momentum_now = cosine_schedule(momentum_teacher, final_momentum_teacher, iteration, max_iterations,
+                                       reach_end=schedule_reaches_end)
         teacher_temp_now = linear_schedule(warmup_teacher_temp, teacher_temp, iteration, warmup_teacher_temp_iterations)
         frozen_last = iteration < freeze_last_layer
         backbone_factor = 1.0 if waiting == 0 else min(1.0, max(0.0, (iteration - waiting + 1) / waiting))
-        set_learning_rates(optimizer, lr_now, 0.0 if frozen_last and freeze_last_layer_by == "lr" else lr_now, weight_decay_now, backbone_factor)
+        set_learning_rates(optimizer, lr_now, 0.0 if frozen_last and freeze_last_layer_by == "lr" else lr_now,
+                           weight_decay_now, backbone_factor)
         logged, indices, center_rows = {}, [], dict(dino=[], ibot=[])
 
         for micro in range(micro_batches):
             batch = next(batches)
-            if any(errors := gather_objects(batch.get("error"))) if world_size() > 1 else (errors := [batch.get("error")])[0]:
-                raise UserError(next(error for error in errors if error))
+            if problem := next(filter(None, gather_objects(batch.get("error"))), None):
+                raise UserError(problem)
             indices += batch["index"]
             bad_images.update(batch["bad"])
 
             # Step 1. Photometrics, on the device; global crop 1 and the others differ (DINO)
-            images = {key: batch[key].to(run_device, non_blocking=True) for key in ("global_crops", "local_crops")}
-            first = photometrics(images["global_crops"][:batch_size], batch["global_seeds"][:batch_size], "global1")
-            others = photometrics(images["global_crops"][batch_size:], batch["global_seeds"][batch_size:], "global2")
-            global_crops = torch.cat([first, others])                                      # [V*B,C,S,S]
-            local_crops = photometrics(images["local_crops"], batch["local_seeds"], "local") if L else None   # [L*B,C,s,s]
-            masks = batch["masks"].to(run_device, non_blocking=True) if "masks" in batch else None            # [V*B,P]
+            native, seeds = batch["global_crops"].to(run_device, non_blocking=True), batch["global_seeds"]
+            global_crops = torch.cat([photometrics(native[:batch_size], seeds[:batch_size], "global1"),
+                                      photometrics(native[batch_size:], seeds[batch_size:], "global2")])   # [V*B,C,S,S]
+            local_crops = masks = None
+            if L > 0:
+                native = batch["local_crops"].to(run_device, non_blocking=True)
+                local_crops = photometrics(native, batch["local_seeds"], "local")          # [L*B,C,s,s]
+            if ibot_loss_weight > 0:
+                masks = batch["masks"].to(run_device, non_blocking=True)                   # [V*B,P]
             if iteration == 0 and micro == 0 and generate_samples and is_main():
                 save_samples(f"{run_dir}/samples/crops.png", global_crops, local_crops, masks, batch_size, photometrics)
 
@@ -500,7 +556,8 @@ def main(sources):
             targets = make_targets(teacher_out, centers, teacher_temp_now)
             for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
                 if key in teacher_out and centering == "centering":
-                    center_rows[name].append(teacher_out[key].float().mean(dim=0, keepdim=True) if micro_batches > 1 else teacher_out[key])
+                    rows = teacher_out[key]            # of several micro-batches only the means are kept: same centre
+                    center_rows[name].append(rows if micro_batches == 1 else rows.float().mean(dim=0, keepdim=True))
 
             # Step 3. The student sees everything, masked where iBOT asks
             with autocast():
@@ -511,86 +568,79 @@ def main(sources):
             for name, value in dict(terms, loss=total).items():
                 logged[name] = logged.get(name, 0) + value.detach() / micro_batches
 
-        # Step 4. Stop before anything is touched if the loss is not a number; else clip, step, move the teacher
+        # Step 4. Stop before anything is touched if the loss is not a number
         names = sorted(logged)
         logged = dict(zip(names, all_reduce_mean(torch.stack([logged[name] for name in names])).tolist()))
         if not math.isfinite(logged["loss"]):
-            everyone = sum(gather_objects(indices), [])
-            raise UserError(f"loss is {logged['loss']} at iteration {iteration} (" + ", ".join(f"{n} {logged[n]:.4g}" for n in names) + f"), lr {lr_now:.3g}; "
-                            f"neither weights nor teacher were touched, checkpoints/last is good. Try a lower lr or clip_grad, or mixed_precision=no. "
-                            f"Images of the batch: {everyone}")
+            raise UserError(f"loss is {logged['loss']} at iteration {iteration} ("
+                            + ", ".join(f"{name} {logged[name]:.4g}" for name in names) + f"), lr {lr_now:.3g}; "
+                            "neither weights nor teacher were touched, checkpoints/last is good. Try a lower lr or "
+                            f"clip_grad, or mixed_precision=no. Images of the batch: {sum(gather_objects(indices), [])}")
+
+        # Step 5. Clip, step, move the teacher and the centres
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(unwrap(student), clip_grad, clip_grad_by)
         if frozen_last and freeze_last_layer_by == "grad":
             for group in optimizer.param_groups:
-                if group["is_last_layer"]:
-                    for param in group["params"]:
-                        param.grad = None
+                for param in group["params"] if group["is_last_layer"] else ():
+                    param.grad = None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         teacher.update(student, momentum_now)
-        for name, rows in center_rows.items():                 # after the loss: a step uses the centres of the steps before
+        for name, rows in center_rows.items():                 # a step uses the centres of the steps before
             if rows:
                 centers[name] = update_center(centers[name], torch.cat(rows))
         iteration += 1
 
-        # Step 5. Log, measure, save. `iteration` now counts the finished ones
-        done = iteration == max_iterations
-        if iteration % log_interval == 0 or done or iteration == start_iteration + 1:
-            now = time.time()
-            used, available = memory_gb(run_device)
-            record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now, momentum_teacher=momentum_now,
-                          teacher_temp=teacher_temp_now, batch_size=global_batch_size, grad_norm=float(grad_norm),
-                          images_per_second=global_batch_size * (iteration - last_logged) / (now - last_time), memory_gb=used, **monitor(teacher_out["global_cls"], targets["dino"].flatten(0, 1)))
-            left = (max_iterations - iteration) * (now - began) / (iteration - start_iteration)
-            say(f"Total Loss: {record['loss']:.4f} Local DINO: {record['dino_local_loss']:.4f} (ln K: {share_local * ln_k:.4f}) "
-                f"Global DINO: {record['dino_global_loss']:.4f} (ln K: {(1 - share_local) * ln_k:.4f}) "
-                + (f"iBOT: {record['ibot_loss']:.4f} (ln K: {ibot_mask_sample_probability * ln_k_ibot:.4f}) " if ibot_loss_weight else "iBOT: 0 ")
-                + (f"KoLeo: {record['koleo_loss']:.4f} " if koleo_loss_weight else "") + (f"Gram: {record['gram_loss']:.4f} " if gram_loss_weight else "")
-                + f"LR: {lr_now:.6f} Weight Decay: {weight_decay_now:.6f} Teacher momentum: {momentum_now:.6f} Current Batch Size: {global_batch_size} "
-                f"Iteration: {iteration}/{max_iterations} Device: {run_device} Memory: {used:.2f}/{available:.2f} GB | "
-                f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} RankMe {record['rankme']:.1f} | "
-                f"{(now - last_time) / (iteration - last_logged):.2f} s/it, {int(left) // 60}:{int(left) % 60:02d} left")
+        # Step 6. Log, measure, save; `iteration` now counts the finished ones
+        done, record, best, now = iteration == max_iterations, None, False, time.time()
+        if iteration % log_interval == 0 or done or iteration == began_at + 1:
+            seconds = (now - last_time) / (iteration - last_logged)
+            record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now,
+                          momentum_teacher=momentum_now, teacher_temp=teacher_temp_now, batch_size=global_batch_size,
+                          grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,
+                          memory_gb=memory_gb(run_device)[0],
+                          **monitor(teacher_out["global_cls"], targets["dino"].flatten(0, 1)))
+            left = int((max_iterations - iteration) * (now - began) / (iteration - began_at))
+            say(f"{log_line(record, run_device)} | {seconds:.2f} s/it, {left // 60}:{left % 60:02d} left")
             if advice := diagnose(record, dino_head_out_dim, early=iteration < max(50, max_iterations // 5)):
                 say(f"!!!! {advice} !!!!")
-            last_time, last_logged = now, iteration
-        else:
-            record = None
-        best = False
-        if eval_split in measured and (done or (eval_interval and iteration % eval_interval == 0)):
+            last_logged = iteration
+        if measured and (done or (eval_interval > 0 and iteration % eval_interval == 0)):
             accuracy = teacher_knn({eval_split: measured[eval_split]})[eval_split]
-            best = record_eval(iteration, accuracy)
+            best = record_eval(accuracy)
             record = dict(record or dict(iteration=iteration), knn_accuracy=accuracy)
-            last_time += time.time() - now if record.get("loss") is not None else 0
         if record:
             write_log(record)
+            last_time = time.time() if last_logged == iteration else last_time + time.time() - now
         if best or done or iteration % saveckp_freq == 0:
-            save(iteration, best=best or (done and eval_split not in measured), keep=iteration % saveckp_freq == 0)
+            save(best=best or (done and not measured), keep=iteration % saveckp_freq == 0)
 
-    for number, handler in previous_handlers.items():
+    # ---- the end ----
+    for number, handler in handlers.items():
         signal.signal(number, handler)
-    bad_images = sorted(set().union(*gather_objects(bad_images)))
-    if bad_images:
-        say(f"{len(bad_images)} image(s) could not be read and were replaced by their neighbours:\n  " + "\n  ".join(bad_images))
+    if bad_images := sorted(set().union(*gather_objects(bad_images))):
+        say(f"{len(bad_images)} image(s) could not be read and were replaced by their neighbours:\n  "
+            + "\n  ".join(bad_images))
     if iteration < max_iterations:
-        save(iteration)
-        say(f"stopped by signal {stop_signal[0] if stop_signal else 'of another rank'} after iteration {iteration}, saved. To go on:\n"
+        save()
+        say(f"stopped by a signal after iteration {iteration}, saved. To go on:\n"
             f"  python train.py {run_dir}/config.py --resume_from={run_dir}")
         return cleanup()
-
-    # ---- what was learned ----
-    final = teacher_knn(measured)
+    final, minutes = teacher_knn(measured), (time.time() - began) / 60
     if is_main():
         with open(f"{run_dir}/results/summary.json", "w") as file:
-            json.dump(dict(knn, final=final, iterations=iteration, seconds=time.time() - began, loss=logged["loss"]), file, indent=2)
-        results = [f"{split} {knn['untrained'][split]:.3f} -> {value:.3f} (raw pixels {knn['pixels'][split]:.3f})" for split, value in final.items()
-                   if "untrained" in knn and split in knn["untrained"]]
-        say(f"\nDone: {iteration} iterations in {(time.time() - began) / 60:.1f} min; "
-            + (f"5-NN accuracy of the teacher's CLS, start -> end: {', '.join(results)}" + (f", best {eval_split} {knn['best']:.3f} at iteration "
-               f"{knn['best_iteration']}" if "best" in knn else "") if results else f"no labels to measure with, RankMe {record['rankme']:.1f}")
-            + f". Everything is in {run_dir}: look at samples/crops.png and log.jsonl; use the features with "
-            f"AutoModel.from_pretrained('{run_dir}/checkpoints/best/hf'); train on from there with --model_type={run_dir}/checkpoints/best/hf.")
+            json.dump(dict(knn, final=final, iterations=iteration, minutes=minutes, loss=logged["loss"]), file)
+        learned = f"no labels to measure with, RankMe {record['rankme']:.1f}"
+        if measured:
+            learned = "5-NN accuracy of the teacher's CLS, start -> end: " + ", ".join(
+                f"{split} {knn['untrained'][split]:.3f} -> {value:.3f} (raw pixels {knn['pixels'][split]:.3f})"
+                for split, value in final.items()) + f", best {eval_split} {knn['best']:.3f} at {knn['best_iteration']}"
+        best_hf = f"{run_dir}/checkpoints/best/hf"
+        say(f"\nDone: {iteration} iterations in {minutes:.1f} min; {learned}. Everything is in {run_dir}: look at "
+            f"samples/crops.png and log.jsonl, use the features with AutoModel.from_pretrained('{best_hf}'), or train "
+            f"on from there with --model_type={best_hf}.")
     cleanup()
 
 

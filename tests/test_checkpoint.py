@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
 
 from augment import Photometrics
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
@@ -262,6 +262,7 @@ def test_preprocessor_config_has_the_range_in_its_mean(tiny_backbone, tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_processor_of_the_export_makes_our_pixels(tiny_backbone, tmp_path, dtype, value_range, channels):
     pytest.importorskip("torchvision")                         # the processors of transformers 5 need it
+    from transformers import AutoImageProcessor
     mean, std, folder = (0.3, 0.4, 0.5)[:channels], (0.2, 0.1, 0.3)[:channels], str(tmp_path / "hf")
     export_hf(folder, tiny_backbone("dinov2", channels), 32, value_range, mean, std, "")
     low, high = (int(end) for end in value_range)

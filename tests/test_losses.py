@@ -1,4 +1,4 @@
-"""Each loss against the plain double loop of its docstring, and the properties that a mistake would break."""
+"""Every loss against the plain double loop of its docstring, and the targets against what they promise."""
 import math
 
 import pytest
@@ -7,85 +7,260 @@ import torch.nn.functional as F
 
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 
-torch.manual_seed(0)
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def probs(*shape):
-    return torch.randn(*shape).mul(3).softmax(-1)
+def random_probs(*shape, seed=1):
+    return F.softmax(3 * normal(*shape, seed=seed), dim=-1)
 
 
-@pytest.mark.parametrize("S, T, ignore", [(5, 2, True), (5, 2, False), (2, 2, True), (3, 1, False), (2, 3, True)])
-def test_dino_loss_is_the_double_loop(S, T, ignore):
-    student, teacher = torch.randn(S, 4, 7), probs(T, 4, 7)
-    total, pairs = 0.0, 0
-    for t in range(T):
-        for s in range(S):
-            if ignore and s == t:
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=rtol, atol=atol)
+
+
+def cross_entropy(probs, logits, temp):
+    return -(probs * F.log_softmax(logits / temp, dim=-1)).sum()
+
+
+# ---- softmax centering ----
+
+def test_softmax_center_subtracts_the_centre_and_divides_by_the_temperature():
+    logits, center = normal(5, 7), normal(1, 7, seed=3)
+    exponent = ((logits - center) / 0.07).exp()
+    assert_close(softmax_center(logits, center, 0.07), exponent / exponent.sum(dim=1, keepdim=True))
+
+
+def test_update_center_is_an_average_of_batch_means():
+    logits, center = normal(5, 7), normal(1, 7, seed=3)
+    assert_close(update_center(center, logits, momentum=0.8), 0.8 * center + 0.2 * logits.mean(dim=0, keepdim=True))
+
+
+def test_update_center_without_rows_changes_nothing():
+    center = normal(1, 7)
+    assert torch.equal(update_center(center, torch.empty(0, 7)), center)
+
+
+# ---- Sinkhorn-Knopp ----
+
+def sinkhorn_loop(logits, temp, n_iterations):
+    """The docstring as loops over single rows and columns, in double precision."""
+    q = (logits.double() / temp).exp()
+    n, k = q.shape
+    for _ in range(n_iterations):
+        for column in range(k):
+            q[:, column] /= q[:, column].sum() * k
+        for row in range(n):
+            q[row] /= q[row].sum() * n
+    return (q * n).float()
+
+
+@pytest.mark.parametrize("n, k, iterations", [(6, 20, 3), (50, 8, 3), (9, 9, 1)])
+def test_sinkhorn_is_its_loop(n, k, iterations):
+    logits = 0.1 * normal(n, k)
+    assert_close(sinkhorn_knopp(logits, 0.05, iterations), sinkhorn_loop(logits, 0.05, iterations))
+
+
+def test_sinkhorn_rows_sum_to_one_and_columns_are_balanced():
+    logits = 0.1 * normal(400, 10) + torch.linspace(0, 0.2, 10)          # the last prototypes are much liked
+    assert F.softmax(logits / 0.05, dim=1).sum(dim=0).max() > 80         # softmax alone does not balance them
+    for iterations, tolerance in ((3, 0.05), (50, 1e-4)):
+        probs = sinkhorn_knopp(logits, 0.05, iterations)
+        assert_close(probs.sum(dim=1), torch.ones(400))
+        assert_close(probs.sum(dim=0), torch.full((10,), 40.0), rtol=tolerance)
+
+
+def test_sinkhorn_without_rows():
+    assert sinkhorn_knopp(torch.empty(0, 7), 0.04).shape == (0, 7)
+
+
+def test_sinkhorn_does_not_overflow():
+    logits = 0.5 * normal(12, 6)
+    shifted = sinkhorn_knopp(logits + 1000, 0.04)                        # exp(1000 / 0.04) is inf
+    assert_close(shifted.sum(dim=1), torch.ones(12))
+    assert_close(shifted, sinkhorn_knopp(logits, 0.04), rtol=1e-2, atol=1e-3)      # 1000 costs digits in fp32
+    for scale in (1e3, 1e6):                                             # whole rows and columns vanish
+        probs = sinkhorn_knopp(scale * logits, 0.04)
+        assert probs.isfinite().all() and (probs >= 0).all()
+
+
+# ---- DINO ----
+
+def dino_loop(student, teacher, temp, ignore_diagonal):
+    pairs, total, B = 0, 0, student.shape[1]
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            if ignore_diagonal and s == t:
                 continue
-            total += sum(-(teacher[t, b] * (student[s, b] / 0.1).log_softmax(0)).sum() for b in range(4)) / 4
+            total += sum(cross_entropy(teacher[t, b], student[s, b], temp) for b in range(B)) / B
             pairs += 1
-    assert dino_loss(student, teacher, 0.1, ignore) == pytest.approx(float(total / pairs), rel=1e-5)
+    return total / pairs
 
 
-def test_dino_loss_of_a_uniform_student_is_ln_k_and_needs_a_pair():
-    assert dino_loss(torch.zeros(4, 3, 50), probs(2, 3, 50)) == pytest.approx(math.log(50), rel=1e-5)
+@pytest.mark.parametrize("S, T, ignore_diagonal", [(2, 2, True), (5, 2, True), (5, 2, False), (3, 3, True), (2, 3, True),
+                                                   (1, 2, True), (3, 1, False), (1, 1, False)])
+def test_dino_loss_is_its_loop(S, T, ignore_diagonal):
+    student, teacher = normal(S, 3, 8), random_probs(T, 3, 8)
+    assert_close(dino_loss(student, teacher, 0.2, ignore_diagonal), dino_loop(student, teacher, 0.2, ignore_diagonal))
+
+
+def test_dino_loss_never_compares_a_crop_with_itself():
+    """Of two crops, student crop 0 answers to teacher crop 1 only: another teacher crop 0 moves the gradient of crop 1 alone."""
+    def gradient(teacher):
+        student = normal(2, 3, 8).requires_grad_()
+        dino_loss(student, teacher).backward()
+        return student.grad
+    teacher = random_probs(2, 3, 8)
+    changed = torch.stack([random_probs(3, 8, seed=9), teacher[1]])
+    assert torch.equal(gradient(teacher)[0], gradient(changed)[0])
+    assert not torch.allclose(gradient(teacher)[1], gradient(changed)[1])
+
+
+def test_dino_loss_of_a_uniform_student_is_ln_k():
+    assert_close(dino_loss(torch.zeros(4, 3, 50), random_probs(2, 3, 50)), math.log(50))
+
+
+def test_dino_loss_without_a_pair_is_refused():
     with pytest.raises(ValueError, match="no pair"):
-        dino_loss(torch.zeros(1, 3, 5), probs(1, 3, 5))
+        dino_loss(normal(1, 3, 8), random_probs(1, 3, 8))
 
 
-def test_same_view_pairs_have_no_gradient():
-    student = torch.randn(2, 3, 5, requires_grad=True)
-    teacher = probs(2, 3, 5)
-    teacher[1] = 1 / 5                                         # student 0 learns from teacher 1 only
-    (gradient,) = torch.autograd.grad(dino_loss(student, teacher), student)
-    expected = torch.autograd.grad(-(teacher[1] * F.log_softmax(student[0] / 0.1, -1)).sum() / 3 / 2, student)[0]
-    assert torch.allclose(gradient[0], expected[0], atol=1e-6)
+def test_dino_loss_of_bf16_logits_is_computed_in_fp32():
+    student, teacher = normal(2, 3, 64).bfloat16(), random_probs(2, 3, 64)
+    loss = dino_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, dino_loss(student.float(), teacher))
 
 
-def test_ibot_loss_is_the_double_loop_and_zero_without_masks():
-    masks = torch.rand(6, 9) < 0.4
-    masks[2] = False
-    M = int(masks.sum())
-    student, teacher = torch.randn(M, 7), probs(M, 7)
-    total, m = 0.0, 0
-    for crop in range(6):
-        for _ in range(int(masks[crop].sum())):
-            total += -(teacher[m] * (student[m] / 0.1).log_softmax(0)).sum() / masks[crop].sum()
-            m += 1
-    assert ibot_loss(student, teacher, masks) == pytest.approx(float(total / 6), rel=1e-5)
-    nothing = torch.randn(0, 7, requires_grad=True)
-    loss = ibot_loss(nothing, probs(0, 7), torch.zeros(6, 9, dtype=torch.bool))
+# ---- iBOT ----
+
+def ibot_loop(student, teacher, masks, temp):
+    total, row = 0, 0
+    for crop in masks:
+        n_masked = int(crop.sum())
+        for _ in range(n_masked):
+            total += cross_entropy(teacher[row], student[row], temp) / n_masked
+            row += 1
+    return total / len(masks)
+
+
+def test_ibot_loss_is_its_loop():
+    masks = normal(6, 9) > 0.3
+    masks[2] = False                                          # a crop without masks counts in the mean all the same
+    student, teacher = normal(int(masks.sum()), 8), random_probs(int(masks.sum()), 8)
+    assert_close(ibot_loss(student, teacher, masks, 0.2), ibot_loop(student, teacher, masks, 0.2))
+
+
+def test_ibot_loss_without_masks_is_zero_with_a_gradient():
+    student = torch.empty(0, 8, requires_grad=True)
+    loss = ibot_loss(student, torch.empty(0, 8), torch.zeros(4, 9, dtype=torch.bool))
     loss.backward()
-    assert loss == 0 and nothing.grad.shape == (0, 7)
+    assert loss.item() == 0 and student.grad.shape == (0, 8)
 
 
-def test_koleo_of_orthonormal_features_and_of_one_image():
-    assert koleo_loss(torch.eye(8)) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-6)
+def test_ibot_loss_of_a_uniform_student_with_half_of_the_crops_masked():
+    masks = torch.zeros(4, 9, dtype=torch.bool)
+    masks[:2, :3] = True
+    assert_close(ibot_loss(torch.zeros(6, 8), random_probs(6, 8), masks), math.log(8) / 2)
+
+
+# ---- KoLeo ----
+
+def koleo_loop(features, eps=1e-8):
+    x, total = [row / row.norm() for row in features], 0
+    for i in range(len(x)):
+        j = max((j for j in range(len(x)) if j != i), key=lambda j: (x[i] @ x[j]).item())
+        total -= ((x[i] - x[j] + eps).norm() + eps).log()
+    return total / len(x)
+
+
+def test_koleo_loss_and_gradient_are_its_loop():
+    a, b = (normal(7, 5).requires_grad_() for _ in range(2))
+    loss, loop = koleo_loss(a), koleo_loop(b)
+    loss.backward()
+    loop.backward()
+    assert_close(loss.detach(), loop.detach())
+    assert_close(a.grad, b.grad)
+
+
+def test_koleo_of_an_orthonormal_batch():
+    assert_close(koleo_loss(3 * torch.eye(6)), -math.log(math.sqrt(2)))  # neighbours are sqrt 2 away, whatever their length
+
+
+def test_koleo_of_two_identical_images_is_finite():
+    features = normal(4, 5)
+    features[1] = features[0]
+    features.requires_grad_()
+    loss = koleo_loss(features)
+    loss.backward()
+    assert loss.isfinite() and features.grad.isfinite().all()
+
+
+def test_koleo_refuses_a_batch_of_one():
     with pytest.raises(ValueError, match="at least 2 images"):
-        koleo_loss(torch.randn(1, 4))
-    x = torch.randn(6, 5)
-    unit = x / x.norm(dim=1, keepdim=True)
-    nearest = [min(float((unit[i] - unit[j]).norm()) for j in range(6) if j != i) for i in range(6)]
-    assert koleo_loss(x) == pytest.approx(-sum(map(math.log, nearest)) / 6, rel=1e-5)
+        koleo_loss(normal(1, 5))
 
 
-def test_gram_is_zero_for_itself_and_blind_to_token_scale():
-    x, y = torch.randn(2, 9, 5), torch.randn(2, 9, 5)
-    assert gram_loss(x, x) == 0
-    assert torch.allclose(gram_loss(x * (torch.rand(2, 9, 1) + 0.5), y), gram_loss(x, y), rtol=1e-5)
+def test_koleo_chooses_its_neighbours_in_fp32_under_autocast():
+    features = torch.ones(20, 5) + 1e-3 * normal(20, 5)       # so near that bf16 products cannot tell them apart
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = koleo_loss(features)
+    assert torch.equal(inside, koleo_loss(features))
 
 
-def test_sinkhorn_balances_and_survives():
-    q = sinkhorn_knopp(torch.randn(64, 16), 0.5, n_iterations=50)
-    assert torch.allclose(q.sum(1), torch.ones(64), atol=1e-5) and torch.allclose(q.sum(0), torch.full((16,), 4.0), rtol=1e-2)
-    assert sinkhorn_knopp(torch.zeros(0, 16), 0.04).shape == (0, 16)
-    large = sinkhorn_knopp(torch.randn(8, 4) * 0.5 + 1000, 0.04)                           # exp alone would overflow
-    assert torch.isfinite(large).all() and torch.allclose(large.sum(1), torch.ones(8), atol=1e-5)
-    assert torch.isfinite(sinkhorn_knopp(torch.randn(8, 4) * 100, 0.04)).all()             # whole columns vanish
+# ---- Gram ----
+
+def gram_loop(student, teacher, remove_neg=False, remove_only_teacher_neg=False):
+    entries = []
+    for s, t in zip(student, teacher):
+        for i in range(len(s)):
+            for j in range(len(s)):
+                a = s[i] @ s[j] / (s[i].norm() * s[j].norm())
+                b = t[i] @ t[j] / (t[i].norm() * t[j].norm())
+                a = a.clamp_min(0) if remove_neg else a
+                b = b.clamp_min(0) if remove_neg or remove_only_teacher_neg else b
+                entries.append((a - b) ** 2)
+    return sum(entries) / len(entries)
 
 
-def test_centre_moves_by_the_batch_mean_and_stays_without_rows():
-    center, logits = torch.randn(1, 5), torch.randn(6, 5)
-    assert torch.allclose(update_center(center, logits, 0.9), 0.9 * center + 0.1 * logits.mean(0, keepdim=True), atol=1e-6)
-    assert torch.equal(update_center(center, logits[:0]), center)
-    assert torch.allclose(softmax_center(logits, center, 0.05), ((logits - center) / 0.05).softmax(-1))
+@pytest.mark.parametrize("options", [{}, dict(remove_neg=True), dict(remove_only_teacher_neg=True)])
+def test_gram_loss_is_its_loop(options):
+    student, teacher = normal(2, 4, 6), normal(2, 4, 6, seed=5)
+    assert_close(gram_loss(student, teacher, **options), gram_loop(student, teacher, **options))
+
+
+def test_gram_of_equal_similarities_is_zero():
+    patches = normal(2, 4, 6)
+    assert gram_loss(patches, patches).item() == 0
+    rotation = torch.linalg.qr(normal(6, 6, seed=8)).Q        # another direction and another length, the same similarities
+    assert_close(gram_loss(patches, 7 * patches @ rotation), 0.0)
+
+
+def test_gram_is_blind_to_the_length_of_tokens():
+    student, teacher, lengths = normal(2, 4, 6), normal(2, 4, 6, seed=5), normal(2, 4, 1, seed=9).abs() + 0.1
+    assert_close(gram_loss(student * lengths, teacher / lengths), gram_loss(student, teacher))
+
+
+def test_gram_of_a_finer_teacher_is_resized():
+    student, flat = normal(2, 4, 6), normal(2, 1, 6, seed=5)
+    assert_close(gram_loss(student, flat.repeat(1, 36, 1)), gram_loss(student, flat.repeat(1, 4, 1)))
+
+
+def test_gram_refuses_both_options():
+    with pytest.raises(ValueError, match="exclude each other"):
+        gram_loss(normal(2, 4, 6), normal(2, 4, 6), remove_neg=True, remove_only_teacher_neg=True)
+
+
+# ---- what all of them share ----
+
+def test_nothing_changes_its_arguments():
+    masks = torch.tensor([[True, False, True, True]])
+    calls = [(dino_loss, normal(3, 2, 8), random_probs(2, 2, 8)), (ibot_loss, normal(3, 8), random_probs(3, 8), masks),
+             (koleo_loss, normal(4, 5)), (gram_loss, normal(2, 4, 6), normal(2, 4, 6, seed=5)),
+             (sinkhorn_knopp, normal(5, 7), 0.04), (softmax_center, normal(5, 7), normal(1, 7), 0.04),
+             (update_center, normal(1, 7), normal(5, 7, seed=5))]
+    for function, *args in calls:
+        before = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+        function(*args)
+        assert all(torch.equal(a, b) for a, b in zip(args, before) if torch.is_tensor(a)), function.__name__
