@@ -121,7 +121,7 @@ class MultiCrop:
         y, x = labelled[rng.integers(len(labelled))]
         area, dy, dx = rng.random(3)
         side = round(math.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * area)))
-        side = max(2, min(side, height, width))
+        side = min(max(2, side), height, width)
         top = int(np.clip(round(y - side / 2 + (dy - 0.5) * side / 2), 0, height - side))
         left = int(np.clip(round(x - side / 2 + (dx - 0.5) * side / 2), 0, width - side))
         return top, left, side, side

@@ -64,7 +64,8 @@ def load_image(path, num_channels=0, as_mask=False):
     image = image[..., None] if image.ndim == 2 else image
     if image.ndim != 3 or image.dtype.kind not in "uif" or num_channels not in (0, image.shape[2]):
         raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, channels] numbers"
-                        + (f" with {num_channels} channels as the rest of the data set" if num_channels else ""))
+                        + (f" with {num_channels} channels as the rest of the data set; set --num_channels=0 to "
+                           "take what the first image has" if num_channels else ""))
     return image
 
 
@@ -178,8 +179,8 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     elif dataset_path.endswith(".npz") and os.path.isfile(dataset_path):
         folder = _npz_arrays(dataset_path, cache_dir)
         splits = [file[:-11] for file in sorted(os.listdir(folder)) if file.endswith("_images.npy")]
-        names = os.path.join(folder, "class_names.npy")
-        read, class_names = _read_arrays(folder), np.load(names).tolist() if os.path.isfile(names) else []
+        names = _map_array(os.path.join(folder, "class_names.npy"))
+        read, class_names = _read_arrays(folder), [] if names is None else names.tolist()
     elif os.path.isdir(dataset_path):
         read, splits, class_names = _scan_folder(dataset_path, num_channels)
     else:
@@ -212,15 +213,19 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
 
 # ---- archives -> folders of .npy ----
 
+def _map_array(path):
+    """A .npy file as a memory map, None where there is none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False) if os.path.isfile(path) else None
+    except ValueError as error:                                 # python objects, which would have to be unpickled
+        raise UserError(f"{path}: cannot be read ({error}); save plain numbers") from None
+
+
 def _read_arrays(folder):
     """A function split -> (images, labels, masks), memory-mapped from {split}_images.npy and so on."""
     def read(split):
         def mapped(key):
-            path = os.path.join(folder, f"{split}_{key}.npy")
-            try:
-                return np.load(path, mmap_mode="r", allow_pickle=False) if os.path.isfile(path) else None
-            except ValueError as error:                         # python objects, which would have to be unpickled
-                raise UserError(f"{path}: cannot be read ({error}); save plain numbers") from None
+            return _map_array(os.path.join(folder, f"{split}_{key}.npy"))
         images = mapped("images")
         if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
             raise UserError(f"{folder}: {split}_images has shape {images.shape}, {images.dtype}; "
@@ -351,7 +356,8 @@ def _scan_folder(root, num_channels):
     tops = {split: os.path.join(root, split) for split in splits} or {"train": root}
     found = {}
     for split, top in tops.items():
-        pictures = os.path.join(top, "images") if os.path.isdir(os.path.join(top, "masks")) else top
+        # images/ with or without masks/ beside it is a place, not a class
+        pictures = os.path.join(top, "images") if os.path.isdir(os.path.join(top, "images")) else top
         found[split] = (top, pictures, sorted(
             os.path.relpath(os.path.join(folder, file), pictures) for folder, _, files in os.walk(pictures)
             for file in files if file.lower().endswith(EXTENSIONS)))
@@ -373,10 +379,12 @@ def _scan_folder(root, num_channels):
                             "set --num_channels=0 to take what the data has")
         channels = _first_channels(paths, num_channels) if num_channels else native
         masks = None
-        if pictures != top:
+        if os.path.isdir(os.path.join(top, "masks")) and pictures != top:
             stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
-            endings = (".png", ".npy", ".tif", ".bmp")
+            endings = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
             candidates = [next((stem + e for e in endings if os.path.isfile(stem + e)), "") for stem in stems]
+            if not any(candidates):
+                raise UserError(f"{top}/masks: no file there is named like an image in {pictures}; a mask of a.jpg is a.png or a.npy")
             masks = ImageFiles(candidates, as_mask=True)
         labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
         return ImageFiles(paths, channels), labels, masks

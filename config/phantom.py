@@ -25,7 +25,7 @@ centering = 'sinkhorn_knopp'
 
 global_batch_size = 128
 gradient_accumulation_steps = 1
-max_iterations = 600
+max_iterations = 700
 warmup_iterations = 30
 warmup_teacher_temp_iterations = 0
 teacher_temp = 0.02

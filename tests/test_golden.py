@@ -1,6 +1,7 @@
 """Parity with the reference implementations of DINO, DINOv2 and DINOv3, by numbers computed with them (tests/golden).
 
-Every size, case name and hyper-parameter is read from the files: GOLDEN=/another/family of files with the same keys must pass too.
+Every size, case name and hyper-parameter is read from the files: GOLDEN=/another/family of files with the same keys
+must pass too.
 Compositions and trajectories run through train.py's own functions, with its config globals set as the files say.
 """
 import os
@@ -46,7 +47,8 @@ def close(ours, theirs, rtol=1e-5, atol=0.0):
     ours = ours.detach().double().numpy() if torch.is_tensor(ours) else np.asarray(ours, dtype=np.float64)
     theirs = np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape
-    scale = np.abs(theirs).max() if theirs.size else 0         # of the whole array: a gradient's small entries are rounding
+    # of the whole array: a gradient's small entries are rounding
+    scale = np.abs(theirs).max() if theirs.size else 0
     assert np.abs(ours - theirs).max(initial=0) <= rtol * scale + atol, (np.abs(ours - theirs).max(), scale)
 
 
@@ -67,7 +69,8 @@ def test_dino_v1_loss_and_centre():
         for c in sorted(int(key.rsplit("_", 1)[1]) for key in g if re.fullmatch(rf"{run}_student_\d+", key)):
             teacher = tensor(g[f"{run}_teacher_{c}"])
             probs = softmax_center(teacher, center, float(g[f"{run}_teacher_temp_{c}"])).view(2, B, -1)
-            loss, grad = value_and_grad(lambda s: dino_loss(s.view(crops, B, -1), probs, float(g["student_temp"])), g[f"{run}_student_{c}"])
+            loss, grad = value_and_grad(lambda s: dino_loss(s.view(crops, B, -1), probs, float(g["student_temp"])),
+                                        g[f"{run}_student_{c}"])
             close(loss, g[f"{run}_loss_{c}"])
             close(loss, g[f"{run}_loss_fp64_{c}"])
             close(grad, g[f"{run}_grad_student_{c}"])
@@ -83,7 +86,8 @@ def test_softmax_centering():
         for c, temp in enumerate(g["temps"]):
             logits = tensor(g[f"{kind}_logits_{c}"]).flatten(0, -2)
             close(center, g[f"{kind}_center_used_{c}"].reshape(1, -1), atol=1e-7)
-            close(softmax_center(logits, center, float(temp)), g[f"{kind}_probs_{c}"].reshape(len(logits), -1), rtol=1e-6, atol=1e-6)
+            close(softmax_center(logits, center, float(temp)), g[f"{kind}_probs_{c}"].reshape(len(logits), -1),
+                  rtol=1e-6, atol=1e-6)
             center = update_center(center, logits, float(g["center_momentum"]))
         close(center, g[f"{kind}_center_final"].reshape(1, -1), atol=1e-7)
 
@@ -93,7 +97,8 @@ def test_sinkhorn():
     for key in g:
         match = re.fullmatch(r"(.+)_(cls|patch)_T(\d+)(_1it|_count_x3)?", key)
         if match:
-            probs = sinkhorn_knopp(tensor(g[f"{match[1]}_{match[2]}_logits"]), int(match[3]) / 1000, 1 if match[4] == "_1it" else 3)
+            probs = sinkhorn_knopp(tensor(g[f"{match[1]}_{match[2]}_logits"]), int(match[3]) / 1000,
+                                   1 if match[4] == "_1it" else 3)
             close(probs, g[key], rtol=1e-6, atol=1e-6)
             found += 1
     assert found >= 8
@@ -106,7 +111,8 @@ def test_dino_cross_entropy_of_v2_and_v3():
         S, T = map(int, re.fullmatch(r"s(\d+)t(\d+)", case).groups())
         for name, ignore, scale in (("v2", False, S * T), ("v3_ignore_false", False, 1), ("v3_ignore_true", True, 1)):
             if f"{case}_{name}_loss" in g and not (ignore and S * T == min(S, T)):
-                loss, grad = value_and_grad(lambda s: scale * dino_loss(s, probs, ignore_diagonal=ignore), g[f"{case}_student"])
+                loss, grad = value_and_grad(lambda s: scale * dino_loss(s, probs, ignore_diagonal=ignore),
+                                            g[f"{case}_student"])
                 close(loss, g[f"{case}_{name}_loss"])
                 close(grad, g[f"{case}_{name}_grad"])
 
@@ -138,7 +144,8 @@ def test_gram():
     for case in g["cases"]:
         norm, neg, tneg, img = (int(digit) for digit in re.findall(r"\d", str(case)))
         together = (lambda x: x) if img else (lambda x: x.flatten(0, 1)[None])
-        loss, grad = value_and_grad(lambda s: gram_loss(together(s), together(teacher), bool(neg), bool(tneg), bool(norm)), student)
+        options = bool(neg), bool(tneg), bool(norm)
+        loss, grad = value_and_grad(lambda s: gram_loss(together(s), together(teacher), *options), student)
         close(loss, g[f"{case}_loss"])
         close(grad, g[f"{case}_grad"])
     mask = tensor(g["flat_mask"])
@@ -180,7 +187,8 @@ def test_heads():
     for version in sorted({key.split("/")[0] for key in g if "/w/" in key}):
         trainable = [str(name) for name in g[f"{version}/trainable"]]
         head = build_head(prefixed(g, f"{version}/w/"), trainable)
-        assert {name for name, p in head.named_parameters() if p.requires_grad} == {head_names(name) for name in trainable}
+        ours = {name for name, param in head.named_parameters() if param.requires_grad}
+        assert ours == {head_names(name) for name in trainable}
         x = tensor(g[f"{version}/x"]).requires_grad_()
         y = head(x)
         close(y, g[f"{version}/y"], rtol=1e-5)
@@ -189,7 +197,8 @@ def test_heads():
         params, compared = dict(head.named_parameters()), 0
         for name in ("weight_v", "weight_g", "last_layer"):    # the gradients in the file
             if f"{version}/grad_{name}" in g:
-                close(params[head_names(f"last_layer.{name}" if name != "last_layer" else "last_layer.weight")].grad, g[f"{version}/grad_{name}"])
+                close(params[head_names(f"last_layer.{name}" if name != "last_layer" else "last_layer.weight")].grad,
+                      g[f"{version}/grad_{name}"])
                 compared += 1
         assert compared
 
@@ -203,7 +212,8 @@ def test_heads_start_like_the_reference():
         for i, name in enumerate(names):
             ours = head[head_names(name)].detach()
             std, absmax = float(g[f"{version}_init/std"][i]), float(g[f"{version}_init/absmax"][i])
-            assert abs(float(ours.std()) - std) <= 0.05 * std + 1e-9 and abs(float(ours.mean()) - float(g[f"{version}_init/mean"][i])) <= 0.1 * std + 1e-9
+            assert abs(float(ours.std()) - std) <= 0.05 * std + 1e-9
+            assert abs(float(ours.mean()) - float(g[f"{version}_init/mean"][i])) <= 0.1 * std + 1e-9
             assert absmax * 0.7 - 1e-9 <= float(ours.abs().max()) <= absmax * 1.4 + 1e-9
 
 
@@ -242,7 +252,8 @@ def exact(ours, theirs):
 def test_schedules_v1():
     g = golden("schedules")
     epochs, per_epoch = int(g["v1_epochs"]), int(g["v1_niter_per_epoch"])
-    total, warmup, base, low = epochs * per_epoch, int(g["v1_warmup_epochs"]) * per_epoch, float(g["v1_lr_base"]), float(g["v1_lr_min"])
+    total, warmup = epochs * per_epoch, int(g["v1_warmup_epochs"]) * per_epoch
+    base, low = float(g["v1_lr_base"]), float(g["v1_lr_min"])
     exact(series(lambda i: cosine_schedule(base, low, i, total, warmup), total), g["v1_lr"])
     exact(series(lambda i: cosine_schedule(base, low, i, total, warmup, base / 10), total), g["v1_lr_startwarmup"])
     exact(series(lambda i: cosine_schedule(0.04, 0.4, i, total), total), g["v1_wd"])
@@ -254,8 +265,8 @@ def test_schedules_v1():
 
 def test_schedules_v2():
     g = golden("schedules")
-    total, warmup, freeze, base, final = (int(g["v2_total_iters"]), int(g["v2_warmup_iters"]), int(g["v2_freeze_iters"]), float(g["v2_lr_base"]),
-                                          float(g["v2_lr_final"]))
+    total, warmup, freeze = (int(g[f"v2_{key}_iters"]) for key in ("total", "warmup", "freeze"))
+    base, final = float(g["v2_lr_base"]), float(g["v2_lr_final"])
 
     def frozen(start):                                         # zeros first, then the same schedule over what is left
         return lambda i: 0.0 if i < freeze else cosine_schedule(base, final, i - freeze, total - freeze, warmup, start)
@@ -263,12 +274,14 @@ def test_schedules_v2():
     exact(series(frozen(0.0), total), g["v2_lr_freeze"])
     exact(series(frozen(base / 5), total), g["v2_lr_startwarmup"])
     exact(series(lambda i: cosine_schedule(base, final, i, total), total), g["v2_nowarmup"])
-    exact(series(lambda i: cosine_schedule(base, final, total + i, total, warmup), len(g["v2_lr_beyond"])), g["v2_lr_beyond"])
+    exact(series(lambda i: cosine_schedule(base, final, total + i, total, warmup), len(g["v2_lr_beyond"])),
+          g["v2_lr_beyond"])
     per_epoch, peak = int(g["v2cfg_epoch_length"]), float(g["v2cfg_scaled_lr"])
     total, n = int(g["v2cfg_epochs"]) * per_epoch, len(g["v2cfg_lr"])
     exact(peak, float(g["v2cfg_base_lr"]) * (float(g["v2cfg_batch_size"]) / 1024) ** 0.5)
     exact(series(lambda i: cosine_schedule(peak, 1e-6, i, total, 2 * per_epoch), n), g["v2cfg_lr"])
-    exact(series(lambda i: 0.0 if i < per_epoch else cosine_schedule(peak, 1e-6, i, total, 2 * per_epoch), n), g["v2cfg_last_layer_lr"])
+    exact(series(lambda i: 0.0 if i < per_epoch else cosine_schedule(peak, 1e-6, i, total, 2 * per_epoch), n),
+          g["v2cfg_last_layer_lr"])
     exact(series(lambda i: cosine_schedule(0.04, 0.4, i, total), n), g["v2cfg_wd"])
     exact(series(lambda i: cosine_schedule(0.992, 1.0, i, total), n), g["v2cfg_momentum"])
     exact(series(lambda i: linear_schedule(0.04, 0.07, i, 3 * per_epoch), n), g["v2cfg_teacher_temp"])
@@ -276,8 +289,8 @@ def test_schedules_v2():
 
 def test_schedules_v3():
     g = golden("schedules")
-    total, warmup, cosine, start, peak, end = int(g["v3_total"]), int(g["v3_warmup"]), int(g["v3_cosine"]), float(g["v3_start"]), float(g["v3_peak"]), \
-        float(g["v3_end"])
+    total, warmup, cosine = (int(g[f"v3_{key}"]) for key in ("total", "warmup", "cosine"))
+    start, peak, end = (float(g[f"v3_{key}"]) for key in ("start", "peak", "end"))
 
     def v3(peak, end, warmup, cosine, start=start):
         return series(lambda i: cosine_schedule(peak, end, i, warmup + cosine, warmup, start, reach_end=True), total)
@@ -288,7 +301,8 @@ def test_schedules_v3():
     n = total - warmup
     u = np.array(series(lambda i: cosine_schedule(1.0, 0.0, i, int(1.25 * n), reach_end=True), n))
     u = (u - u[-1]) / (1 - u[-1])
-    exact(series(lambda i: linear_schedule(0.0, peak, i, warmup), warmup) + list(end + (peak - end) * u), g["v3_trunc025"])
+    exact(series(lambda i: linear_schedule(0.0, peak, i, warmup), warmup) + list(end + (peak - end) * u),
+          g["v3_trunc025"])
     exact(v3(1.0, 0.5, warmup, 1, start=1.0), g["v3_cosine1"])
     exact(v3(peak, peak, warmup, cosine, start=peak), g["v3_constant"])
     per_epoch, n = int(g["v3cfg_epoch_length"]), len(g["v3cfg_lr"])
@@ -301,7 +315,8 @@ def test_schedules_v3():
     exact(series(lambda i: cosine_schedule(0.04, 0.2, i, total_cfg, reach_end=True), n), g["v3cfg_wd"])
     exact(series(lambda i: cosine_schedule(0.99, 1.0, i, 6 * per_epoch, reach_end=True), n), g["v3cfg_momentum"])
     # the temperature of v3: a warm-up that stops short of its end, then constant
-    exact(series(lambda i: cosine_schedule(0.07, 0.07, i, total_cfg, 3 * per_epoch, 0.04, reach_end=True), n), g["v3cfg_teacher_temp"])
+    exact(series(lambda i: cosine_schedule(0.07, 0.07, i, total_cfg, 3 * per_epoch, 0.04, reach_end=True), n),
+          g["v3cfg_teacher_temp"])
 
 
 # ---- masks ----
@@ -327,9 +342,11 @@ def test_masks_have_the_distribution_of_the_reference(prefix):
     rng = np.random.default_rng(0)
     masks = torch.stack([sample_masks(crops, grid, rng, exact=prefix.startswith("v3")) for _ in range(batches)])
     counts = masks.sum(-1).numpy()
-    assert ((counts > 0).mean(axis=1) == float(g["fraction_masked"])).all() or grid < 4    # exactly so many in every batch
+    # exactly so many in every batch
+    assert ((counts > 0).mean(axis=1) == float(g["fraction_masked"])).all() or grid < 4
     if prefix.startswith("v3"):
-        assert (np.sort(counts, axis=1) == np.sort(g["counts"], axis=1)).all()             # the same numbers in every batch
+        # the same numbers in every batch
+        assert (np.sort(counts, axis=1) == np.sort(g["counts"], axis=1)).all()
     masked, theirs = counts[counts > 0], g["counts"][g["counts"] > 0]
     assert abs(masked.mean() / theirs.mean() - 1) < 0.005
     bins = np.arange(grid * grid + 2)
@@ -345,7 +362,8 @@ def test_masks_have_the_distribution_of_the_reference(prefix):
 def student_like(family, hf_names, head_names_, head):
     """A tiny Student of the family, as deep as the names say, to ask for its groups under the names of the file."""
     depth = 1 + max(int(match[1]) for name in hf_names if (match := re.search(r"layers?\.(\d+)\.", name)))
-    backbone = build_backbone(family, False, hidden_size=8, num_hidden_layers=depth, num_attention_heads=2, image_size=16, patch_size=8)
+    backbone = build_backbone(family, False, hidden_size=8, num_hidden_layers=depth, num_attention_heads=2,
+                              image_size=16, patch_size=8)
     n_layers = sum(re.search(r"mlp(\.\d+)?\.weight", name) is not None for name in head_names_)
     return Student(backbone, DINOHead(8, 6, 5, 4, n_layers=n_layers, **head))
 
@@ -363,9 +381,11 @@ def hf_list(entry):
 def test_param_groups_v1(case):
     g = golden("param_groups")
     names = [hf_list(entry) for entry in g[f"v1_{case}_hf_names"]]
-    flat, group_of = sum(names, []), {our_name(name): group for hf, group in zip(names, g[f"v1_{case}_group"]) for name in hf}
+    flat = sum(names, [])
+    group_of = {our_name(name): group for hf, group in zip(names, g[f"v1_{case}_group"]) for name in hf}
     frozen_gain = group_of["dino_head.last_layer.parametrizations.weight.original0"] == -1
-    student = student_like("vit", flat, [name for name in flat if name.startswith("head.")], dict(norm_last_layer=bool(frozen_gain)))
+    student = student_like("vit", flat, [name for name in flat if name.startswith("head.")],
+                           dict(norm_last_layer=bool(frozen_gain)))
     found = groups_by_name(student)
     assert set(found) - {"backbone.embeddings.mask_token"} == {name for name, group in group_of.items() if group >= 0}
     for name in found.keys() & group_of.keys():
@@ -375,18 +395,24 @@ def test_param_groups_v1(case):
 @pytest.mark.parametrize("version", cases("param_groups", r"(v\d)_backbone_names$"))
 def test_param_groups_with_layer_decay(version):
     g = golden("param_groups")
-    names = {part: [hf_list(entry) for entry in g.get(f"{version}_{part}_hf_names", g[f"{version}_{part}_names"])] for part in ("backbone", "dino_head")}
+    names = {part: [hf_list(entry) for entry in g.get(f"{version}_{part}_hf_names", g[f"{version}_{part}_names"])]
+             for part in ("backbone", "dino_head")}
     flat = {part: sum(entries, []) for part, entries in names.items()}
-    family = "dinov3_vit" if version == "v3" else "dinov2_with_registers" if "embeddings.register_tokens" in flat["backbone"] else "dinov2"
-    student = student_like(family, flat["backbone"], flat["dino_head"], dict(norm_last_layer=False, weight_norm="last_layer.weight_v" in flat["dino_head"]))
-    found = groups_by_name(student, layerwise_decay=float(g["layerwise_decay"]), patch_embed_lr_mult=float(g["patch_embed_lr_mult"]))
-    absent = {name for name in flat["backbone"] if name.endswith("k_proj.bias")} if family == "dinov3_vit" else set()    # key_bias False
+    registers = "embeddings.register_tokens" in flat["backbone"]
+    family = "dinov3_vit" if version == "v3" else "dinov2_with_registers" if registers else "dinov2"
+    student = student_like(family, flat["backbone"], flat["dino_head"],
+                           dict(norm_last_layer=False, weight_norm="last_layer.weight_v" in flat["dino_head"]))
+    found = groups_by_name(student, layerwise_decay=float(g["layerwise_decay"]),
+                           patch_embed_lr_mult=float(g["patch_embed_lr_mult"]))
+    # HF's keys have no bias, the official qkv has
+    absent = {name for name in flat["backbone"] if version == "v3" and name.endswith("k_proj.bias")}
     expected = {}
     for part, entries in names.items():
         keys = (f"{version}_{part}_{key}" for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))
         for entry, *settings in zip(entries, *(g[key] for key in keys)):
             expected.update({head_names(f"{part}.{name}"): settings for name in entry if name not in absent})
-    assert set(found) == set(expected)                         # every trainable parameter of the real model, and no other
+    # every trainable parameter of the real model, and no other
+    assert set(found) == set(expected)
     for name, (lr_mult, wd_mult, last) in expected.items():
         exact(found[name]["lr_mult"], lr_mult)
         assert found[name]["wd_mult"] == wd_mult and found[name]["is_last_layer"] == bool(last), name
@@ -412,15 +438,17 @@ def compare_parameter_grads(head, grads):
 def run_composition(train, inputs, heads, centers, temp):
     """Targets and losses from given backbone outputs. heads: {'student'|'teacher': {'dino_head': DINOHead, ...}}."""
     masks = tensor(inputs["masks"])
-    leaf = {name: tensor(inputs[name]).requires_grad_() for name in ("student_global_cls", "student_patch", "student_local_cls")}
+    leaf = {name: tensor(inputs[name]).requires_grad_()
+            for name in ("student_global_cls", "student_patch", "student_local_cls")}
     teacher = dict(global_logits=heads["teacher"]["dino_head"](tensor(inputs["teacher_cls"])),
                    masked_logits=heads["teacher"]["ibot_head"](tensor(inputs["teacher_patch"])[masks]))
     targets = {name: value.detach() for name, value in train.make_targets(teacher, centers, temp).items()}
     student = heads["student"]
     logits = student["dino_head"](torch.cat([leaf["student_global_cls"], leaf["student_local_cls"]]))
     n = len(leaf["student_global_cls"])
-    out = dict(global_cls=leaf["student_global_cls"], patches=leaf["student_patch"], local_cls=leaf["student_local_cls"],
-               global_logits=logits[:n], local_logits=logits[n:], masked_logits=student["ibot_head"](leaf["student_patch"][masks]))
+    out = dict(global_cls=leaf["student_global_cls"], local_cls=leaf["student_local_cls"],
+               patches=leaf["student_patch"], global_logits=logits[:n], local_logits=logits[n:],
+               masked_logits=student["ibot_head"](leaf["student_patch"][masks]))
     total, terms = train.compute_losses(out, targets, masks, tensor(inputs["teacher_patch"]))
     return total, terms, targets, leaf, teacher
 
@@ -428,7 +456,8 @@ def run_composition(train, inputs, heads, centers, temp):
 def read_heads(g, prefix=""):
     heads = {}
     for who in ("student", "teacher"):
-        built = {name: build_head(weights) for name in ("dino_head", "ibot_head") if (weights := prefixed(g, f"{prefix}{who}/{name}/"))}
+        built = {name: build_head(weights) for name in ("dino_head", "ibot_head")
+                 if (weights := prefixed(g, f"{prefix}{who}/{name}/"))}
         heads[who] = {"dino_head": built["dino_head"], "ibot_head": built.get("ibot_head", built["dino_head"])}
     return heads
 
@@ -444,17 +473,20 @@ def test_composition_v2(case):
     g = prefixed(whole, f"{case}/")
     train = configured(centering=case.split("_", 1)[1], **loss_weights(whole))
     heads = read_heads(g)
-    centers = {name: torch.zeros(1, heads["teacher"][f"{name}_head"].last_layer.weight.shape[0]) for name in ("dino", "ibot")}
+    centers = {name: torch.zeros(1, heads["teacher"][f"{name}_head"].last_layer.weight.shape[0])
+               for name in ("dino", "ibot")}
     for call in sorted({key.split("/")[0] for key in g if key.startswith("call")}):
         inputs = prefixed(g, f"{call}/")
         for who in heads.values():
             for head in who.values():
                 head.zero_grad()
-        total, terms, targets, leaf, teacher = run_composition(train, inputs, heads, centers, float(whole["teacher_temps"][int(call[4:])]))
+        total, terms, targets, leaf, teacher = run_composition(train, inputs, heads, centers,
+                                                               float(whole["teacher_temps"][int(call[4:])]))
         for name, center in centers.items():                   # those of the calls before
             if f"{name}_center_used" in inputs:
                 close(center, inputs[f"{name}_center_used"], atol=1e-7)
-        close(targets["dino"].flip(0), inputs["teacher_cls_probs"], rtol=1e-6, atol=1e-6)   # stored in swapped crop order
+        # stored in swapped crop order
+        close(targets["dino"].flip(0), inputs["teacher_cls_probs"], rtol=1e-6, atol=1e-6)
         close(targets["ibot"], inputs["teacher_patch_probs"], rtol=1e-6, atol=1e-6)
         close(total, inputs["total_loss"])
         close(terms["dino_local_loss"], inputs["logged_dino_local_crops_loss"])
@@ -481,13 +513,16 @@ def test_composition_v3():
         L = len(g["student_local_cls"]) // B
         close(targets["dino"], g["teacher_cls_probs"], rtol=1e-6, atol=1e-6)
         close(targets["ibot"], g["teacher_patch_probs"], rtol=1e-6, atol=1e-6)
-        if case != "plain":                                    # options that train.py does not offer: composed from the losses
+        # options that train.py does not offer: composed from the losses
+        if case != "plain":
             masks, step, diagonal = tensor(g["masks"]), int(expect["iteration"]), case.startswith("diag")
             n_global, n_local = V * V - (0 if diagonal else V), V * L
             logits = heads["student"]["dino_head"](leaf["student_global_cls"]).view(V, B, -1)
-            global_term = dino_loss(logits, targets["dino"], ignore_diagonal=not diagonal) * n_global / (n_global + n_local)
+            global_term = dino_loss(logits, targets["dino"],
+                                    ignore_diagonal=not diagonal) * n_global / (n_global + n_local)
             local_term = terms["dino_local_loss"] * (V * (V - 1) + n_local) / (n_global + n_local)
-            local_weight, weight = float(expect["logged_dino_local_loss_weight"]), float(expect["logged_gram_loss_weight"])
+            local_weight = float(expect["logged_dino_local_loss_weight"])
+            weight = float(expect["logged_gram_loss_weight"])
             student_patch, teacher_patch = leaf["student_patch"], tensor(g["teacher_patch"])
             if diagonal:
                 assert local_weight == float(g["local_weight_schedule"][step])
@@ -499,8 +534,8 @@ def test_composition_v3():
                 gram = gram_loss(student_patch[masks][None], teacher_patch[masks][None], remove_neg=True)
             close(gram, expect["logged_gram_loss"])
             close(global_term * (n_global + n_local) / n_global, expect["logged_dino_global_crops_loss"])
-            total = weights["dino_head_loss_weight"] * (local_weight * local_term + global_term) + weights["ibot_loss_weight"] * terms["ibot_loss"] \
-                + weights["koleo_loss_weight"] * terms["koleo_loss"] + weight * gram
+            total = weights["dino_head_loss_weight"] * (local_weight * local_term + global_term) + weight * gram \
+                + sum(weights[f"{name}_weight"] * terms[name] for name in ("ibot_loss", "koleo_loss"))
         close(total, expect["total_loss"])
         close(terms["dino_local_loss"] * (V * (V - 1) + V * L) / (V * L), expect["logged_dino_local_crops_loss"])
         close(terms["ibot_loss"], expect["logged_ibot_loss"])
@@ -516,9 +551,10 @@ def test_composition_v3():
 # ---- trajectories: whole training steps ----
 
 def build_student(init, family, hp):
-    """A Student with exactly the given weights {name in the file: array}; everything in the file is used, everything trained is set."""
-    settings = dict(hidden_size=hp("hidden_size"), num_hidden_layers=hp("depth"), num_attention_heads=hp("heads"), image_size=hp("image_size"),
-                    patch_size=hp("patch_size"), layer_norm_eps=1e-5 if family == "dinov3_vit" else 1e-6, pos_embed_rescale=None)
+    """A Student with exactly the given weights {name in the file: array}; all are used, all that trains is set."""
+    settings = dict(hidden_size=hp("hidden_size"), num_hidden_layers=hp("depth"), num_attention_heads=hp("heads"),
+                    image_size=hp("image_size"), patch_size=hp("patch_size"), pos_embed_rescale=None,
+                    layer_norm_eps=1e-5 if family == "dinov3_vit" else 1e-6)
     if family == "dinov3_vit":
         settings["num_register_tokens"] = hp("num_register_tokens")
     backbone = build_backbone(family, use_pretrained=False, **settings)
@@ -548,7 +584,8 @@ def crops_of(g, step, image_size, local_size, full_size_locals=False):
     local_crops = bank[tensor(g["local_index"][step]).long().flatten()]
     if not full_size_locals:
         offsets = g["local_offset_yx"][step].reshape(-1, 2)
-        local_crops = torch.stack([crop[:, y:y + local_size, x:x + local_size] for crop, (y, x) in zip(local_crops, offsets.astype(int))])
+        local_crops = torch.stack([crop[:, y:y + local_size, x:x + local_size]
+                                   for crop, (y, x) in zip(local_crops, offsets.astype(int))])
     return global_crops, local_crops
 
 
@@ -559,28 +596,34 @@ def moved_error(w, reference, start):
 
 
 def check_weights(ours, g, prefix, init):
-    """E < 5e-3 for every stored tensor; what does not move there must not move here. Of tensors that are not stored, the
-    file has the length and the length of the change."""
+    """E < 5e-3 for every stored tensor; what does not move there must not move here. Of tensors that are not stored,
+    the file has the length and the length of the change."""
     final = next(found for folder in ("final_hf/", "final/") if (found := prefixed(g, f"{prefix}_{folder}")))
     assert final
     for name, reference in final.items():
-        if not name.endswith("k_proj.bias"):                   # its true gradient is 0: Adam turns rounding into full steps
-            assert moved_error(ours[our_name(name)].double().numpy(), reference, init[name].astype(np.float64)) < 5e-3, name
+        # its true gradient is 0: Adam turns rounding into full steps
+        if not name.endswith("k_proj.bias"):
+            w, start = ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
+            assert moved_error(w, reference, start) < 5e-3, name
     names = [str(name) for name in g.get("final_names", g.get("final_names_hf", []))]
-    measures = dict(l2=lambda w, start: np.linalg.norm(w), sum=lambda w, start: w.sum(), l2_of_change=lambda w, start: np.linalg.norm(w - start))
+    measures = dict(l2=lambda w, start: np.linalg.norm(w), sum=lambda w, start: w.sum(),
+                    l2_of_change=lambda w, start: np.linalg.norm(w - start))
     for key, measure in measures.items():
         if f"{prefix}_final_{key}" in g:
             for name, reference in zip(names, g[f"{prefix}_final_{key}"]):
                 if not name.endswith("k_proj.bias"):
                     w, start = ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
-                    close(measure(w, start), reference, rtol=5e-3 if key == "l2_of_change" else 1e-5, atol=1e-4 if key == "sum" else 0.0)
+                    close(measure(w, start), reference, rtol=5e-3 if key == "l2_of_change" else 1e-5,
+                          atol=1e-4 if key == "sum" else 0.0)
 
 
-def run_trajectory(train, g, student, hp, schedules, group_settings, clip_by, freeze_by, betas, local, masks=None, full_size_locals=False):
+def run_trajectory(train, g, student, hp, schedules, group_settings, clip_by, freeze_by, betas, local, masks=None,
+                   full_size_locals=False):
     """The steps of train.py's loop over a golden file; yields a dict after each: step, total, terms, gradients (before
     clipping), norm (what clip_gradients says), centers, out, teacher_out, teacher."""
     teacher = EMATeacher(student)
-    optimizer = torch.optim.AdamW(param_groups(student, 1.0, 1.0, **group_settings), betas=betas, eps=float(g.get("adamw_eps", 1e-8)))
+    optimizer = torch.optim.AdamW(param_groups(student, 1.0, 1.0, **group_settings), betas=betas,
+                                  eps=float(g.get("adamw_eps", 1e-8)))
     sizes = [head.last_layer.weight.shape[0] for head in (student.dino_head, student.ibot_head or student.dino_head)]
     centers = dict(zip(("dino", "ibot"), (torch.zeros(1, size) for size in sizes)))
     for step in range(len(schedules["lr"])):
@@ -606,7 +649,8 @@ def run_trajectory(train, g, student, hp, schedules, group_settings, clip_by, fr
         for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
             if key in teacher_out:
                 centers[name] = update_center(centers[name], teacher_out[key], float(g.get("center_momentum", 0.9)))
-        yield dict(step=step, total=total, terms=terms, gradients=gradients, norm=norm, centers=centers, out=out, teacher_out=teacher_out, teacher=teacher)
+        yield dict(step=step, total=total, terms=terms, gradients=gradients, norm=norm, centers=centers, out=out,
+                   teacher_out=teacher_out, teacher=teacher)
 
 
 def joint_norm(gradients, wanted):
@@ -626,19 +670,21 @@ def test_trajectory_v1(run):
     check_first_features(init_file, student)
     to_hf = dict(zip(map(str, init_file["map_official"]), map(hf_list, init_file["map_hf"])))
     schedules = {name: g[name] for name in ("lr", "wd", "momentum", "teacher_temp")}
-    for now in run_trajectory(train, g, student, lambda key: int(g[key]), schedules, {}, "parameter", "grad", tuple(g["adamw_betas"]),
-                              int(g["local_size"]), full_size_locals=strict):
+    for now in run_trajectory(train, g, student, lambda key: int(g[key]), schedules, {}, "parameter", "grad",
+                              tuple(g["adamw_betas"]), int(g["local_size"]), full_size_locals=strict):
         step, gradients = now["step"], now["gradients"]
         close(now["total"], g[f"{prefix}loss"][step], rtol=0, atol=2e-5)
         close(now["total"], g[f"{prefix}loss_fp64"][step], rtol=0, atol=2e-5)
         close(now["norm"], g[f"{prefix}grad_norm_total"][step], rtol=1e-4)
-        close(joint_norm(gradients, lambda name: "last_layer" not in name), g[f"{prefix}grad_norm_total_no_last_layer"][step], rtol=1e-4)
+        close(joint_norm(gradients, lambda name: "last_layer" not in name),
+              g[f"{prefix}grad_norm_total_no_last_layer"][step], rtol=1e-4)
         for name, reference in zip(g["param_names_official"], g[f"{prefix}grad_norm_per_param"][step]):
             ours = {our_name(hf) for hf in to_hf[str(name)]}   # the parts of a fused qkv
             close(joint_norm(gradients, ours.__contains__), reference, rtol=1e-3)
         close(now["centers"]["dino"], g[f"{prefix}center_after_step"][step][None], rtol=1e-5)
         if step == 0:
-            close(torch.cat([now["out"]["global_logits"], now["out"]["local_logits"]]), g[f"{prefix}student_logits_step0"], rtol=1e-5)
+            close(torch.cat([now["out"]["global_logits"], now["out"]["local_logits"]]),
+                  g[f"{prefix}student_logits_step0"], rtol=1e-5)
             close(now["teacher_out"]["global_logits"], g[f"{prefix}teacher_logits_step0"], rtol=1e-5)
     close(now["centers"]["dino"], g[f"{prefix}center_final"], rtol=1e-5)
     ours = dict(student.state_dict())
@@ -666,19 +712,22 @@ def test_trajectory_v2_and_v3(run):
     g = golden("traj_v3") if v3 else {"bank": golden("traj_v2")["bank"], **prefixed(golden("traj_v2"), f"{run}/")}
     init = prefixed(g, "init/")
     student = build_student(init, "dinov3_vit" if v3 else "dinov2", lambda key: int(g[f"hp_{key}"]))
-    train = configured(centering="centering" if "centering" in run else "sinkhorn_knopp", dino_head_loss_weight=float(g["hp_dino_weight"]),
+    train = configured(centering="centering" if "centering" in run else "sinkhorn_knopp",
+                       dino_head_loss_weight=float(g["hp_dino_weight"]),
                        ibot_loss_weight=float(g["hp_ibot_weight"]), koleo_loss_weight=float(g["hp_koleo_weight"]),
                        gram_loss_weight=float(g.get("hp_gram_weight", 0.0)))
     if v3:
         check_features(g, student)
     schedules = {name: g[name] for name in ("lr", "last_layer_lr", "wd", "momentum", "teacher_temp")}
-    settings = dict(layerwise_decay=float(g["hp_layerwise_decay"]), patch_embed_lr_mult=float(g["hp_patch_embed_lr_mult"]))
+    settings = dict(layerwise_decay=float(g["hp_layerwise_decay"]),
+                    patch_embed_lr_mult=float(g["hp_patch_embed_lr_mult"]))
     submodules = [str(name) for name in g["grad_norm_submodules"]]
     pairs = (2, 2 * int(g["hp_n_local"]))
     share_global, share_local = (n / sum(pairs) for n in pairs)
     # v2 logs each DINO mean times its share of the pairs, koleo weighted, koleo and ibot halved; v3 logs plain means
-    scale = dict(dino_global_crops=share_global, dino_local_crops=share_local, ibot=1.0, koleo=2.0, gram=1.0) if v3 else \
-        dict(dino_global_crops=1.0, dino_local_crops=1.0, ibot=2.0, koleo=2.0 / float(g["hp_koleo_weight"]))
+    scale = dict(dino_global_crops=1.0, dino_local_crops=1.0, ibot=2.0, koleo=2.0 / float(g["hp_koleo_weight"]))
+    if v3:
+        scale = dict(dino_global_crops=share_global, dino_local_crops=share_local, ibot=1.0, koleo=2.0, gram=1.0)
     for now in run_trajectory(train, g, student, lambda key: int(g[f"hp_{key}"]), schedules, settings, "module", "lr",
                               (0.9, float(g["hp_adamw_beta2"])), int(g["hp_local_size"]), g["masks"]):
         step = now["step"]
@@ -688,7 +737,8 @@ def test_trajectory_v2_and_v3(run):
         for name, reference in zip(submodules, g["grad_norm"][step]):
             close(joint_norm(now["gradients"], lambda param: param.startswith(f"{name}.")), reference, rtol=1e-4)
         for name, factor in scale.items():
-            close(now["terms"][f"{name}_loss".replace("_crops", "")], factor * g[f"logged_{name}_loss"][step], rtol=1e-5, atol=2e-5)
+            close(now["terms"][f"{name}_loss".replace("_crops", "")], factor * g[f"logged_{name}_loss"][step],
+                  rtol=1e-5, atol=2e-5)
     for name, center in now["centers"].items():
         if f"{name}_center_final" in g:
             close(center, g[f"{name}_center_final"], rtol=1e-5)
@@ -703,7 +753,8 @@ def check_features(g, student):
     images = (tensor(g["bank"])[:n].float() - 128) / 64
     student.eval()
     with torch.no_grad():
-        for suffix, pixels, masks in (("", images, None), ("_masked", images, tensor(g["masks"])[0, :n]), ("_local", images[..., :size, :size], None)):
+        for suffix, pixels, masks in (("", images, None), ("_masked", images, tensor(g["masks"])[0, :n]),
+                                      ("_local", images[..., :size, :size], None)):
             cls, patches = forward_features(student.backbone, pixels, masks)
             found = 0
             for key, value in (("cls", cls), ("patch", patches), ("patches", patches)):

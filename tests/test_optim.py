@@ -82,7 +82,8 @@ def test_param_groups_of_every_family(tiny_student, family):
     found = by_name(param_groups(student, 1.0, 1.0, layerwise_decay=0.5, patch_embed_lr_mult=0.1))
     for name, group in found.items():
         mult = 0.5 ** (3 - layer_of(name)) * (0.1 if "patch_embed" in name else 1.0)
-        assert group["lr_mult"] == pytest.approx(mult) and group["wd_mult"] == (0.0 if params[name].ndim == 1 else 1.0), name
+        assert group["lr_mult"] == pytest.approx(mult), name
+        assert group["wd_mult"] == (0.0 if params[name].ndim == 1 else 1.0), name
         assert group["is_backbone"] == name.startswith("backbone.") and group["is_last_layer"] == ("last_layer" in name)
         assert group["is_patch_embed"] == ("patch_embed" in name)
     assert sum("patch_embed" in name for name in found) == 2 and sum("last_layer" in name for name in found) == 4
