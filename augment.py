@@ -170,9 +170,8 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
     Args: crops [N,C,S,S] float in 0..1, on any device (uint8 is divided by 255); preset 'rgb' or 'medical'; generator:
     numpy or torch, or int64 seeds [N], one per crop; kind 'global1', 'global2' or 'local'; blur_probability for these
     three. The default is DINO's. The DINOv2 and DINOv3 code asks for the same but, through an inversion in its
-    GaussianBlur, blurs with (0.0, 0.9, 0.5); config/dinov2.py and dinov3.py follow what the released weights were
-    trained with. Returns: crops [N,C,S,S] float32 in 0..1. Saturation, hue and grayscale need three channels and are
-    left out otherwise.
+    GaussianBlur, blurs with (0.0, 0.9, 0.5); config/dinov2.py and dinov3.py follow the released weights.
+    Returns: crops [N,C,S,S] float32 in 0..1. Saturation, hue and grayscale only where there are three channels.
     """
     if preset not in PRESETS or kind not in KINDS:
         raise ValueError(f"photometric: preset={preset!r}, kind={kind!r}; "
@@ -199,7 +198,7 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
     if kind == "global2":
         solarized = torch.from_numpy(u[:, 8] < p["solarize_probability"]).to(device)[:, None, None, None]
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
-    for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):                           # [N] seeds, see above
+    for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):                           # a seed each: see above
         noise = torch.randn(x.shape[1:], generator=torch.Generator(device).manual_seed(int(seeds[row])), device=device)
         x[row] += p["noise"] * u[row, 10] * noise
     return x.clamp_(0, 1)

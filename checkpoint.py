@@ -37,8 +37,8 @@ def save_state(folder, state):
 
 
 def link_state(source, folder):
-    """The same state under a second folder. A hard link: no second copy on disk, and save_state later replaces the name in
-    `source`, never the content. Copies where the file system has no links."""
+    """The same state under a second folder. A hard link: no second copy on disk, and save_state later replaces the name
+    in `source`, never the content. Copies where the file system has no links."""
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "state.pt.part")
     if os.path.exists(temporary):
@@ -61,33 +61,35 @@ def load_state(path):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:                    # torch raises several kinds for a truncated or foreign file
-        raise UserError(f"resume_from={path!r}: {file} is damaged or no checkpoint of ours ({type(error).__name__}); resume from "
-                        "another folder below checkpoints/") from None
+        raise UserError(f"resume_from={path!r}: {file} is damaged or no checkpoint of ours ({type(error).__name__}); "
+                        "resume from another folder below checkpoints/") from None
 
 
 def check_fits(state, student, config):
-    """Refuse a checkpoint whose tensors do not fit the network: UserError that names the first one, both shapes, and the
-    config keys that differ with both values."""
+    """Refuse a checkpoint whose tensors do not fit the network: UserError that names the first one, both shapes, and
+    the config keys that differ with both values."""
     theirs = {name: tuple(value.shape) for name, value in state["student"].items()}
     ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     wrong = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
     if wrong:
-        changed = "; ".join(f"{key}: checkpoint {a!r}, now {b!r}" for key, a, b in config_changes(state, config)) or "none of the config"
-        raise UserError(f"resume_from: {wrong} is {theirs.get(wrong, 'absent')} in the checkpoint, {ours.get(wrong, 'absent')} now; "
-                        f"keys that differ: {changed}. Take the checkpoint's values, or start a new run")
+        there, here = theirs.get(wrong, "absent"), ours.get(wrong, "absent")
+        changed = "; ".join(f"{key}: checkpoint {a!r}, now {b!r}" for key, a, b in config_changes(state, config))
+        raise UserError(f"resume_from: {wrong} is {there} in the checkpoint, {here} now; keys that differ: "
+                        f"{changed or 'none of the config'}. Take the checkpoint's values, or start a new run")
 
 
 def config_changes(state, config):
     """[(key, value in the checkpoint, value now)] for the keys that differ, new and removed keys included."""
     old = state["config"]
-    return [(key, old.get(key), config.get(key)) for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
+    return [(key, old.get(key), config.get(key)) for key in sorted(old.keys() | config.keys())
+            if old.get(key) != config.get(key)]
 
 
 # ---- the run's folder ----
 
 def open_run(run_dir, resume, config_text):
-    """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never overwritten: returns
-    its new name, else ''."""
+    """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never
+    overwritten: returns its new name, else ''."""
     moved = ""
     if not resume and os.path.isfile(f"{run_dir}/config.py"):
         moved = next(f"{run_dir}.{n}" for n in range(1, 10**6) if not os.path.exists(f"{run_dir}.{n}"))
@@ -115,19 +117,23 @@ def model_card(name, iteration, knn, config, config_text):
     """README.md of an export: where the weights come from, what was measured, how to load them. knn: {what: number}."""
     numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items()) or "- no labels, not measured\n"
     start = config["model_type"] if config["use_pretrained"] else f"random weights ({config['model_type']})"
-    return (f"---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
-            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} iterations on {config['dataset_path']}, started "
-            f"from {start}. For research on methods only, not for clinical use.\n\n5-NN accuracy of the CLS token:\n\n{numbers}\n"
+    return ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n"
+            f"tags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
+            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} iterations "
+            f"on {config['dataset_path']}, started from {start}. "
+            "For research on methods only, not for clinical use.\n\n"
+            f"5-NN accuracy of the CLS token:\n\n{numbers}\n"
             "    from transformers import AutoModel\n    model = AutoModel.from_pretrained('<this folder>')\n\n"
-            "preprocessor_config.json holds size, intensity range, mean and std of the input. A ViT's pooler is not trained: use "
-            f"last_hidden_state[:, 0].\n\nConfig:\n\n```python\n{config_text}```\n")
+            "preprocessor_config.json holds size, intensity range, mean and std of the input. "
+            "A ViT's pooler is not trained: use last_hidden_state[:, 0].\n\n"
+            f"Config:\n\n```python\n{config_text}```\n")
 
 
 def export_hf(folder, backbone, size, intensity_range, mean, std, card):
-    """Write an AutoModel directory: config.json, model.safetensors, preprocessor_config.json and a README.md model card.
+    """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json and the model card README.md.
 
-    Call it inside EMATeacher.teacher_weights: what is written are the weights that are in the backbone now. LoRA is merged into
-    the weights, and the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config cannot say it is there.
+    Call it inside EMATeacher.teacher_weights: what is written are the weights in it now. LoRA is merged into the
+    weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config cannot say it is there.
     Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card: text of the model card.
     """
     temporary = folder + ".part"
@@ -143,9 +149,10 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card):
     low, high = intensity_range
     factor = 1 / (high - low)
     processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size}, resample=3,
-                     do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=factor,
-                     do_normalize=True, image_mean=[m + low * factor for m in mean], image_std=list(std), do_convert_rgb=False,
-                     intensity_range=[low, high])
+                     do_center_crop=True, crop_size={"height": size, "width": size},
+                     do_rescale=True, rescale_factor=factor, do_normalize=True,
+                     image_mean=[m + low * factor for m in mean], image_std=list(std),
+                     do_convert_rgb=False, intensity_range=[low, high])
     with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
         json.dump(processor, file, indent=2)
     with open(os.path.join(temporary, "README.md"), "w") as file:

@@ -1,6 +1,6 @@
 """Config files and --key=value on the command line, applied to the globals of a script; or one clear error.
 
-A script (train.py) opens with a block of lower-case globals: bool, int, float, str or tuple, one line each. It ends with
+A script (train.py) opens with a block of lower-case globals: bool, int, float, str or tuple, a line each. It ends with
 
     config_keys = list_keys(globals())
     ...
@@ -8,20 +8,20 @@ A script (train.py) opens with a block of lower-case globals: bool, int, float, 
         with one_line_errors():
             main(override(globals(), config_keys, sys.argv[1:]))
 
-A config file is a python file of plain assignments. It runs in a scratch namespace that already holds the current values,
-so `warmup_iterations = max_iterations // 10` works. Files apply left to right, then the flags: the later one wins.
+A config file is a python file of plain assignments. It runs in a scratch namespace that holds the current values, so
+`warmup_iterations = max_iterations // 10` works. Files apply left to right, then the flags: the later one wins.
 """
 import ast
 import contextlib
 import difflib
 import glob
+import math
 import os
 import sys
-import types
 
 
 class UserError(ValueError):
-    """Something the user can mend: bad input, a bad key, a bad file. The message is one line: what, value, rule, fix."""
+    """Something the user can mend: bad input, bad key, bad file. The message is one line: what, value, rule, fix."""
 
 
 @contextlib.contextmanager
@@ -50,9 +50,9 @@ def _coerce(value, default):
             return int(value)
         raise TypeError(f"int like {default}")
     if isinstance(default, float):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        raise TypeError(f"float like {default}")
+        raise TypeError(f"finite float like {default}")
     if isinstance(default, str):
         if isinstance(value, str):
             return value
@@ -99,11 +99,13 @@ def _run_file(path, values):
         raise UserError(f"{path}: no such config file" + (f", did you mean {near[0]}?" if near else ""))
     scratch = dict(values)
     try:
-        exec(compile(open(path).read(), path, "exec"), scratch)
+        tree = ast.parse(open(path).read(), path)
+        exec(compile(tree, path, "exec"), scratch)
     except Exception as error:                         # whatever is wrong inside belongs to the user, in one line
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    return {name: value for name, value in scratch.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return {name: value for name, value in scratch.items() if not name.startswith("_") and name not in imported - set(values)}
 
 
 def override(namespace, keys, argv):

@@ -1,4 +1,4 @@
-"""Data sets: MedMNIST by name, .npz files, image folders, the embedded phantom; and the order in which a run reads them.
+"""Data sets: MedMNIST by name, .npz files, image folders, the embedded phantom; and the order a run reads them in.
 
 Pixels stay what they are: uint8, 16-bit, Hounsfield units, float; one to many channels. Whatever comes in an archive is
 unpacked once into .npy files in a cache and memory-mapped from there, so that all ranks and workers share the pages.
@@ -93,7 +93,7 @@ class ImageFiles:
 
 
 class Sendable:
-    """Goes to spawned workers: a memory map would be pickled by content, so its file name travels and is mapped again."""
+    """Can go to spawned workers: a memory map would be pickled by content, so its file name travels in its place."""
 
     def __getstate__(self):
         return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value
@@ -121,9 +121,8 @@ class Rows(Sendable):
 # ---- one split ----
 
 class Dataset(Sendable, torch.utils.data.Dataset):
-    """One split: .images [N,H,W] or [N,H,W,C] (or image files), .labels [N] int64 ([N,c] multi-label) or None, .masks
-    [N,H,W] or None, .class_names, .num_channels, .splits that its source has. ds[i] -> (image [H,W,C], mask [H,W] or
-    None)."""
+    """One split: .images [N,H,W] or [N,H,W,C] or files, .labels [N] int64 ([N,c] multi-label) or None, .masks [N,H,W]
+    or None, .class_names, .num_channels, .splits of the source. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
 
     def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train", splits=()):
         self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
@@ -374,7 +373,7 @@ def _scan_folder(root, num_channels):
         top, pictures, files = found[split]
         paths = [os.path.join(pictures, file) for file in files]
         native = _first_channels(paths, 0)
-        if 0 < num_channels < native:                           # grey may be asked for as RGB, among others; not the reverse
+        if 0 < num_channels < native:                           # grey may be asked for as RGB, not the reverse
             raise UserError(f"dataset_path={root!r}: images have {native} channel(s), num_channels={num_channels}; "
                             "set --num_channels=0 to take what the data has")
         channels = _first_channels(paths, num_channels) if num_channels else native
@@ -384,7 +383,8 @@ def _scan_folder(root, num_channels):
             endings = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
             candidates = [next((stem + e for e in endings if os.path.isfile(stem + e)), "") for stem in stems]
             if not any(candidates):
-                raise UserError(f"{top}/masks: no file there is named like an image in {pictures}; a mask of a.jpg is a.png or a.npy")
+                raise UserError(f"{top}/masks: no file there is named like an image in {pictures}; "
+                                "a mask of a.jpg is a.png or a.npy")
             masks = ImageFiles(candidates, as_mask=True)
         labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
         return ImageFiles(paths, channels), labels, masks
@@ -460,7 +460,7 @@ class BatchOrder(torch.utils.data.Sampler):
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Crops of a data set as the training loop takes them: item (n, index) -> crops of one image, collate -> a batch."""
+    """Crops of a data set for the training loop: item (n, index) -> crops of one image, collate -> a batch."""
 
     def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error"):
         """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks."""

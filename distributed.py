@@ -1,7 +1,7 @@
 """Processes and ranks: everything here vanishes when the script runs alone.
 
-`torchrun --nproc_per_node=N train.py` sets RANK, WORLD_SIZE and LOCAL_RANK; a plain `python train.py` does not. The maths
-calls all_reduce_sum(x) without knowing which it is: alone, the sum over all ranks is x. Nobody else asks torch.distributed.
+`torchrun --nproc_per_node=N train.py` sets RANK, WORLD_SIZE and LOCAL_RANK; a plain `python train.py` does not. The
+maths calls all_reduce_sum(x) in both cases: alone, the sum over all ranks is x. Nobody else asks torch.distributed.
 """
 import contextlib
 import os
@@ -22,7 +22,8 @@ def setup(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device!r}: torch sees no CUDA device here; use --device=cpu or install a CUDA build of torch")
+        raise UserError(f"device={device!r}: torch sees no CUDA device here; "
+                        "use --device=cpu or install a CUDA build of torch")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(device)
@@ -34,7 +35,7 @@ def setup(device="auto"):
 
 
 def cleanup():
-    """Leave the process group together: gloo aborts a rank whose peer has closed the connection while it still listens."""
+    """Leave the process group together: gloo aborts a rank whose peer closes the connection while it still listens."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -110,8 +111,8 @@ def gather_objects(item):
 
 def wrap(student, distribution, device):
     """The student, ready for synchronised gradients. 'ddp' averages them over the ranks during backward; 'none', or one
-    process, leaves the student as it is. Every trainable parameter takes part in every step (model.Student sees to that),
-    so DDP need not look for unused ones."""
+    process, leaves the student as it is. Every trainable parameter takes part in every step (model.Student sees to
+    that), so DDP need not look for unused ones."""
     if world_size() == 1 or distribution == "none":
         return student
     return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
@@ -132,7 +133,8 @@ def memory_gb(device):
     """(used, total) in GB. CUDA: peak of this process's tensors and size of the card. CPU: resident memory of this
     process and of the machine."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.get_device_properties(device).total_memory / 1e9
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
     page = os.sysconf("SC_PAGE_SIZE")
     try:
         resident = int(open("/proc/self/statm").read().split()[1]) * page

@@ -1,4 +1,4 @@
-"""How good are the features? Features and their k-NN with labels; health of a run without. train.py calls both along the way.
+"""How good are the features? Features and their k-NN with labels; health of a run without. train.py calls both.
 
 k-NN needs no training and no choice of a learning rate, so a change in it is a change in the features.
 """
@@ -17,7 +17,7 @@ from model import forward_features
 
 
 class WholeImages(torch.utils.data.Dataset):
-    """The images of a data set at one size: item i -> (i, [C,size,size] tensor in native dtype, ''), or (i, None, error)."""
+    """The images of a data set at one size: item i -> (i, [C,size,size] in native dtype, ''), or (i, None, error)."""
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
@@ -38,10 +38,10 @@ def extract_features(backbone, dataset, size=224, intensity_range=(0, 255), mean
     """CLS features of the images of a data set, in its order.
 
     Args: backbone: any that forward_features takes, in eval mode, on its device; or None for the raw pixels (at `size`,
-    intensities 0..1, flattened): the baseline that features have to beat. size: pixels of the square the images are resized
-    to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass; on_bad_image:
-    'skip' leaves out what cannot be read, 'error' raises UserError.
-    Returns: features [N,D] fp32 on the backbone's device (raw pixels: CPU), labels [N] int64 ([N,c] multi-label), or None.
+    intensities 0..1, flattened): the baseline that features have to beat. size: pixels of the square the images are
+    resized to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass;
+    on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
+    Returns: features [N,D] fp32 on the backbone's device (raw: CPU), labels [N] int64 ([N,c] multi-label), or None.
     """
     device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
     photometrics = Photometrics("medical", intensity_range, mean, std)
@@ -70,8 +70,8 @@ def knn_classify(train_features, train_labels, test_features, k=5, temperature=N
 
     Args: train_features [N,D], train_labels [N] int, test_features [M,D]; k: where the set is smaller, all of it;
     temperature: None for a majority vote (the paper; among equal counts the class of the nearest neighbour wins), else
-    votes weigh exp(similarity / temperature) (DINO uses 0.07). Computed in chunks of test images, on the features' device:
-    memory is chunk * N, never M * N.
+    votes weigh exp(similarity / temperature) (DINO uses 0.07). Computed in chunks of test images, on the features'
+    device: memory is chunk * N, never M * N.
     Returns: [M] int64 predictions on that device.
     """
     train = F.normalize(train_features.float(), dim=1)
@@ -83,7 +83,7 @@ def knn_classify(train_features, train_labels, test_features, k=5, temperature=N
         classes = labels[neighbour]                                                        # [m,k]
         weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
         votes = torch.zeros(len(test), int(labels.max()) + 1, device=train.device).scatter_add_(1, classes, weight)
-        votes = votes.gather(1, classes)                                                   # [m,k] votes of each one's class
+        votes = votes.gather(1, classes)                                                   # [m,k], of each one's class
         if temperature is None:                               # counts are whole numbers: less than 1 only breaks ties
             votes = votes - torch.arange(k, device=train.device) / (k + 1)
         predictions.append(classes.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0])
@@ -91,14 +91,15 @@ def knn_classify(train_features, train_labels, test_features, k=5, temperature=N
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
-    """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`; settings: of
-    extract_features; backbone None = raw pixels. Rank 0 measures, the others wait and get the same dict."""
+    """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`;
+    settings: of extract_features; backbone None = raw pixels. Rank 0 measures, the others wait for its dict."""
     result = {}
     if is_main() and queries:
         train_features, train_labels = extract_features(backbone, bank, **settings)
         for name, dataset in queries.items():
             features, labels = extract_features(backbone, dataset, **settings)
-            result[name] = float((knn_classify(train_features, train_labels, features, k).cpu() == labels).float().mean())
+            predictions = knn_classify(train_features, train_labels, features, k).cpu()
+            result[name] = float((predictions == labels).float().mean())
     return gather_objects(result)[0]
 
 
@@ -116,8 +117,9 @@ def rankme(features, eps=1e-7):
 def monitor(teacher_cls, teacher_probs):
     """Health of a run, from one batch. Args: teacher_cls [N,D]; teacher_probs [N,K], the DINO targets.
 
-    Returns: dict of floats. teacher_entropy: mean entropy of the targets, between 0 (one-hot) and ln K (uniform); prototype_use:
-    exp of the entropy of the mean target over all ranks, as a share of K; rankme: of the CLS features of this rank.
+    Returns: dict of floats. teacher_entropy: mean entropy of the targets, between 0 (one-hot) and ln K (uniform);
+    prototype_use: exp of the entropy of the mean target over all ranks, as a share of K;
+    rankme: of the CLS features of this rank.
     """
     entropy = -(teacher_probs * teacher_probs.clamp_min(1e-12).log()).sum(dim=1).mean()
     mean = all_reduce_mean(teacher_probs.mean(dim=0))                                      # [K]
@@ -126,15 +128,16 @@ def monitor(teacher_cls, teacher_probs):
 
 
 def diagnose(record, n_prototypes, early):
-    """A sentence of advice where the numbers of a log record show a known failure, else ''. early: the run has just begun, when
-    a loss at ln K is no failure yet."""
+    """A sentence of advice where the numbers of a log record show a known failure, else ''. early: the run has just
+    begun, when a loss at ln K is no failure yet."""
     ln_k = math.log(n_prototypes)
     if record["rankme"] < 1.5:
-        return "COLLAPSED: all images get the same feature (RankMe near 1). Try koleo_loss_weight=0.1, a larger batch, a lower lr, or " \
-               "the other centering."
+        return "COLLAPSED: all images get the same feature (RankMe near 1). " \
+               "Try koleo_loss_weight=0.1, a larger batch, a lower lr, or the other centering."
     if record["prototype_use"] * n_prototypes < 1.5:
         return "COLLAPSED: one prototype takes all images. Try sinkhorn_knopp, a higher teacher_temp, or a lower lr."
-    if not early and record["dino_local_loss"] + record["dino_global_loss"] > 0.99 * ln_k and record["teacher_entropy"] > 0.95 * ln_k:
-        return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform. Try a lower teacher_temp, a larger batch, " \
-               "a lower lr, fewer prototypes, or sinkhorn_knopp."
+    loss = record["dino_local_loss"] + record["dino_global_loss"]
+    if not early and loss > 0.99 * ln_k and record["teacher_entropy"] > 0.95 * ln_k:
+        return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform. " \
+               "Try a lower teacher_temp, a larger batch, a lower lr, fewer prototypes, or sinkhorn_knopp."
     return ""

@@ -1,8 +1,8 @@
 """The losses of DINO, iBOT, KoLeo and Gram, and the two ways to turn teacher logits into targets.
 
 Tensors in, scalar out, no state. Everything computes in fp32 whatever comes in, and every statistic that belongs to the
-batch is taken over all ranks, so one process with B images and two with B/2 give the same numbers (KoLeo excepted: it is
-local by definition). Shape letters are those of model.py: B images, S student crops, T teacher crops, K prototypes,
+batch is taken over all ranks, so one process with B images and two with B/2 give the same numbers (KoLeo excepted: it
+is local by definition). Shape letters are those of model.py: B images, S student crops, T teacher crops, K prototypes,
 M masked patches, P patches, D width.
 """
 import torch
@@ -27,9 +27,9 @@ def softmax_center(teacher_logits, center, teacher_temp):
 def update_center(center, teacher_logits, momentum=0.9):
     """The next centre: momentum * c + (1 - momentum) * mean of the logits over all rows of all ranks. DINO equation 4.
 
-    Call it after the loss, so that a step uses the centre of the steps before it, as the reference does. A batch without
-    rows (no masked patch anywhere) leaves the centre as it is. Args: center [1,K]; teacher_logits [N,K], N may be 0 and
-    may differ by rank. Returns: center [1,K] fp32.
+    Call it after the loss, so that a step uses the centre of the steps before it, as the reference does. A batch
+    without rows (no masked patch anywhere) leaves the centre as it is. Args: center [1,K]; teacher_logits [N,K], N may
+    be 0 and may differ by rank. Returns: center [1,K] fp32.
     """
     logits = teacher_logits.float()
     rows = torch.full((1, 1), float(len(logits)), device=logits.device)
@@ -41,14 +41,15 @@ def update_center(center, teacher_logits, momentum=0.9):
 def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
     """Targets that use all prototypes equally: SwAV (arXiv 2006.09882) section 3.1 and appendix A, as in DINOv2.
 
-    Q = exp(logits / temp); n_iterations times: every prototype (column) is scaled to sum 1/K, then every row to sum 1/N,
-    over the rows of all ranks. The largest logit is subtracted before exp: that changes nothing but overflow.
-    Args: teacher_logits [N,K], N may be 0 and may differ by rank. Returns: probs [N,K] fp32, rows sum to 1, columns
-    nearly to N/K.
+    Q = exp(logits / temp); n_iterations times: every prototype (column) is scaled to sum 1/K, then every row to sum
+    1/N, over the rows of all ranks. The largest logit is subtracted before exp: that changes nothing but overflow.
+    Args: teacher_logits [N,K], N may be 0 and may differ by rank.
+    Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
     logits = teacher_logits.float() / teacher_temp
     largest = logits.max() if logits.numel() else torch.tensor(float("-inf"), device=logits.device)
-    q = (logits - all_reduce_max(largest)).exp_()                                          # [N,K]
+    # below exp(-60) nothing counts in its row; were it 0, a row far below the others would have no target at all
+    q = (logits - all_reduce_max(largest)).clamp_(min=-60).exp_()                          # [N,K]
     n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
     n_prototypes = q.shape[1]
     q /= all_reduce_sum(q.sum()).clamp_min(TINY)
@@ -80,7 +81,8 @@ def dino_loss(student_logits, teacher_probs, student_temp=0.1, ignore_diagonal=T
     T = len(teacher_probs)
     pairs = S * T - (min(S, T) if ignore_diagonal else 0)
     if pairs == 0:
-        raise ValueError(f"dino_loss: {S} student and {T} teacher crops leave no pair of different crops; use more crops")
+        raise ValueError(f"dino_loss: {S} student and {T} teacher crops leave no pair of different crops; "
+                         "use more crops")
     log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [S,B,K]
     cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float()) / B     # [S,T]
     if ignore_diagonal:
@@ -109,8 +111,8 @@ def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
 
 
 def koleo_loss(features, eps=1e-8):
-    """Kozachenko-Leonenko entropy estimator: pushes each feature away from its nearest neighbour in the batch, so that the
-    features spread over the sphere. Sablayrolles et al. (arXiv 1806.03198) equation 2; DINOv2 section 4.
+    """Kozachenko-Leonenko entropy estimator: pushes each feature away from its nearest neighbour in the batch, so that
+    the features spread over the sphere. Sablayrolles et al. (arXiv 1806.03198) equation 2; DINOv2 section 4.
 
         x = features / |features|; j(i) = argmax over j != i of <x_i, x_j>      # the choice has no gradient
         return -mean over i of log(|x_i - x_j(i) + eps| + eps)
@@ -133,9 +135,9 @@ def koleo_loss(features, eps=1e-8):
 def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_teacher_neg=False, normalize=True):
     """Keeps the patch similarities of the student near those of the teacher: DINOv3 (arXiv 2508.10104) section 4.2.
 
-    |S S^T - T T^T|^2, the mean over the entries of both Gram matrices, per image. Only similarities are compared, so the
-    features themselves stay free to move. A teacher that saw a larger crop (more patches) is resized to the student's
-    grid first: bicubic, before normalising. To compare all patches of a batch in one matrix, pass [1,B*P,D].
+    |S S^T - T T^T|^2, the mean over the entries of both Gram matrices, per image. Only similarities are compared, so
+    the features themselves stay free to move. A teacher that saw a larger crop (more patches) is resized to the
+    student's grid first: bicubic, before normalising. To compare all patches of a batch in one matrix, pass [1,B*P,D].
     Args: student_patches [B,P,D]; teacher_patches [B,Q,D], P and Q squares where they differ; remove_neg: negative
     similarities of both sides become 0; remove_only_teacher_neg: only the teacher's; normalize: unit-length tokens.
     Returns: scalar fp32. Raises ValueError when both remove options are set.

@@ -72,8 +72,8 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
 
 
 def _family_config(family, size_keys):
-    """A config of the family with those of the keys that it has. By the constructor: what it derives (dinov2's stage
-    names) would go stale under setattr."""
+    """A config of the family with those of the keys that it has. By the constructor: values that it derives (dinov2's
+    stage names) would go stale under setattr."""
     known = transformers.AutoConfig.for_model(family)
     if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):       # dinov2 has mlp_ratio = 4 instead
         size_keys = {"intermediate_size": 4 * size_keys["hidden_size"], **size_keys}
@@ -149,9 +149,9 @@ def forward_features(backbone, pixels, masks=None):
     out). Raises UserError for a size that transformers would floor without a word.
     """
     config, extra = backbone.config, {}
-    if pixels.shape[-2] % config.patch_size or pixels.shape[-1] % config.patch_size:
-        raise UserError(f"crop of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is not a "
-                        f"multiple of patch_size={config.patch_size}")
+    height, width = pixels.shape[-2:]
+    if height % config.patch_size or width % config.patch_size:
+        raise UserError(f"crop of {height}x{width} pixels is not a multiple of patch_size={config.patch_size}")
     if config.model_type == "vit":
         extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
     if masks is not None:
@@ -221,7 +221,7 @@ class DINOHead(nn.Module):
 # ---- student and teacher ----
 
 class Student(nn.Module):
-    """Backbone and heads in one module with one forward call, so that DDP sees every parameter used exactly once.
+    """Backbone and heads in one module with one forward call, so that DDP sees every parameter used.
 
     ibot_head=None means that the DINO head serves the masked patches as well (DINOv2's shared head).
     """

@@ -14,8 +14,8 @@ import torch
 def cosine_schedule(start, end, iteration, max_iterations, warmup_iterations=0, warmup_start=0.0, reach_end=False):
     """Linear warm-up from warmup_start to `start`, then a half cosine from `start` to `end`, then `end` for ever.
 
-    DINO and DINOv2 (reach_end=False): the last warm-up iteration is already at `start`, so the peak stands twice, and the
-    cosine stops one iteration short of `end`. DINOv3 (reach_end=True): the warm-up stops short, the cosine arrives.
+    DINO and DINOv2 (reach_end=False): the last warm-up iteration is already at `start`, so the peak stands twice, and
+    the cosine stops one iteration short of `end`. DINOv3 (reach_end=True): the warm-up stops short, the cosine arrives.
         warm-up   warmup_start + (start - warmup_start) * i / (warmup - 1)      v3: i / warmup
         cosine    end + (start - end) / 2 * (1 + cos(pi * j / n))               v3: j / (n - 1), n iterations in all
     Returns: float at `iteration` (0-based). It serves values that rise (weight decay, momentum) as well.
@@ -38,7 +38,7 @@ def linear_schedule(start, end, iteration, n_iterations):
 
 # ---- parameter groups ----
 
-BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?)\.(\d+)\.")    # layers.3. (ViT), encoder.layer.3., model.layer.3., blocks.3.
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?)\.(\d+)\.")  # layers.3 (ViT), encoder.layer.3, model.layer.3, blocks.3
 EMBEDDING = re.compile(r"embed|cls_token|mask_token|register_token|storage_token")
 HEAD = re.compile(r"(?:^|\.)(?:dino_head|ibot_head|last_layer|mlp\.\d)")
 
@@ -48,8 +48,8 @@ def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mu
 
     lr_mult = layerwise_decay ** (depth + 1 - layer) with layer 0 for the patch embedding and all tokens and positions,
     i + 1 for block i, depth + 1 for the final norm and the heads; the patch embedding times patch_embed_lr_mult.
-    wd_mult = 0 for biases, norms and layer-scale (all that is one-dimensional), 1 for the rest: tokens, positions and the
-    gain of a weight-normed last layer are decayed, as in DINO and DINOv2.
+    wd_mult = 0 for biases, norms and layer-scale (all that is one-dimensional), 1 for the rest: tokens, positions and
+    the gain of a weight-normed last layer are decayed, as in DINO and DINOv2.
     Args: model: a Student or a bare backbone or head; lr, weight_decay: the start values of the groups (the loop sets
     lr * lr_mult and weight_decay * wd_mult every iteration). Only parameters that require a gradient are taken.
     Returns: list of dicts, each with params, names, lr, weight_decay, lr_mult, wd_mult, is_last_layer, is_backbone,
@@ -83,8 +83,8 @@ def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mu
 def clip_gradients(student, max_norm, by):
     """Scale gradients down to an L2 norm of at most max_norm, in place; factor max_norm / (norm + 1e-6) where below 1.
 
-    Args: student: a module; by: 'parameter' clips every tensor on its own (DINO), 'module' the backbone and each head as
-    a whole (DINOv2, DINOv3); max_norm 0 only measures.
+    Args: student: a module; by: 'parameter' clips every tensor on its own (DINO), 'module' the backbone and each head
+    as a whole (DINOv2, DINOv3); max_norm 0 only measures.
     Returns: the total norm before clipping, a scalar tensor: the number to watch for exploding gradients.
     """
     norms = []

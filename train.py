@@ -575,7 +575,7 @@ def main(sources):
             raise UserError(f"loss is {logged['loss']} at iteration {iteration} ("
                             + ", ".join(f"{name} {logged[name]:.4g}" for name in names) + f"), lr {lr_now:.3g}; "
                             "neither weights nor teacher were touched, checkpoints/last is good. Try a lower lr or "
-                            f"clip_grad, or mixed_precision=no. Images of the batch: {sum(gather_objects(indices), [])}")
+                            f"clip_grad, or mixed_precision=no. Its images: {sum(gather_objects(indices), [])}")
 
         # Step 5. Clip, step, move the teacher and the centres
         scaler.unscale_(optimizer)

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 train.py config/dermamnist.py
 
-The paper's hyper-parameters (Listings 2-8) are train.py's defaults: 2000 iterations of 64 images from pretrained weights, the
-DINO loss with centering. The paper had two A6000 GPUs and about half an hour; we have not run this file on a GPU yet, so there
-is no number of ours to expect. Smaller and faster: --dataset_size=64.
+The paper's hyper-parameters (Listings 2-8) are train.py's defaults: 2000 iterations of 64 images from pretrained
+weights, the DINO loss with centering. The paper had two A6000 GPUs and about half an hour; we have not run this file on
+a GPU yet, so there is no number of ours to expect. Smaller and faster: --dataset_size=64.
 """
 model_name = 'dermamnist'
 dataset_path = 'dermamnist'

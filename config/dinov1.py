@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov1.py
 
-Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written after the
-data set's file, they follow its max_iterations and global_batch_size.
+Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written
+after the data set's file, they follow its max_iterations and global_batch_size.
 """
 # loss: all pairs alike, centred targets, no masks
 centering = 'centering'
@@ -15,7 +15,7 @@ warmup_teacher_temp = 0.04
 teacher_temp = 0.07
 warmup_teacher_temp_iterations = max_iterations * 3 // 10
 
-# optimizer: the published peak is for training from scratch; released weights keep the gentle lr that they had before this file
+# optimizer: the published peak is for training from scratch; released weights keep the gentle lr set before this file
 lr = lr if use_pretrained else 5e-4 * global_batch_size / 256
 min_lr = 1e-6
 warmup_iterations = max_iterations // 10

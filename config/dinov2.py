@@ -1,11 +1,11 @@
-"""DINOv2 (arXiv 2304.07193), the numbers of facebookresearch/dinov2, ssl_default_config.yaml. A recipe: combine it with a data set.
+"""DINOv2 (arXiv 2304.07193), numbers of facebookresearch/dinov2, ssl_default_config.yaml. A recipe: add a data set.
 
     torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov2.py
 
-Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written after the
-data set's file, they follow its max_iterations and global_batch_size.
+Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written
+after the data set's file, they follow its max_iterations and global_batch_size.
 """
-# losses: DINO + iBOT with a shared head + KoLeo. Sinkhorn and a head of their own for patches are DINOv2's long runs (vitl14.yaml)
+# losses: DINO + iBOT with a shared head + KoLeo; Sinkhorn and a separate patch head are for long runs (vitl14.yaml)
 centering = 'centering'
 dino_head_norm_last_layer = False
 head_weight_norm = True
@@ -18,7 +18,7 @@ warmup_teacher_temp = 0.04
 teacher_temp = 0.07
 warmup_teacher_temp_iterations = max_iterations * 3 // 10
 
-# optimizer: the published peak is for training from scratch; released weights keep the gentle lr that they had before this file
+# optimizer: the published peak is for training from scratch; released weights keep the gentle lr set before this file
 lr = lr if use_pretrained else 4e-3 * (global_batch_size / 1024) ** 0.5
 min_lr = 1e-6
 warmup_iterations = max_iterations // 10
@@ -31,7 +31,7 @@ freeze_last_layer_by = 'lr'
 layerwise_decay = 0.9
 patch_embed_lr_mult = 0.2
 schedule_reaches_end = False
-drop_path_rate = 0.0 if use_pretrained else 0.3   # published 0.3; adapting released weights for a few hundred iterations goes without
+drop_path_rate = 0.0 if use_pretrained else 0.3   # published 0.3; short runs on released weights go without
 
 # teacher: 0.992 is for 125 000 iterations; its memory 1 / (1 - m) should not be more than a thirtieth of a short run
 momentum_teacher = min(0.992, 1 - 30 / max(max_iterations, 60))

@@ -1,9 +1,10 @@
-"""DINOv3 (arXiv 2508.10104), the numbers of facebookresearch/dinov3, the ViT-L ImageNet config. A recipe: combine it with a data set.
+"""DINOv3 (arXiv 2508.10104), numbers of facebookresearch/dinov3's ViT-L ImageNet config. A recipe: add a data set.
 
-    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov3.py --model_type=facebook/dinov3-vits16-pretrain-lvd1689m
+    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov3.py \
+        --model_type=facebook/dinov3-vits16-pretrain-lvd1689m
 
-Gram anchoring belongs to a late stage of long runs and is off here. Durations are the published shares of the run. Written after
-the data set's file, they follow its max_iterations and global_batch_size.
+Gram anchoring belongs to a late stage of long runs and is off here. Durations are the published shares of the run.
+Written after the data set's file, they follow its max_iterations and global_batch_size.
 """
 # losses: DINO + iBOT with a head each, Sinkhorn always, plain last layers, KoLeo
 centering = 'sinkhorn_knopp'
@@ -17,7 +18,7 @@ warmup_teacher_temp = 0.04
 teacher_temp = 0.07
 warmup_teacher_temp_iterations = max_iterations * 3 // 10
 
-# optimizer: the published peak is for training from scratch; released weights keep the gentle lr that they had before this file
+# optimizer: the published peak is for training from scratch; released weights keep the gentle lr set before this file
 lr = lr if use_pretrained else 1e-3 * 4 * (global_batch_size / 1024) ** 0.5
 min_lr = 1e-6
 warmup_iterations = max_iterations // 10

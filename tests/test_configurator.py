@@ -132,9 +132,9 @@ def test_values_take_the_type_of_the_default(apply, flag, key, value):
 # ---- what is refused ----
 
 @pytest.mark.parametrize("flag, message", [
-    ("--lr=fast", "command line: lr = 'fast' (str), needs float like 0.0001"),
-    ("--lr=true", "command line: lr = 'true' (str), needs float like 0.0001"),
-    ("--lr=True", "command line: lr = True (bool), needs float like 0.0001"),
+    ("--lr=fast", "command line: lr = 'fast' (str), needs finite float like 0.0001"),
+    ("--lr=true", "command line: lr = 'true' (str), needs finite float like 0.0001"),
+    ("--lr=True", "command line: lr = True (bool), needs finite float like 0.0001"),
     ("--steps=1.5", "command line: steps = 1.5 (float), needs int like 100"),
     ("--steps=1e999", "command line: steps = inf (float), needs int like 100"),
     ("--steps=2**3", "command line: steps = '2**3' (str), needs int like 100"),       # a flag is not evaluated
@@ -142,7 +142,7 @@ def test_values_take_the_type_of_the_default(apply, flag, key, value):
     ("--shuffle=yes", "command line: shuffle = 'yes' (str), needs true or false"),
     ("--scale=0.4", "command line: scale = (0.4,) (tuple), needs tuple of 2 like (0.4, 1.0)"),
     ("--scale=1,2,3", "command line: scale = (1, 2, 3) (tuple), needs tuple of 2 like (0.4, 1.0)"),
-    ("--scale=(0.4,'x')", "command line: scale = (0.4, 'x') (tuple), needs float like 1.0"),
+    ("--scale=(0.4,'x')", "command line: scale = (0.4, 'x') (tuple), needs finite float like 1.0"),
     ("--numbers=abc", "command line: numbers = 'abc' (str), needs tuple of numbers"),
     ("--shuffle", "command line: --shuffle has no value, write --shuffle=VALUE like --shuffle=True"),
     ("--stepz=3", "command line: unknown key 'stepz', did you mean 'steps'?"),
@@ -158,15 +158,15 @@ def test_one_bad_flag_is_one_sentence(apply, flag, message):
 def test_types_in_a_file_are_checked(apply, config):
     path = config("lr = '5e-4'\nsteps = 1.5\nshuffle = 1\nmodel_name = 3\nscale = (0.4, '1')\n")
     assert refused(apply, path) == [
-        f"{path}: lr = '5e-4' (str), needs float like 0.0001", f"{path}: steps = 1.5 (float), needs int like 100",
+        f"{path}: lr = '5e-4' (str), needs finite float like 0.0001", f"{path}: steps = 1.5 (float), needs int like 100",
         f"{path}: shuffle = 1 (int), needs true or false", f"{path}: model_name = 3 (int), needs str like 'tiny'",
-        f"{path}: scale = (0.4, '1') (tuple), needs float like 1.0"]
+        f"{path}: scale = (0.4, '1') (tuple), needs finite float like 1.0"]
 
 
 def test_all_mistakes_come_at_once(apply, config):
     first, second = config("stepz = 3\nlr = 'x'\n", "a.py"), config("lr = 1 / 0\n", "b.py")
     lines = refused(apply, first, second, "nowhere.py", "--steps=x", "--shuffle")
-    assert lines == [f"{first}: lr = 'x' (str), needs float like 0.0001",
+    assert lines == [f"{first}: lr = 'x' (str), needs finite float like 0.0001",
                      f"{first}: unknown key 'stepz', did you mean 'steps'?",
                      f"{second}: ZeroDivisionError: division by zero", "nowhere.py: no such config file",
                      "command line: steps = 'x' (str), needs int like 100",
@@ -229,7 +229,7 @@ def test_a_script_on_the_command_line(script):
     result = run_script(script, "--stepz=3", "--lr=x")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == ("error: command line: unknown key 'stepz', did you mean 'steps'?\n"
-                             "       command line: lr = 'x' (str), needs float like 0.0001\n")
+                             "       command line: lr = 'x' (str), needs finite float like 0.0001\n")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -249,3 +249,13 @@ def test_only_user_errors_lose_their_traceback():
     assert stop.value.code == "error: x=3: must be 4"
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("text, message", [("lr = max", "needs finite float"), ("lr = float('inf')", "needs finite float")])
+def test_what_would_not_run_again_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        apply(tmp_path=tmp_path, files=[text])
+
+
+def test_imports_in_a_config_file_are_no_keys(tmp_path):
+    assert apply(tmp_path=tmp_path, files=["from math import pi, sqrt\nimport os.path\nlr = sqrt(4) * pi / pi"])[0]["lr"] == 2.0

@@ -94,6 +94,8 @@ def training(rank):
         for micro in range(2):
             with no_sync(student, last=micro == 1):
                 step(student, teacher, rank, centering, seed=100 * micro)
+            if micro == 0:
+                found["not yet shared", centering] = gradients(student)
         found["accumulated", centering] = gradients(student)
     return found
 
@@ -177,6 +179,8 @@ def test_ranks_have_the_same_gradients_bitwise(ranks):
         for what in ("gradients", "accumulated"):
             first, second = (found[what, centering] for found in ranks)
             assert all(torch.equal(first[name], second[name]) for name in first)
+        first, second = (found["not yet shared", centering] for found in ranks)  # nothing is sent before the last
+        assert not any(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- helpers ----

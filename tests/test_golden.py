@@ -131,11 +131,11 @@ def test_koleo():
     g = golden("koleo")
     for case in sorted({key[:-2] for key in g if key.endswith("_x")}):
         loss, grad = value_and_grad(koleo_loss, g[f"{case}_x"])
-        close(loss, g[f"{case}_v2_loss"], rtol=2e-5 if "near" in case else 1e-5)
-        close(loss, g[f"{case}_v3_loss"], rtol=2e-5 if "near" in case else 1e-5)
-        close(loss, g[f"{case}_fp64_loss"], rtol=2e-5)
-        if "exact" not in case:                                # at distance 0 the gradient is that of the added 1e-8
-            close(grad, g[f"{case}_v2_grad"], rtol=3e-3 if "near" in case else 1e-5)
+        nearest = float(torch.pdist(F.normalize(tensor(g[f"{case}_x"]).double(), dim=1)).min())
+        for version in ("v2", "v3", "fp64"):                   # fp32 knows a small distance to few digits only
+            close(loss, g[f"{case}_{version}_loss"], rtol=1e-5 if nearest > 0.01 else 2e-5)
+            if f"{case}_{version}_grad" in g and nearest > 1e-6:     # at distance 0 it is that of the added 1e-8
+                close(grad, g[f"{case}_{version}_grad"], rtol=1e-5 + 1e-6 / nearest)
 
 
 def test_gram():
@@ -565,9 +565,8 @@ def build_student(init, family, hp):
     heads = {name: build_head(weights) for name, weights in parts.items() if weights}
     student = Student(backbone, heads["dino_head"], heads.get("ibot_head"))
     weights = {our_name(key): tensor(value) for key, value in init.items()}
-    missing = [name for name, param in student.named_parameters() if name not in weights and param is not getattr(
-        student.backbone.embeddings, "mask_token" if family == "vit" else "", None)]
-    assert missing == [], missing
+    missing = [name for name, param in student.named_parameters() if param.requires_grad and name not in weights]
+    assert missing == []
     student.load_state_dict(weights, strict=False)
     assert set(weights) <= set(student.state_dict())
     return student.train()

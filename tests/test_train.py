@@ -310,7 +310,7 @@ def test_non_finite_loss_touches_nothing(tmp_path, npz):
 
     calls = []
     module.compute_losses = poisoned
-    with pytest.raises(UserError, match=r"loss is nan at iteration 2 \(.*dino_global_loss nan.*\), lr .*Images of the batch: \[\d+, ") as error:
+    with pytest.raises(UserError, match=r"loss is nan at iteration 2 \(.*dino_global_loss nan.*\), lr .*Its images: \[\d+, ") as error:
         run(str(tmp_path / "run"), f"--dataset_path={npz}", "--max_iterations=6", module=module)
     assert len(str(error.value).split("[")[1].split(",")) == 8                             # every image of the batch is named
     saved = state(str(tmp_path / "run"))
