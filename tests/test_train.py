@@ -197,6 +197,14 @@ def test_accumulated_equals_whole(tmp_path, npz):
     assert torch.allclose(whole, parts, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_changes_memory_only(tmp_path, npz, family):
+    extra = [f"--dataset_path={npz}", f"--model_type={family}", *PARITY]
+    plain = losses(run(str(tmp_path / "plain"), *extra, configs=["dinov2.py"]))
+    saved = losses(run(str(tmp_path / "saved"), *extra, "--activation_checkpointing=true", configs=["dinov2.py"]))
+    assert torch.allclose(plain, saved, rtol=1e-5)
+
+
 def test_resume_refuses_another_shape_and_prints_other_changes(tmp_path, npz, capsys):
     run(str(tmp_path / "run"), f"--dataset_path={npz}")
     with pytest.raises(UserError, match=r"dino_head_out_dim: checkpoint 64, now 32"):
