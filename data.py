@@ -287,8 +287,8 @@ def _medmnist_arrays(name, size, cache_dir, download_url):
         own = not os.path.isfile(archive)                       # a file that the user put there stays there
         if own:
             download(url, md5, archive)
-        elif _md5(archive) != md5:
-            raise UserError(f"{archive} has MD5 {_md5(archive)}, should be {md5}; "
+        elif (found := _md5(archive)) != md5:                   # once: the 224 files are GBs
+            raise UserError(f"{archive} has MD5 {found}, should be {md5}; "
                             "remove it, and it is downloaded again")
         _unpack(archive, temporary)
         if own:
@@ -316,8 +316,8 @@ def download(url, md5, path):
         got = os.path.getsize(part)
         if expected and got != expected:
             raise UserError(f"{url}: the connection was cut after {got} of {expected} bytes; {advice}")
-        if _md5(part) != md5:
-            raise UserError(f"{url}: MD5 is {_md5(part)}, should be {md5}: a damaged or another file; {advice}")
+        if (found := _md5(part)) != md5:
+            raise UserError(f"{url}: MD5 is {found}, should be {md5}: a damaged or another file; {advice}")
         os.replace(part, path)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise UserError(f"{url}: cannot be downloaded ({getattr(error, 'reason', '') or error}); {advice}") from None
@@ -341,12 +341,15 @@ def _phantom_arrays(cache_dir, size):
 
 def _first_channels(paths, num_channels):
     """Channels of the first file that can be read; what is wrong with the others shows when they are."""
+    problem = None
     for path in paths[:100]:
         try:
             return load_image(path, num_channels).shape[2]
         except UserError as error:
-            problem = error
-    raise problem
+            problem = problem or error
+    if problem:
+        raise problem
+    return num_channels                                         # no files at all: load_dataset says so
 
 
 def _scan_folder(root, num_channels):

@@ -668,3 +668,9 @@ def test_intensities_name_or_leave_out_bad_images(damaged):
     with pytest.raises(UserError, match=r"1\.png: cannot be read"):
         measure_intensities(damaged)
     assert measure_intensities(damaged, on_bad_image="skip")[1] == pytest.approx((70 / 3 / 255,), abs=1e-4)
+
+
+def test_an_empty_split_of_a_folder_is_said(load, tmp_path):
+    save(tmp_path / "set" / "train" / "a.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "set" / "test").mkdir()
+    wrong(load, r"split 'test': no images", tmp_path / "set", "test")
