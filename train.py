@@ -481,7 +481,7 @@ def main(sources):
                 "longer freeze_backbone_iterations, or use_lora; checkpoints/best keeps the best teacher. !!!!")
         return best
 
-    def save(best=False, keep=False):
+    def save(best=False, keep=False, done=False):
         if not is_main():
             return
         last = f"{run_dir}/checkpoints/last"
@@ -492,10 +492,11 @@ def main(sources):
             link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
         if best:
             link_state(last, f"{run_dir}/checkpoints/best")
-            card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
+        card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
+        for folder in ["best"] * best + ["last"] * done:       # the finished run's last teacher beside its best
             with teacher.teacher_weights(student) as network:
-                export_hf(f"{run_dir}/checkpoints/best/hf", network.backbone, global_crops_size, value_range, mean, std,
-                          card)
+                export_hf(f"{run_dir}/checkpoints/{folder}/hf", network.backbone, global_crops_size, value_range, mean,
+                          std, card)
 
     if measured and iteration == 0:
         knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
@@ -615,7 +616,7 @@ def main(sources):
             write_log(record)
             last_time = time.time() if last_logged == iteration else last_time + time.time() - now
         if best or done or iteration % saveckp_freq == 0:
-            save(best=best or (done and not measured), keep=iteration % saveckp_freq == 0)
+            save(best=best or (done and not measured), keep=iteration % saveckp_freq == 0, done=done)
 
     # ---- the end ----
     for number, handler in handlers.items():
