@@ -122,10 +122,13 @@ class Rows(Sendable):
 
 class Dataset(Sendable, torch.utils.data.Dataset):
     """One split: .images [N,H,W] or [N,H,W,C] or files, .labels [N] int64 ([N,c] multi-label) or None, .masks [N,H,W]
-    or None, .class_names, .num_channels, .splits of the source. ds[i] -> (image [H,W,C], mask [H,W] or None)."""
+    or None, .class_names, .mask_names (of the mask's values), .num_channels, .splits of the source.
+    ds[i] -> (image [H,W,C], mask [H,W] or None)."""
 
-    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train", splits=()):
-        self.images, self.labels, self.masks, self.class_names = images, labels, masks, list(class_names)
+    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train", splits=(),
+                 mask_names=()):
+        self.images, self.labels, self.masks = images, labels, masks
+        self.class_names, self.mask_names = list(class_names), list(mask_names)
         self.name, self.split, self.splits = name, split, list(splits)
         if hasattr(images, "num_channels"):
             self.num_channels = images.num_channels
@@ -156,7 +159,7 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         images = Rows(self.images, rows, self.num_channels)
         labels = None if self.labels is None else self.labels[rows]
         masks = None if self.masks is None else Rows(self.masks, rows)
-        return Dataset(images, labels, masks, self.class_names, self.name, split, self.splits)
+        return Dataset(images, labels, masks, self.class_names, self.name, split, self.splits, self.mask_names)
 
 
 def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="", num_channels=0, seed=0):
@@ -170,7 +173,9 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     Returns: Dataset. Raises UserError: what is missing or wrong, and what to do.
     """
     cache_dir = os.path.expanduser(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx"))
+    mask_names = ()
     if dataset_path == "phantom":
+        mask_names = ("background", "calcification")
         read, splits, class_names = _read_arrays(_phantom_arrays(cache_dir, size)), SPLITS, PHANTOM_CLASSES
     elif dataset_path in MEDMNIST:
         read, splits = _read_arrays(_medmnist_arrays(dataset_path, size, cache_dir, download_url)), SPLITS
@@ -178,8 +183,9 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     elif dataset_path.endswith(".npz") and os.path.isfile(dataset_path):
         folder = _npz_arrays(dataset_path, cache_dir)
         splits = [file[:-11] for file in sorted(os.listdir(folder)) if file.endswith("_images.npy")]
-        names = _map_array(os.path.join(folder, "class_names.npy"))
-        read, class_names = _read_arrays(folder), [] if names is None else names.tolist()
+        class_names, mask_names = ([] if names is None else names.tolist() for names in (
+            _map_array(os.path.join(folder, f"{what}_names.npy")) for what in ("class", "mask")))
+        read = _read_arrays(folder)
     elif os.path.isdir(dataset_path):
         read, splits, class_names = _scan_folder(dataset_path, num_channels)
     else:
@@ -197,7 +203,7 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
             raise UserError(f"{where}: {len(other)} {what} for {len(images)} images; there must be one each")
     if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
         labels = np.asarray(labels).squeeze(-1)
-    dataset = Dataset(images, labels, masks, class_names, dataset_path, split, splits)
+    dataset = Dataset(images, labels, masks, class_names, dataset_path, split, splits, mask_names)
     if num_channels and dataset.num_channels != num_channels:
         raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
                         f"--num_channels={dataset.num_channels}, or 0 to take what the data has")
@@ -428,6 +434,31 @@ def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=
     mean = sums[1] / sums[0]
     std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 1e-8))
     return intensity_range, tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), std=(), seed=0, on_bad_image="error"):
+    """How pixels become the network's input: what the user gave, else what the weights expect, else what is measured.
+
+    Args: pretrained: of model.pretrained_input, {} for random weights; intensity_range (0, 0), mean (), std (): not
+    given. Where the weights know another number of channels, each channel gets the average over theirs.
+    Returns: intensity_range, mean, std, and where mean and std come from, in words. Raises UserError for mean or std of
+    another length than the images have channels.
+    """
+    if tuple(intensity_range) == (0.0, 0.0) and pretrained.get("intensity_range"):
+        intensity_range = pretrained["intensity_range"]
+    intensity_range, measured_mean, measured_std = measure_intensities(train_set, intensity_range, seed=seed,
+                                                                       on_bad_image=on_bad_image)
+    channels, source = train_set.num_channels, "given" if mean else "measured on 256 images"
+    if pretrained:
+        same = len(pretrained["mean"]) == channels
+        measured_mean, measured_std = (values if same else (float(np.mean(values)),) * channels
+                                       for values in (pretrained["mean"], pretrained["std"]))
+        source = "given" if mean else "of the pretrained weights" + ("" if same else ", averaged over their channels")
+    mean, std = mean or measured_mean, std or measured_std
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != channels:
+            raise UserError(f"{key}={values}: the images have {channels} channel(s); give as many values")
+    return intensity_range, mean, std, source
 
 
 class BatchOrder(torch.utils.data.Sampler):

@@ -1,98 +1,161 @@
-"""How good are the features? Features and their k-NN with labels; health of a run without. train.py calls both.
+"""How good are the features, and did training help? k-NN, linear probe and patch probe of a run or of released weights.
 
-k-NN needs no training and no choice of a learning rate, so a change in it is a change in the features.
+    python evaluate.py --run=out/phantom                                              # raw pixels, start, end
+    python evaluate.py --model_type=facebook/dinov2-small --dataset_path=pathmnist    # weights as they are
+    python evaluate.py --compare="facebook/dinov2-small,out/a,out/b*" --dataset_path=bloodmnist
+
+Every table has the raw pixels and the untouched start of each run: a run that harms its features shows it. Runs that
+differ by their seed only share a row, mean (standard deviation). Writes results/ in the run's folder: tables as .md and
+.json, a confusion matrix, a map of the features, nearest neighbours, training curves. train.py measures with the same
+functions. One process, one device.
 """
+import ast
 import contextlib
+import glob
+import hashlib
+import json
 import math
+import os
+import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import pictures
 from augment import Photometrics, resize_center
-from configurator import UserError
-from distributed import all_reduce_mean, gather_objects, is_main
-from model import forward_features
+from configurator import UserError, describe, list_keys, one_line_errors, override
+from data import input_settings, load_dataset
+from distributed import gather_objects, is_main, setup
+from model import backbone_from_config, build_backbone, forward_features, pretrained_input
+from probes import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
+                    linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
 
+# ==== config: what is not given is taken from the run that is evaluated ====
+# ---- what ----
+run = ''                         # a run's folder, like out/phantom
+model_type = ''                  # or weights: a hub id or a directory
+compare = ''                     # or several of both, comma-separated, * works: "facebook/dinov2-small,out/a*"
+checkpoint = 'best'              # of a run: 'best' on its eval_split | 'last' = where it ended, no selection at all
+out_dir = ''                     # tables and pictures; '' = results/ of the run, or out/evaluate
+device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
+mixed_precision = 'bf16'         # of the forward passes: 'bf16' | 'no' = fp32
+seed = 0                         # of a val split that has to be cut, the bootstrap, and which images the pictures show
+
+# ---- data ----
+dataset_path = ''                # as in train.py; '' = the run's
+dataset_size = 0                 # of MedMNIST and phantom images; 0 = the run's, else 224
+cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
+download_url = ''                # a mirror's folder with the MedMNIST files; '' = their own host
+test_splits = 'test'             # what is measured, comma-separated; neighbours and the probe learn from train
+image_size = 0                   # pixels the network sees; 0 = the run's global crops, else what the weights say
+intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
+on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = leave it out
+num_workers = -1                 # processes that read images; -1 = one less than the cores, up to 8
+batch_size = 64                  # images per forward pass
+
+# ---- measurements ----
+knn_k = 5                        # neighbours of the majority vote; paper: 5
+bootstrap = 1000                 # resamples of the test images for the 95 % intervals; 0 = none
+generate_pictures = True         # confusion matrix, map, neighbours, curves
+config_keys = list_keys(globals())
+
+DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted vote
+PATCHES = 20_000                 # patches that a patch probe learns from, drawn by seed
+MAP_IMAGES = 1000                # images on a map: t-SNE needs their square in memory
+
+
+# ---- features ----
 
 class WholeImages(torch.utils.data.Dataset):
-    """The images of a data set at one size: item i -> (i, [C,size,size] in native dtype, ''), or (i, None, error)."""
+    """The images of a data set at one size: item i -> dict with i, pixels [C,size,size] in native dtype, mask
+    [size,size] or None, and digest, a hash of the image as it lies on disk; or with i and error, a text."""
 
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
+    def __init__(self, dataset, size, with_masks=False):
+        self.dataset, self.size, self.with_masks = dataset, size, with_masks
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, i):
         try:
-            return i, resize_center(self.dataset[i][0], self.size), ""
+            image, mask = self.dataset[i]
         except UserError as error:                             # as text: an exception from a worker is a page long
-            return i, None, str(error)
+            return dict(i=i, error=str(error))
+        item = dict(i=i, pixels=resize_center(image, self.size),
+                    digest=hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest(), mask=None)
+        if self.with_masks and mask is not None:               # nearest: a class between two classes means nothing
+            side = min(mask.shape)
+            near = ((np.arange(self.size) + 0.5) * side / self.size).astype(int)
+            item["mask"] = mask[(mask.shape[0] - side) // 2 + near][:, (mask.shape[1] - side) // 2 + near]
+        return item
 
 
 @torch.no_grad()
-def extract_features(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), std=(0.5,), batch_size=64,
-                     num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error"):
-    """CLS features of the images of a data set, in its order.
+def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), std=(0.5,), batch_size=64,
+           num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error", patch=0, with_masks=False):
+    """Features of a data set batch by batch, in its order, with a progress bar.
 
-    Args: backbone: any that forward_features takes, in eval mode, on its device; or None for the raw pixels (at `size`,
-    intensities 0..1, flattened): the baseline that features have to beat. size: pixels of the square the images are
-    resized to; intensity_range, mean, std: as in training; autocast: called for a context around the forward pass;
-    on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
-    Returns: features [N,D] fp32 on the backbone's device (raw: CPU), labels [N] int64 ([N,c] multi-label), or None.
+    Args: backbone: any that forward_features takes, in eval mode, on its device; None for the raw pixels (at `size`,
+    normalised, flattened; patches of `patch` pixels): the baseline that features have to beat. size: pixels of the
+    square the images are resized to; intensity_range, mean, std: as in training; autocast: called for a context around
+    the forward pass; on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
+    Yields: dicts with cls [b,D] and patches [b,P,D] fp32 on the backbone's device (None for raw pixels without patch),
+    and lists of length b: rows (place in the data set), digests, masks ([size,size] arrays or None).
     """
     device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
     photometrics = Photometrics("medical", intensity_range, mean, std)
-    loader = DataLoader(WholeImages(dataset, size), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-    features, kept = [], []
-    for batch in loader:
-        if on_bad_image == "error" and any(error for _, _, error in batch):
-            raise UserError(next(error for _, _, error in batch if error))
-        batch = [(i, image) for i, image, error in batch if not error]
-        if not batch:
+    loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size, num_workers=num_workers,
+                        collate_fn=list)
+    for items in tqdm(loader, desc=f"{dataset.split} features", leave=False, disable=None):
+        if on_bad_image == "error" and (errors := [item["error"] for item in items if "error" in item]):
+            raise UserError(errors[0])
+        items = [item for item in items if "error" not in item]
+        if not items:
             continue
-        kept += [i for i, _ in batch]
-        pixels = photometrics.plain(torch.stack([image for _, image in batch]).to(device))  # [B,C,size,size]
+        pixels = photometrics.plain(torch.stack([item["pixels"] for item in items]).to(device))  # [b,C,size,size]
         if backbone is None:
-            features.append(pixels.flatten(1))
+            cls = pixels.flatten(1)
+            patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2) if patch else None   # [b,P,C*p*p]
         else:
             with autocast():
-                features.append(forward_features(backbone, pixels)[0].float())             # [B,D]
-    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels)[kept].astype(np.int64))
-    return torch.cat(features), labels
+                cls, patches = (tokens.float() for tokens in forward_features(backbone, pixels))
+        yield dict(cls=cls, patches=patches, rows=[item["i"] for item in items],
+                   digests=[item["digest"] for item in items], masks=[item["mask"] for item in items])
 
 
-@torch.no_grad()
-def knn_classify(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024):
-    """Class of the k most similar training images by cosine.
+def gather(backbone, dataset, with_patch_mean=False, **settings):
+    """The features of a whole data set in one array, and what belongs to them; memory is that of the features.
 
-    Args: train_features [N,D], train_labels [N] int, test_features [M,D]; k: where the set is smaller, all of it;
-    temperature: None for a majority vote (the paper; among equal counts the class of the nearest neighbour wins), else
-    votes weigh exp(similarity / temperature) (DINO uses 0.07). Computed in chunks of test images, on the features'
-    device: memory is chunk * N, never M * N.
-    Returns: [M] int64 predictions on that device.
+    Args: with_patch_mean: the mean patch token behind the CLS token, [N,2D]; settings: of `stream`.
+    Returns: dict with features [N,D] fp32 on the backbone's device (raw pixels: CPU), labels [N] int64 ([N,c]
+    multi-label) or None, and lists rows and digests. Images that on_bad_image='skip' leaves out are missing from all.
     """
-    train = F.normalize(train_features.float(), dim=1)
-    labels = train_labels.to(train.device).long()
-    k = min(k, len(train))
-    predictions = []
-    for test in F.normalize(test_features.float(), dim=1).to(train.device).split(chunk):
-        similarity, neighbour = (test @ train.T).topk(k, dim=1)                            # [m,k], nearest first
-        classes = labels[neighbour]                                                        # [m,k]
-        weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
-        votes = torch.zeros(len(test), int(labels.max()) + 1, device=train.device).scatter_add_(1, classes, weight)
-        votes = votes.gather(1, classes)                                                   # [m,k], of each one's class
-        if temperature is None:                               # counts are whole numbers: less than 1 only breaks ties
-            votes = votes - torch.arange(k, device=train.device) / (k + 1)
-        predictions.append(classes.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0])
-    return torch.cat(predictions)
+    features, rows, digests = None, [], []
+    for batch in stream(backbone, dataset, **settings):
+        x = torch.cat([batch["cls"], batch["patches"].mean(dim=1)], dim=1) if with_patch_mean else batch["cls"]
+        if features is None:
+            features = x.new_empty(len(dataset), x.shape[1])
+        features[len(rows):len(rows) + len(x)] = x
+        rows += batch["rows"]
+        digests += batch["digests"]
+    if features is None:
+        raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images can be read")
+    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels)[rows].astype(np.int64))
+    return dict(features=features[:len(rows)], labels=labels, rows=rows, digests=digests)
+
+
+def extract_features(backbone, dataset, **settings):
+    """(CLS features [N,D] fp32, labels [N] int64, [N,c] or None) of a data set, in its order; see gather and stream."""
+    found = gather(backbone, dataset, **settings)
+    return found["features"], found["labels"]
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
     """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`;
-    settings: of extract_features; backbone None = raw pixels. Rank 0 measures, the others wait for its dict."""
+    settings: of `stream`; backbone None = raw pixels. Rank 0 measures, the others wait for its dict."""
     result = {}
     if is_main() and queries:
         train_features, train_labels = extract_features(backbone, bank, **settings)
@@ -103,41 +166,357 @@ def knn_accuracy(backbone, bank, queries, k=5, **settings):
     return gather_objects(result)[0]
 
 
-# ---- without labels ----
+# ---- patch probe: a linear layer on patch tokens, for sets with masks ----
 
-def rankme(features, eps=1e-7):
-    """Effective rank of features [N,D]: exp of the entropy of the normalised singular values (RankMe, arXiv 2210.02885
-    equation 1-2). 1 = all images on one line: collapsed; at most min(N, D)."""
-    singular = torch.linalg.svdvals(features.float())
-    p = singular / singular.sum() + eps
-    return float((-(p * p.log()).sum()).exp())
+def patch_probe(backbone, train, val, tests, values, rng, **settings):
+    """How well a linear layer on patch tokens finds what the masks show.
 
-
-@torch.no_grad()
-def monitor(teacher_cls, teacher_probs):
-    """Health of a run, from one batch. Args: teacher_cls [N,D]; teacher_probs [N,K], the DINO targets.
-
-    Returns: dict of floats. teacher_entropy: mean entropy of the targets, between 0 (one-hot) and ln K (uniform);
-    prototype_use: exp of the entropy of the mean target over all ranks, as a share of K;
-    rankme: of the CLS features of this rank.
+    Logistic regression from one patch token to the most frequent mask value of its patch, on up to PATCHES training
+    patches, every class weighted alike, the penalty picked by the mean Dice on val. Args: train, val, tests {name:
+    Dataset} with masks; values [c]: of the mask, 0 = background first; settings: of `stream`.
+    Returns: {name: Dice per class [c] over all patches of the split}, nan for a class that is nowhere.
     """
-    entropy = -(teacher_probs * teacher_probs.clamp_min(1e-12).log()).sum(dim=1).mean()
-    mean = all_reduce_mean(teacher_probs.mean(dim=0))                                      # [K]
-    used = (-(mean * mean.clamp_min(1e-12).log()).sum()).exp() / len(mean)
-    return dict(teacher_entropy=float(all_reduce_mean(entropy)), prototype_use=float(used), rankme=rankme(teacher_cls))
+    def patches_of(dataset, per_image):
+        tokens, classes = [], []
+        for batch in stream(backbone, dataset, with_masks=True, **settings):
+            grid = math.isqrt(batch["patches"].shape[1])
+            for x, mask in zip(batch["patches"].cpu(), batch["masks"]):                    # x [P,D]
+                if mask is not None:
+                    kept = np.sort(rng.permutation(len(x))[:per_image])
+                    tokens.append(x[kept])
+                    classes.append(patch_classes(mask, grid, values)[kept])
+        return torch.cat(tokens), np.concatenate(classes)
+    (x, y), (x_val, y_val) = (patches_of(data, math.ceil(PATCHES / len(data))) for data in (train, val))
+    probe, _ = fit_probe(x, torch.from_numpy(y), x_val, torch.from_numpy(y_val), balanced=True)
+    result = {}
+    for name, dataset in tests.items():
+        truth, guess = [], []
+        for batch in stream(backbone, dataset, with_masks=True, **settings):
+            for x, mask in zip(batch["patches"], batch["masks"]):
+                if mask is not None:
+                    truth.append(patch_classes(mask, math.isqrt(len(x)), values))
+                    guess.append(probe(x).argmax(dim=1).numpy())
+        result[name] = dice_per_class(np.concatenate(truth), np.concatenate(guess), len(values)).tolist()
+    return result
 
 
-def diagnose(record, n_prototypes, early):
-    """A sentence of advice where the numbers of a log record show a known failure, else ''. early: the run has just
-    begun, when a loss at ln K is no failure yet."""
-    ln_k = math.log(n_prototypes)
-    if record["rankme"] < 1.5:
-        return "COLLAPSED: all images get the same feature (RankMe near 1). " \
-               "Try koleo_loss_weight=0.1, a larger batch, a lower lr, or the other centering."
-    if record["prototype_use"] * n_prototypes < 1.5:
-        return "COLLAPSED: one prototype takes all images. Try sinkhorn_knopp, a higher teacher_temp, or a lower lr."
-    loss = record["dino_local_loss"] + record["dino_global_loss"]
-    if not early and loss > 0.99 * ln_k and record["teacher_entropy"] > 0.95 * ln_k:
-        return "NOT LEARNING: loss and teacher entropy are at ln K, the targets are uniform. " \
-               "Try a lower teacher_temp, a larger batch, a lower lr, fewer prototypes, or sinkhorn_knopp."
-    return ""
+# ---- the script: which networks ----
+
+def read_run(folder):
+    """The resolved config of a run, a dict, from its config.py; parsed as literals, so nothing in it is executed."""
+    tree = ast.parse(open(os.path.join(folder, "config.py")).read())
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+
+
+def adaptation(config):
+    """What a run trains, in the words of the paper's tables."""
+    kinds = ["LoRA"] * config["use_lora"] + ["layer freezing"] * (config["freeze_backbone_layers"] > 0)
+    return " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+
+
+def find_networks(names):
+    """What is to be measured: for every run its untouched start and itself, and all other names as they are.
+
+    Returns: list of dicts: name, model, adaptation; group: equal for what differs by its seed alone; build: function of
+    the number of channels -> backbone; weights: where its input settings lie; config: of the run, or None.
+    Raises UserError for a run without the checkpoint that is asked for.
+    """
+    networks, ignored = [], ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log",
+                             "cache_dir", "generate_samples", "log_interval", "saveckp_freq")
+
+    def add(**network):
+        if all(network["name"] != other["name"] for other in networks):
+            networks.append(network)
+    for name in [path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name])]:
+        if not os.path.isfile(os.path.join(name, "config.py")):
+            add(name=name, model=os.path.basename(name.rstrip("/")), adaptation="pretrained", group=name, weights=name,
+                config=None, build=lambda channels, name=name: build_backbone(name, True, channels))
+            continue
+        config, weights = read_run(name), os.path.join(name, "checkpoints", checkpoint, "hf")
+        if not os.path.isdir(weights):
+            raise UserError(f"{name} has no checkpoints/{checkpoint}/hf; 'best' is there once a run has begun, 'last' "
+                            "when it has finished: train on with --resume_from, or choose the other checkpoint")
+        model = os.path.basename(config["model_type"].rstrip("/"))
+
+        def untouched(channels, config=config):               # random weights: those that the run drew
+            torch.manual_seed(config["seed"])
+            return backbone_from_config(config, channels)
+        kind = ("pretrained", config["model_type"]) if config["use_pretrained"] else ("untrained", f"start of {name}")
+        add(name=kind[1], model=model, adaptation=kind[0], group=f"{kind[0]} {config['model_type']}", build=untouched,
+            weights=weights, config=config)
+        add(name=name, model=model, adaptation=adaptation(config), weights=weights, config=config,
+            group=repr({key: value for key, value in config.items() if key not in ignored}), start=kind[1],
+            build=lambda channels, weights=weights: build_backbone(weights, True, channels))
+    if not networks:
+        raise UserError(f"nothing to evaluate: {', '.join(names)!r} matches no folder")
+    return networks
+
+
+# ---- the script: measure, tabulate, draw ----
+
+def measure(backbone, data, settings, values, patch):
+    """All numbers of one network (None: the raw pixels), on all test splits.
+
+    Args: data: of open_data; settings: of `stream`; values: of the masks, () = no patch
+    probe; patch: patch size of the raw-pixel baseline. Returns: results {split: {probe name: metrics}}, found {split:
+    dict of `gather`, for test splits with probs [N,c] of the linear probe}.
+    """
+    raw = backbone is None                                     # raw pixels have no CLS token, and suffice at 32 px
+    whole = dict(settings, size=min(32, settings["size"])) if raw else settings
+    found = {split: gather(backbone, dataset, not raw, **whole) for split, dataset in data.items()}
+    D = found["train"]["features"].shape[1] // (1 if raw else 2)
+    train, val, tests = found["train"], found["tune"], [split for split in data if split not in ("train", "tune")]
+    results = {split: {} for split in tests}
+    for name, width in [("linear", D)] + [("linear_cls_patch", 2 * D)] * (not raw):
+        probe, strength = fit_probe(train["features"][:, :width], train["labels"], val["features"][:, :width],
+                                    val["labels"])
+        for split in tests:
+            probs = probe(found[split]["features"][:, :width])
+            results[split][name] = dict(C=strength, **classification_metrics(probs, found[split]["labels"],
+                                                                             bootstrap=bootstrap, seed=seed))
+            found[split].setdefault("probs", probs)
+    for name, k, temperature in [("knn", knn_k, None)] + [(f"knn_dino_{k}", k, t) for k, t in DINO_KNN]:
+        for split in tests:
+            guess, shares = knn_vote(train["features"][:, :D], train["labels"], found[split]["features"][:, :D], k,
+                                     temperature)
+            results[split][name] = classification_metrics(shares.cpu(), found[split]["labels"], guess.cpu(), bootstrap,
+                                                          seed)
+    if len(values):
+        dice = patch_probe(backbone, data["train"], data["tune"], {split: data[split] for split in tests}, values,
+                           np.random.default_rng(seed), **settings, patch=patch)
+        for split in tests:
+            results[split]["dice"] = dice[split]
+    for part in found.values():                                # what the pictures need
+        part["features"] = part["features"][:, :D]
+    return results, found
+
+
+def markdown(header, rows):
+    """A table in Markdown, columns padded so that it reads well in a terminal, too."""
+    lines = [header, ["-" * len(cell) for cell in header], *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines[1] = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in lines)
+
+
+def tabulate(networks, split, mask_names):
+    """The tables of one test split as text: the paper's layout (Tables 5-8), then what it leaves out.
+
+    networks: dicts of find_networks with `results`; those of one group share a row, mean (standard deviation)."""
+    groups = {}
+    for network in networks:
+        groups.setdefault(network["group"], []).append(network)
+
+    def cell(group, probe, metric):
+        values = [network["results"][split][probe][metric] for network in group if probe in network["results"][split]]
+        if not values or not np.isfinite(values).all():
+            return "-"
+        return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
+
+    def interval(group, probe):
+        ends = [network["results"][split][probe].get("accuracy_ci") for network in group]
+        return "-" if None in ends else "{:.2f}-{:.2f}".format(*np.mean(ends, axis=0))
+    titles = {key: [group[0]["model"], group[0]["adaptation"] + (f", {len(group)} seeds" if len(group) > 1 else "")]
+              for key, group in groups.items()}
+    names = [os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group])
+             for group in groups.values()]
+    twins = [list(titles.values()).count(title) > 1 for title in titles.values()]          # say which is which
+    for title, name, twin in zip(titles.values(), names, twins):
+        title[1] += f" ({name})" if twin else ""
+    main_metrics, more = ("accuracy", "precision_weighted", "f1_weighted"), ("auc", "balanced_accuracy")
+    paper = markdown(
+        ["Model", "Adaptation", "Probe accuracy", "precision", "F1", "k-NN accuracy", "precision", "F1"],
+        [titles[key] + [cell(group, probe, metric) for probe in ("linear", "knn") for metric in main_metrics]
+         for key, group in groups.items()])
+    rest = markdown(
+        ["Model", "Adaptation", "Probe AUC", "balanced", "95 %", "CLS+patches", "k-NN AUC", "balanced", "95 %",
+         *(f"k={k}, T={t}" for k, t in DINO_KNN)],
+        [titles[key] + [cell(group, "linear", metric) for metric in more] + [interval(group, "linear")]
+         + [cell(group, "linear_cls_patch", "accuracy")] + [cell(group, "knn", metric) for metric in more]
+         + [interval(group, "knn")] + [cell(group, f"knn_dino_{k}", "accuracy") for k, _ in DINO_KNN]
+         for key, group in groups.items()])
+    text = f"{paper}\n\n{rest}\n"
+    if "dice" in networks[0]["results"][split]:
+        def dice(group, c):
+            values = [network["results"][split]["dice"][c] for network in group]
+            return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
+        text += "\n" + markdown(["Model", "Adaptation"] + [f"Dice of {name}" for name in mask_names[1:]],
+                                [titles[key] + [dice(group, c) for c in range(1, len(mask_names))]
+                                 for key, group in groups.items()]) + "\n"
+    by_name = {network["name"]: network["results"][split] for network in networks}
+    for network in networks:
+        if "start" in network:                                # harm has to be visible
+            for probe, what in (("linear", "linear probe"), ("knn", "k-NN")):
+                change = network["results"][split][probe]["accuracy"] - by_name[network["start"]][probe]["accuracy"]
+                text += f"\n{network['name']}: {what} {change:+.3f} against its start" + \
+                    ("  !!!! BELOW THE START !!!!" if change < -0.005 else "")
+    return text + "\n"
+
+
+def draw(networks, found, split, data, intensity_range, stem):
+    """The pictures of one test split: maps of the features of all networks (at most four: raw pixels, the start, and
+    the last two), and of the last network the confusion matrix, nearest neighbours and training curves.
+
+    Args: networks: with 'map' {split: features}; found: of `measure`, of the last network; stem: of the files' names.
+    """
+    last, name = networks[-1], os.path.basename(stem)
+    title = f"{last['model']}, {last['adaptation']}: {name}, {split}"
+    if "start" in last:
+        records = [json.loads(line) for line in open(os.path.join(last["name"], "log.jsonl"))]
+        pictures.curves_picture(f"{stem}-curves.png", records, f"training of {last['name']}")
+    train, test = found["train"], found[split]
+    if test["labels"].ndim == 2:
+        return                                                 # several labels per image: no colour, no confusion
+    labels, probs = test["labels"].numpy(), test["probs"]
+    names = data["train"].class_names
+    names = names + [str(c) for c in range(len(names), max(probs.shape[1], labels.max() + 1))]
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, probs.argmax(dim=1).numpy()), 1)
+    pictures.confusion_picture(f"{stem}-{split}-confusion.png", confusion, names, f"Linear probe of {title}")
+    shown = networks[:2] + networks[2:][-2:]
+    for kind, project in (("PCA", pictures.pca_map), ("t-SNE", pictures.tsne_map)):
+        panels = [(", ".join([network["model"], network["adaptation"]][:1 + (network["adaptation"] != "-")]),
+                   project(F.normalize(network["map"][split], dim=1))) for network in shown]
+        pictures.scatter_picture(f"{stem}-{split}-{kind.lower()}.png", panels, labels[map_rows(len(labels))], names,
+                                 f"{kind} of the CLS features: {name}, {split}")
+    rng = np.random.default_rng(seed)                          # one query of every class
+    queries = [int(rng.choice(np.flatnonzero(labels == c))) for c in rng.permutation(np.unique(labels))[:8]]
+    similarity = F.normalize(test["features"][queries], dim=1) @ F.normalize(train["features"], dim=1).T
+    nearest = similarity.topk(min(5, len(train["rows"])), dim=1)
+
+    def tile(dataset, row, caption, frame=None):
+        return pictures.to_picture(dataset[row][0], intensity_range), caption, frame
+    sheet = []
+    for query, values, places in zip(queries, nearest.values.tolist(), nearest.indices.tolist()):
+        row = [tile(data[split], test["rows"][query], names[labels[query]])]
+        for value, place in zip(values, places):
+            label = int(train["labels"][place])
+            row.append(tile(data["train"], train["rows"][place], f"{names[label]}\n{value:.2f}",
+                            "green" if label == labels[query] else "red"))
+        sheet.append(row)
+    pictures.contact_sheet(f"{stem}-{split}-neighbours.png", sheet, f"Nearest training images of {title}\n"
+                           "cosine similarity of CLS features; green frame = same class, red = another", 160,
+                           ["test image"] + [f"nearest {i + 1}" for i in range(nearest.values.shape[1])])
+
+
+def map_rows(n):
+    """Which of n images are on a map: all, or MAP_IMAGES drawn by seed, in their order."""
+    return np.sort(np.random.default_rng(seed).permutation(n)[:MAP_IMAGES])
+
+
+def open_data(config):
+    """({'train', 'tune', test splits: Dataset}, notes): the data that all networks are measured on. config: of the
+    first run, {} without. 'tune' picks the probe's penalty: val, or where val is missing or is measured, a tenth of
+    train."""
+    source = dataset_path or config.get("dataset_path", "")
+    if not source:
+        raise UserError("dataset_path is not given, and there is no run to take it from; add --dataset_path=...")
+    splits = [split.strip() for split in test_splits.split(",") if split.strip()]
+    if not splits or "train" in splits:
+        raise UserError(f"test_splits={test_splits!r}: name splits other than train, like test or val,test")
+
+    def open_split(split):
+        return load_dataset(source, split, dataset_size or config.get("dataset_size", 224), cache_dir, download_url,
+                            config.get("num_channels", 0), seed)
+    train, tests, notes = open_split("train"), {split: open_split(split) for split in splits}, []
+    if train.labels is None:
+        raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a sub-folder per class")
+    if "val" in splits:
+        rows = np.random.default_rng(seed).permutation(len(train))
+        n_val = max(1, len(train) // 10)
+        val, train = (train.subset(np.sort(part), "train") for part in (rows[:n_val], rows[n_val:]))
+        notes.append(f"val is measured, so {n_val} images of train (seed {seed}) pick the probe's penalty")
+    else:
+        val = open_split("val")
+        if "val" not in train.splits:
+            notes.append(f"no val split: {len(val)} images of train (a tenth, seed {seed}) pick the probe's penalty")
+    return dict(train=train, tune=val, **tests), notes
+
+
+def main(sources):
+    """Evaluate what the config in this module's globals names; sources: from configurator.override."""
+    run_device = setup(device)
+    names = [name.strip() for name in f"{run},{model_type},{compare}".split(",") if name.strip()]
+    if not names:
+        raise UserError("nothing to evaluate: give --run=out/NAME, --model_type=ID or --compare=ID,out/A,out/B")
+    if checkpoint not in ("best", "last") or mixed_precision not in ("bf16", "no"):
+        raise UserError(f"checkpoint={checkpoint!r}, mixed_precision={mixed_precision!r}; needs 'best' or 'last', and "
+                        "'bf16' or 'no'")
+    print(describe(globals(), config_keys, sources) + "\n")
+    networks = find_networks(names)
+    configs = [network["config"] for network in networks if network["config"]]
+
+    # ---- data ----
+    data, notes = open_data(configs[0] if configs else {})
+    train, tests = data["train"], [split for split in data if split not in ("train", "tune")]
+    values, mask_names = (), []
+    if all(dataset.masks is not None for dataset in data.values()):
+        masks = [mask for mask in (train[i][1] for i in range(len(train))) if mask is not None]
+        values = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+        mask_names = [train.mask_names[v] if v < len(train.mask_names) else f"mask value {v}" for v in values]
+        if not 2 <= len(values) <= 32:
+            notes.append(f"masks have {len(values)} different values, which are no classes: no patch probe")
+            values = ()
+    notes.insert(0, f"{train.name}: " + ", ".join(f"{len(dataset)} {split}" for split, dataset in data.items()))
+    print("\n".join(notes), flush=True)
+
+    # ---- every network, one at a time; before the first one the raw pixels, in its patches ----
+    workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) - 1))
+    rows = []
+
+    def autocast():
+        return torch.autocast(run_device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+
+    def record(network, backbone, settings, patch):
+        network["results"], found = measure(backbone, data, settings, values, patch)
+        network["map"] = {split: found[split]["features"].cpu()[map_rows(len(found[split]["rows"]))]
+                          for split in tests}
+        network["size"] = settings["size"]
+        rows.append(network)
+        print(f"{network['name']}, {network['adaptation']}, {settings['size']} px: " + "; ".join(
+            f"{split} {knn_k}-NN {result['knn']['accuracy']:.4f}, linear probe {result['linear']['accuracy']:.4f}"
+            for split, result in network["results"].items()), flush=True)
+        return found
+
+    for network in networks:
+        backbone = network["build"](train.num_channels).to(run_device).eval()
+        expected, patch = pretrained_input(network["weights"]), backbone.config.patch_size
+        size = image_size or (configs[0]["global_crops_size"] if configs else expected.get("size") or 224)
+        value_range, mean, std, _ = input_settings(train, expected, intensity_range, seed=seed,
+                                                   on_bad_image=on_bad_image)
+        settings = dict(size=size // patch * patch, intensity_range=value_range, mean=mean, std=std,
+                        num_workers=workers, batch_size=batch_size, on_bad_image=on_bad_image, autocast=autocast)
+        if not rows:
+            pixels = dict(name="raw pixels", model="raw pixels", adaptation="-", group="raw pixels")
+            found = record(pixels, None, settings, patch)
+            for split in tests:                                # the same image on both sides is memory, not insight
+                for other in ("train", "tune"):
+                    known = set(found[other]["digests"])
+                    if copies := sum(digest in known for digest in found[split]["digests"]):
+                        notes.append(f"{copies} of {len(found[split]['digests'])} {split} images are also in "
+                                     f"{data[other].split}, pixel for pixel")
+                        print(notes[-1])
+        found = record(network, backbone, settings, patch)
+
+    # ---- tables and pictures ----
+    folder = os.path.join(out_dir or (run if len(names) == 1 and run else "out/evaluate"), "results")
+    stem = os.path.join(folder, os.path.splitext(os.path.basename(train.name.rstrip("/")))[0])
+    os.makedirs(folder, exist_ok=True)
+    text = f"# {os.path.basename(stem)}\n\n" + "".join(f"- {note}\n" for note in notes)
+    for split in tests:
+        text += f"\n## {split}, {len(data[split])} images\n\n{tabulate(rows, split, mask_names)}"
+        if generate_pictures:
+            draw(rows, found, split, data, settings["intensity_range"], stem)
+    print("\n" + text)
+    with open(f"{stem}.md", "w") as file:
+        file.write(text)
+    with open(f"{stem}.json", "w") as file:
+        json.dump(dict(notes=notes, config={key: globals()[key] for key in config_keys}, networks=[
+            {key: network[key] for key in ("name", "model", "adaptation", "size", "results")} for network in rows]),
+            file, indent=1)
+    print(f"tables and pictures are in {folder}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(override(globals(), config_keys, sys.argv[1:]))

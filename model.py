@@ -125,14 +125,33 @@ def _set_channels(backbone, num_channels):
     backbone.patch_embed_inflated = True                      # train.py lets it learn while the other weights wait
 
 
-def pretrained_image_stats(model_type):
-    """(mean, std) that the weights were trained with, tuples of floats, from the preprocessor_config.json beside them;
-    None where there is none."""
+def backbone_from_config(config, num_channels):
+    """The backbone that a run of train.py starts from: build_backbone with the keys of its config, a dict. A model_type
+    that names a family takes the sizes of the config, all others have sizes of their own."""
+    sizes = {} if config["use_pretrained"] else dict(image_size=config["global_crops_size"])
+    if config["model_type"] in FAMILIES:
+        sizes.update({key: config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size",
+                                                   "num_attention_heads", "num_register_tokens")})
+    return build_backbone(config["model_type"], config["use_pretrained"], num_channels,
+                          drop_path_rate=config["drop_path_rate"],
+                          pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
+
+
+def pretrained_input(model_type):
+    """What the weights were trained on, from the preprocessor_config.json beside them: dict with mean and std (tuples
+    of floats, of pixels in 0..1), size (pixels, or 0), intensity_range (of our own exports, else None). {} without."""
     try:
         settings, _ = transformers.image_processing_utils.BaseImageProcessor.get_image_processor_dict(model_type)
-        return tuple(settings["image_mean"]), tuple(settings["image_std"])
+        mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
     except (OSError, KeyError, TypeError):
-        return None
+        return {}
+    intensity_range = tuple(settings["intensity_range"]) if "intensity_range" in settings else None
+    if intensity_range:                    # export_hf put the lower end of the range into the mean: take it out again
+        low, high = intensity_range
+        mean = tuple(round(m - low / (high - low), 6) for m in mean)
+    crop = settings.get("crop_size") or settings.get("size") or {}
+    return dict(mean=mean, std=std, size=crop.get("height", crop.get("shortest_edge", 0)),
+                intensity_range=intensity_range)
 
 
 def blocks(backbone):

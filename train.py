@@ -24,14 +24,15 @@ from augment import PRESETS, MultiCrop, Photometrics, save_samples
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
-from data import BatchOrder, CropDataset, load_dataset, measure_intensities
+from data import BatchOrder, CropDataset, input_settings, load_dataset
 from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first,
                          memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
-from evaluate import diagnose, knn_accuracy, monitor
+from evaluate import knn_accuracy
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
-from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, build_backbone, freeze_layers,
-                   pretrained_image_stats)
+from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, freeze_layers,
+                   pretrained_input)
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
+from probes import diagnose, monitor
 
 # ==== config: defaults are the paper's Listings 2-8; all durations in iterations (optimizer steps), counted from 0 ====
 # ---- run ----
@@ -318,31 +319,19 @@ def main(sources):
     if label_guided_crops_number and train_set.masks is None:
         raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; "
                         "set it to 0")
-    value_range, mean, std = measure_intensities(train_set, intensity_range, seed=seed, on_bad_image=on_bad_image)
-    stats_from = "measured on 256 images"
-    if use_pretrained and (stats := pretrained_image_stats(model_type)):                   # what the weights expect
-        same = len(stats[0]) == channels
-        mean, std = stats if same else tuple((float(np.mean(values)),) * channels for values in stats)
-        stats_from = "of the pretrained weights" + ("" if same else ", averaged over their channels")
-    mean, std = image_mean or mean, image_std or std
-    for key, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != channels:
-            raise UserError(f"{key}={values}: the images have {channels} channel(s); give as many values")
+    expected = pretrained_input(model_type) if use_pretrained else {}
+    value_range, mean, std, stats_from = input_settings(train_set, expected, intensity_range, image_mean, image_std,
+                                                        seed, on_bad_image)
     why_not = "no labels" if train_set.labels is None else "several labels per image"
     say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), "
         f"{getattr(train_set.images, 'dtype', 'image files')}; "
         + (", ".join(f"{len(data)} {split}" for split, data in measured.items()) or f"no k-NN: {why_not}")
         + f"\n      intensities {value_range} -> 0..1, mean {mean}, std {std} "
-        f"({'given' if image_mean else stats_from})")
+        f"({stats_from})")
 
     # ---- student and teacher ----
     torch.manual_seed(seed)                                    # the same initial weights on every rank
-    sizes = {} if use_pretrained else dict(image_size=global_crops_size)
-    if model_type in FAMILIES:
-        sizes.update(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, patch_size=patch_size,
-                     num_attention_heads=num_attention_heads, num_register_tokens=num_register_tokens)
-    backbone = build_backbone(model_type, use_pretrained, channels, drop_path_rate=drop_path_rate,
-                              pos_embed_rescale=pos_embed_rescale or None, **sizes)
+    backbone = backbone_from_config(config, channels)
     family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
     inflated = getattr(backbone, "patch_embed_inflated", False)
     if run_device.type == "cpu":       # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
