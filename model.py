@@ -256,6 +256,12 @@ def set_trainable(student, begins, iteration):
     return changed
 
 
+def parameter_counts(student):
+    """dict(trainable_m, total_m): how many million parameters learn at present, and how many there are."""
+    sizes = [(param.numel() / 1e6, param.requires_grad) for param in student.parameters()]
+    return dict(trainable_m=sum(size for size, learns in sizes if learns), total_m=sum(size for size, _ in sizes))
+
+
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes: features [N,D] -> logits [N,K]. DINO (arXiv 2104.14294) appendix C.
 
@@ -314,14 +320,14 @@ class Student(nn.Module):
         Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks:
         replace the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
         n_prefix: of shared_blocks; the teacher's pass returns what its first n_prefix blocks make of the global crops
-        as out['prefix'], and the student's pass goes on from there when given it as `prefix`.
+        as out['prefix'], and the student's pass goes on from there when it is given as `prefix`.
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
-        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope).
+        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope, n_prefix).
         """
         if prefix is None:
             tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
-            prefix = run_blocks(self.backbone, tokens, rope, 0, n_prefix), rope
-        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *prefix, first=n_prefix))
+            prefix = run_blocks(self.backbone, tokens, rope, 0, n_prefix), rope, n_prefix
+        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *prefix))
         out, n_global = dict(global_cls=cls, patches=patches, **(dict(prefix=prefix) if n_prefix else {})), len(cls)
         if local_crops is not None:
             out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]

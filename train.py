@@ -30,7 +30,8 @@ from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gath
 from evaluate import diagnose, knn_accuracy, monitor
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, forward_features,
-                   freeze_layers, frozen_blocks, pretrained_image_stats, set_trainable, shared_blocks)
+                   freeze_layers, frozen_blocks, parameter_counts, pretrained_image_stats, set_trainable,
+                   shared_blocks)
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
 
 # ==== config: defaults are the paper's Listings 2-8; all durations in iterations (optimizer steps), counted from 0 ====
@@ -90,7 +91,7 @@ pos_embed_rescale = 0.0          # DINOv3: random scale of positions in training
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper section 2.2.1)
 freeze_backbone_until = 0        # iteration at which they thaw and learn with the rest; 0 = they stay frozen
 use_lora = False                 # train low-rank adapters beside the frozen weights (paper section 2.2.3)
-lora_targets = 'qv'              # 'qv' = on query and value projections (paper) | 'all' = on all of attention and MLP
+lora_targets = 'qv'              # 'qv' = on query and value projections (paper) | 'all' = of attention and MLP
 lora_r = 4                       # rank
 lora_alpha = 16                  # adapters count alpha / r
 lora_dropout = 0.1               # on the adapters' input
@@ -188,10 +189,10 @@ def check_config():
          "equal or set --ibot_separate_head=true")
     need(model_type not in FAMILIES or hidden_size % num_attention_heads == 0, f"hidden_size={hidden_size} is not a "
          f"multiple of num_attention_heads={num_attention_heads}")
-    need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, f"freeze_backbone_until={freeze_backbone_until}, but "
-         "freeze_backbone_layers=0: nothing is frozen that could thaw; set both")
-    need(gram_refresh_iterations == 0 or gram_teacher == "snapshot", f"gram_refresh_iterations={gram_refresh_iterations}"
-         f" with gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
+    need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, f"freeze_backbone_until={freeze_backbone_until} "
+         "with freeze_backbone_layers=0: nothing is frozen that could thaw; set both")
+    need(gram_refresh_iterations == 0 or gram_teacher == "snapshot", f"gram_refresh_iterations="
+         f"{gram_refresh_iterations} with gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
     if errors:
         raise UserError("\n       ".join(errors))
 
@@ -221,7 +222,7 @@ def make_targets(teacher_out, centers, teacher_temp):
     return targets
 
 
-def compute_losses(student_out, targets, masks, gram_patches=None):
+def compute_losses(student_out, targets, masks, teacher_patches=None):
     """(total, terms): total is exactly the weighted sum of the logged terms.
 
     The DINO loss is the mean over all pairs of a teacher crop and another student crop. It is shown in two parts, each
@@ -243,7 +244,7 @@ def compute_losses(student_out, targets, masks, gram_patches=None):
     if koleo_loss_weight > 0:              # before the head, each view by itself: views of an image may be near
         terms["koleo_loss"] = sum(koleo_loss(cls) for cls in student_out["global_cls"].chunk(V))
     if gram_loss_weight > 0:
-        terms["gram_loss"] = gram_loss(student_out["patches"], gram_patches)
+        terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
     total = dino_head_loss_weight * (dino_local_loss_weight * terms["dino_local_loss"] + terms["dino_global_loss"]) \
         + ibot_loss_weight * terms["ibot_loss"] + koleo_loss_weight * terms["koleo_loss"] \
         + gram_loss_weight * terms["gram_loss"]
@@ -393,14 +394,14 @@ def main(sources):
     waiting = freeze_backbone_iterations
     if waiting < 0:
         waiting = max_iterations // 10 if use_pretrained else 0
-    begins = {}                                                # parameter name -> iteration from which on it learns
     for group in groups:                                       # inflated filters are new: they learn with the heads
         group["waits"] = not (group["is_patch_embed"] and inflated)
-        begins.update({name: waiting if group["is_backbone"] and group["waits"] else 0 for name in group["names"]})
+    begins = {name: waiting if group["is_backbone"] and group["waits"] else 0      # the iteration when each one begins
+              for group in groups for name in group["names"]}
     if freeze_backbone_until:
         freeze_layers(backbone, freeze_backbone_layers)
-        frozen = [name for name, param in student.named_parameters() if name in begins and not param.requires_grad]
-        begins.update({name: max(begins[name], freeze_backbone_until) for name in frozen})
+        begins.update({name: max(begins[name], freeze_backbone_until) for name, param in student.named_parameters()
+                       if name in begins and not param.requires_grad})
     optimizer = torch.optim.AdamW(groups, betas=adam_betas, fused=True)
     if mixed_precision == "fp16" and run_device.type != "cuda":
         raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
@@ -427,17 +428,14 @@ def main(sources):
         for block in blocks(backbone):
             block.compile()
 
-    def parameters_m():
-        sizes = [(param.numel() / 1e6, param.requires_grad) for param in student.parameters()]
-        return dict(trainable_m=sum(n for n, learns in sizes if learns), total_m=sum(n for n, _ in sizes))
-
     def ready(module):
-        """The student for the iterations to come, and how many blocks the global crops pass only once."""
-        n_prefix = shared_blocks(module, teacher) if ibot_loss_weight == 0 else 0
+        """(the student for the iterations to come, number of blocks that the global crops pass once for both)."""
+        n_prefix, count = shared_blocks(module, teacher) if ibot_loss_weight == 0 else 0, parameter_counts(module)
         say(f"model: {model_type} ({family}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, "
-            "patch {}; from iteration {} trainable {trainable_m:.2f} M of {total_m:.2f} M parameters, heads included; "
-            "{} of {} blocks run no backward, {} computed once for student and teacher".format(
-                patch, iteration, frozen_blocks(backbone), len(blocks(backbone)), n_prefix or "none", **parameters_m()))
+            f"patch {patch}; from iteration {iteration} on trainable {count['trainable_m']:.2f} M of "
+            f"{count['total_m']:.2f} M parameters, heads included; {frozen_blocks(backbone)} of "
+            f"{len(blocks(backbone))} blocks run no backward, {n_prefix} of them are computed once for student and "
+            "teacher")
         return wrap(module, distribution, run_device), n_prefix
     student, n_prefix = ready(student)
 
@@ -605,8 +603,7 @@ def main(sources):
 
             # Step 3. The student sees everything, masked where iBOT asks
             with autocast():
-                student_out = student(global_crops, local_crops, masks, prefix=teacher_out.get("prefix"),
-                                      n_prefix=n_prefix)
+                student_out = student(global_crops, local_crops, masks, prefix=teacher_out.get("prefix"))
             total, terms = compute_losses(student_out, targets, masks, gram_patches)
             with no_sync(student, last=micro == micro_batches - 1):
                 scaler.scale(total / micro_batches).backward()
@@ -639,11 +636,6 @@ def main(sources):
         iteration += 1
         if anchor and gram_refresh_iterations and iteration % gram_refresh_iterations == 0:
             anchor.load_state_dict({name: teacher.values[name] for name in anchor.values})
-        if set_trainable(unwrap(student), begins, iteration):  # the backbone or frozen layers begin to learn
-            teacher.take_in(student)
-            if anchor:
-                anchor.take_in(student)
-            student, n_prefix = ready(unwrap(student))
 
         # Step 6. Log, measure, save; `iteration` now counts the finished ones
         done, record, best, now = iteration == max_iterations, None, False, time.time()
@@ -652,7 +644,7 @@ def main(sources):
             record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now,
                           momentum_teacher=momentum_now, teacher_temp=teacher_temp_now, batch_size=global_batch_size,
                           grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,
-                          memory_gb=memory_gb(run_device)[0], **parameters_m(),
+                          memory_gb=memory_gb(run_device)[0], **parameter_counts(student),
                           **monitor(teacher_out["global_cls"], targets["dino"].flatten(0, 1)))
             left = int((max_iterations - iteration) * (now - began) / (iteration - began_at))
             say(f"{log_line(record, run_device)} | {seconds:.2f} s/it, {left // 60}:{left % 60:02d} left")
@@ -666,6 +658,11 @@ def main(sources):
         if record:
             write_log(record)
             last_time = time.time() if last_logged == iteration else last_time + time.time() - now
+        if set_trainable(unwrap(student), begins, iteration):  # the backbone or frozen layers begin to learn
+            teacher.take_in(student)
+            if anchor:
+                anchor.take_in(student)
+            student, n_prefix = ready(unwrap(student))
         if best or done or iteration % saveckp_freq == 0:
             save(best=best or (done and not measured), keep=iteration % saveckp_freq == 0, done=done)
 
