@@ -424,7 +424,8 @@ def main(sources):
         teacher.load_state_dict(teacher.state_dict() | state["teacher"])
         if anchor:                     # an anchor that the checkpoint has not: the weights where it stands
             anchor.load_state_dict(anchor.state_dict() | (state.get("anchor") or {}))
-    if compile:                        # by block: one graph for all of them, and forward_features stays plain python
+    if compile:                        # by block: all share their graphs, one for each crop size, mode and place
+        torch._dynamo.config.recompile_limit = 64              # at 8 it would go on without compiling
         for block in blocks(backbone):
             block.compile()
 
