@@ -37,6 +37,7 @@ dino_head_out_dim = 65536        # prototypes K (paper); few, and the heads vani
 head_hidden_dim = 2048           # of the DINO head
 head_bottleneck_dim = 256        # of the DINO head
 lora_r = 4                       # rank of the adapters on queries and values (paper Table 10)
+lora_dropout = 0.1               # on their input, as in train.py: on a CPU its random numbers take a tenth of a step
 freeze_backbone_layers = 6       # of freeze, freeze_shared and lora_freeze
 n_steps = 5                      # measured steps per round, after two for warming up; the median counts
 rounds = 2                       # how often every strategy is run
@@ -61,7 +62,7 @@ def build(name, width=0, depth=0, n_heads=0):
         if "mask_token" in param_name:
             param.requires_grad_(False)
     if use_lora:
-        backbone = add_lora(backbone, lora_r, skip_blocks=n_frozen)
+        backbone = add_lora(backbone, lora_r, dropout=lora_dropout, skip_blocks=n_frozen)
     freeze_layers(backbone, n_frozen)
     head = DINOHead(backbone.config.hidden_size, dino_head_out_dim, head_hidden_dim, head_bottleneck_dim, False)
     return Student(backbone, head)
@@ -164,7 +165,7 @@ def measure(name):
     flops = count_matmuls(config.hidden_size, len(blocks(student.backbone)), config.patch_size, ratio,
                           frozen_blocks(student.backbone), STRATEGIES[name][0], n_prefix > 0, lora_r)
     return dict(seconds=seconds[2:], peak=peak_bytes(run_device), libraries=libraries, computed=computed, held=held,
-                flops=flops, loss=float(loss))
+                flops=flops, loss=float(loss.detach()))
 
 
 def peak_bytes(run_device):

@@ -9,6 +9,7 @@ of image b is row v * B + b. masks: bool, True = masked = the student sees the m
 """
 import contextlib
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +226,9 @@ def add_lora(backbone, r=4, alpha=16, dropout=0.1, targets="qv", skip_blocks=0):
                             "use lora_targets='all'")
         linears = {path: name for path, name in linears.items() if name in pair}
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(linears))
-    return peft.get_peft_model(backbone, config)
+    with warnings.catch_warnings():                           # peft asks transformers by a name on its way out
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(backbone, config)
 
 
 def frozen_blocks(backbone):
@@ -258,8 +261,8 @@ def set_trainable(student, begins, iteration):
 
 def parameter_counts(student):
     """dict(trainable_m, total_m): how many million parameters learn at present, and how many there are."""
-    sizes = [(param.numel() / 1e6, param.requires_grad) for param in student.parameters()]
-    return dict(trainable_m=sum(size for size, learns in sizes if learns), total_m=sum(size for size, _ in sizes))
+    sizes = [(param.numel(), param.requires_grad) for param in student.parameters()]
+    return dict(trainable_m=sum(n for n, learns in sizes if learns) / 1e6, total_m=sum(n for n, _ in sizes) / 1e6)
 
 
 class DINOHead(nn.Module):

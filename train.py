@@ -420,10 +420,9 @@ def main(sources):
     set_trainable(student, begins, iteration)
     teacher = EMATeacher(student)                              # before DDP: parameter names without its prefix
     anchor = EMATeacher(student, part="backbone.") if gram_loss_weight > 0 and gram_teacher != "ema" else None
-    if state:                          # `|`: what waited in the checkpoint and, by a changed schedule, no longer does
-        teacher.load_state_dict(teacher.state_dict() | state["teacher"])
-        if anchor:                     # an anchor that the checkpoint has not: the weights where it stands
-            anchor.load_state_dict(anchor.state_dict() | (state.get("anchor") or {}))
+    for name, values in (("teacher", teacher), ("anchor", anchor)):
+        if state and values:           # `|`: by a changed config the checkpoint may have none: then where it stands
+            values.load_state_dict(values.state_dict() | (state.get(name) or {}))
     if compile:                        # by block: all share their graphs, one for each crop size, mode and place
         torch._dynamo.config.recompile_limit = 64              # at 8 it would go on without compiling
         for block in blocks(backbone):
@@ -434,9 +433,8 @@ def main(sources):
         n_prefix, count = shared_blocks(module, teacher) if ibot_loss_weight == 0 else 0, parameter_counts(module)
         say(f"model: {model_type} ({family}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, "
             f"patch {patch}; from iteration {iteration} on trainable {count['trainable_m']:.2f} M of "
-            f"{count['total_m']:.2f} M parameters, heads included; {frozen_blocks(backbone)} of "
-            f"{len(blocks(backbone))} blocks run no backward, {n_prefix} of them are computed once for student and "
-            "teacher")
+            f"{count['total_m']:.2f} M parameters, heads included; first {frozen_blocks(backbone)} of "
+            f"{len(blocks(backbone))} blocks frozen, {n_prefix} computed once for student and teacher")
         return wrap(module, distribution, run_device), n_prefix
     student, n_prefix = ready(student)
 
