@@ -74,32 +74,40 @@ class MultiCrop:
 
     def __init__(self, global_crops_size=224, global_crops_scale=(0.4, 1.0), global_crops_number=2, local_crops_size=96,
                  local_crops_scale=(0.1, 0.4), local_crops_number=8, label_guided_crops_number=0,
-                 label_guided_crops_scale=(0.02, 0.1), horizontal_flip=0.5, vertical_flip=0.5):
+                 label_guided_crops_scale=(0.02, 0.1), horizontal_flip=0.5, vertical_flip=0.5, gram_crops_size=0):
         self.globals = (global_crops_number, global_crops_size, global_crops_scale)
         self.locals = (local_crops_number, local_crops_size, local_crops_scale)
         self.guided = (label_guided_crops_number, local_crops_size, label_guided_crops_scale)
         self.horizontal_flip, self.vertical_flip = horizontal_flip, vertical_flip
+        self.gram_crops_size = gram_crops_size                 # 0 = none, else the global crops once more at this size
 
     def __call__(self, image, mask, generator):
         """Args: image [H,W,C], any real dtype; mask [H,W], non-zero = labelled, or None; generator: numpy or torch.
 
         Returns: dict with global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image (guided crops
-        last), global_seeds [V] and local_seeds [L] int64, from which photometric draws.
+        last), global_seeds [V] and local_seeds [L] int64, from which photometric draws; with gram_crops_size also
+        gram_crops [V,C,g,g]: the same boxes and flips as the global crops.
         """
         rng, shape = numpy_generator(generator), image.shape[:2]
         labelled = np.argwhere(mask) if mask is not None and self.guided[0] else []
 
-        def cut(number, size, scale, guided=False):
+        def places(number, _, scale, guided=False):
             boxes = [self.guided_box(shape, scale, labelled, rng) if guided and len(labelled) else
                      self.random_box(shape, scale, rng) for _ in range(number)]
-            return [self.cut(image, box, size, rng) for box in boxes]
+            return [(box, rng.random(2) < (self.horizontal_flip, self.vertical_flip)) for box in boxes]
 
-        global_crops, local_crops = cut(*self.globals), cut(*self.locals) + cut(*self.guided, guided=True)
-        none = torch.zeros(0, image.shape[2], 1, 1)
-        return dict(global_crops=torch.stack(global_crops),
-                    local_crops=torch.stack(local_crops) if local_crops else none,
-                    global_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(global_crops))),
-                    local_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(local_crops))))
+        def cut(where, size):
+            crops = [self.cut(image, box, flips, size) for box, flips in where]
+            return torch.stack(crops) if crops else torch.zeros(0, image.shape[2], 1, 1)
+
+        views = places(*self.globals)
+        small = places(*self.locals) + places(*self.guided, guided=True)
+        crops = dict(global_crops=cut(views, self.globals[1]), local_crops=cut(small, self.locals[1]),
+                     global_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(views))),
+                     local_seeds=torch.from_numpy(rng.integers(2**63 - 1, size=len(small))))
+        if self.gram_crops_size > 0:
+            crops["gram_crops"] = cut(views, self.gram_crops_size)
+        return crops
 
     @staticmethod
     def random_box(shape, scale, rng):
@@ -126,12 +134,12 @@ class MultiCrop:
         left = int(np.clip(round(x - side / 2 + (dx - 0.5) * side / 2), 0, width - side))
         return top, left, side, side
 
-    def cut(self, image, box, size, rng):
-        """The box of the image as a [C,size,size] tensor, flipped at random."""
+    @staticmethod
+    def cut(image, box, flips, size):
+        """The box of the image as a [C,size,size] tensor, flipped where flips (x, y) says so."""
         top, left, height, width = box
         crop = resize(image[top:top + height, left:left + width], (size, size))
-        flip_x, flip_y = rng.random(2) < (self.horizontal_flip, self.vertical_flip)
-        axes = [axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip]
+        axes = [axis for axis, flip in zip((2, 1), flips) if flip]
         return crop.flip(axes) if axes else crop
 
 

@@ -521,12 +521,13 @@ class CropDataset(torch.utils.data.Dataset):
 
     def collate(self, samples):
         """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major;
-        masks [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
+        gram_crops [V*B,...] and masks [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
             return dict(error=errors[0])
         batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)  # [V,B,...] -> [V*B,...]
-                 for key in ("global_crops", "local_crops", "global_seeds", "local_seeds")}
+                 for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "gram_crops")
+                 if key in samples[0]}
         batch["index"] = [sample["index"] for sample in samples]
         batch["bad"] = [path for sample in samples for path in sample["bad"]]
         if self.mask_settings is not None:

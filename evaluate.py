@@ -105,7 +105,7 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
     Yields: dicts with cls [b,D] and patches [b,P,D] fp32 on the backbone's device (None for raw pixels without patch),
     and lists of length b: rows (place in the data set), digests, masks ([size,size] arrays or None).
     """
-    device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
+    its_device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
     photometrics = Photometrics("medical", intensity_range, mean, std)
     loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size, num_workers=num_workers,
                         collate_fn=list)
@@ -115,7 +115,7 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
         items = [item for item in items if "error" not in item]
         if not items:
             continue
-        pixels = photometrics.plain(torch.stack([item["pixels"] for item in items]).to(device))  # [b,C,size,size]
+        pixels = photometrics.plain(torch.stack([item["pixels"] for item in items]).to(its_device))   # [b,C,size,size]
         if backbone is None:
             cls = pixels.flatten(1)
             patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2) if patch else None   # [b,P,C*p*p]

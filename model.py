@@ -9,6 +9,7 @@ of image b is row v * B + b. masks: bool, True = masked = the student sees the m
 """
 import contextlib
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -154,10 +155,48 @@ def pretrained_input(model_type):
                 intensity_range=intensity_range)
 
 
+def core(backbone):
+    """The Hugging Face model itself: out of its peft wrapper where it has one."""
+    return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+
 def blocks(backbone):
     """The transformer blocks of any family, an nn.ModuleList."""
-    return next(module for name, module in backbone.named_modules()
+    return next(module for name, module in core(backbone).named_modules()
                 if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layer", "layers"))
+
+
+# A forward is written out, not left to transformers: what precedes the first block, blocks, final norm. So a run of
+# frozen blocks can be computed once for student and teacher, and hooks, compile and checkpointing go by block.
+
+def embed(backbone, pixels, masks=None):
+    """What goes into the first block: (tokens [B,1+R+P,D], rope), rope = keyword arguments of every block.
+
+    Args: as forward_features. Raises UserError for a size that transformers would floor without a word.
+    """
+    config, model, extra = backbone.config, core(backbone), {}
+    height, width = pixels.shape[-2:]
+    if height % config.patch_size or width % config.patch_size:
+        raise UserError(f"crop of {height}x{width} pixels is not a multiple of patch_size={config.patch_size}")
+    if config.model_type == "vit":
+        extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
+    tokens = model.embeddings(pixels, bool_masked_pos=masks, **extra)                      # [B,1+R+P,D]
+    rotary = getattr(model, "rope_embeddings", None)          # DINOv3 turns queries and keys, the others add positions
+    return tokens, {} if rotary is None else dict(position_embeddings=rotary(pixels))
+
+
+def run_blocks(backbone, tokens, rope, first=0, last=None):
+    """Tokens [B,1+R+P,D] through blocks `first` up to, not including, `last` (None: to the end)."""
+    for block in list(blocks(backbone))[first:last]:
+        tokens = block(tokens, **rope)
+    return tokens
+
+
+def final_norm(backbone, tokens):
+    """Tokens after the last block -> (cls [B,D], patches [B,P,D]), normalised, registers left out."""
+    model = core(backbone)
+    tokens = (model.norm if backbone.config.model_type == "dinov3_vit" else model.layernorm)(tokens)
+    return tokens[:, 0], tokens[:, 1 + getattr(backbone.config, "num_register_tokens", 0):]
 
 
 def forward_features(backbone, pixels, masks=None):
@@ -167,17 +206,7 @@ def forward_features(backbone, pixels, masks=None):
     [B,P] bool, True = the patch is replaced by the mask token. Returns: cls [B,D], patches [B,P,D] (registers left
     out). Raises UserError for a size that transformers would floor without a word.
     """
-    config, extra = backbone.config, {}
-    height, width = pixels.shape[-2:]
-    if height % config.patch_size or width % config.patch_size:
-        raise UserError(f"crop of {height}x{width} pixels is not a multiple of patch_size={config.patch_size}")
-    if config.model_type == "vit":
-        extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
-    if masks is not None:
-        extra["bool_masked_pos"] = masks
-    tokens = backbone(pixel_values=pixels, **extra).last_hidden_state                      # [B,1+R+P,D]
-    n_registers = getattr(config, "num_register_tokens", 0)
-    return tokens[:, 0], tokens[:, 1 + n_registers:]
+    return final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels, masks)))
 
 
 # ---- what is trained ----
@@ -194,16 +223,65 @@ def freeze_layers(backbone, n):
             block.requires_grad_(False)
 
 
-def add_lora(backbone, r=4, alpha=16, dropout=0.1):
-    """Freeze the backbone and put low-rank adapters W + (alpha / r) B A on all query and value projections (LoRA, arXiv
-    2106.09685; paper section 2.2.3). Returns the peft wrapper; forward_features takes it as it takes the backbone."""
+def add_lora(backbone, r=4, alpha=16, dropout=0.1, targets="qv", skip_blocks=0):
+    """Freeze the backbone and add low-rank adapters: W + (alpha / r) B A, B = 0 at the start, so that nothing changes
+    (LoRA, arXiv 2106.09685; paper section 2.2.3).
+
+    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP; skip_blocks: the first
+    blocks get none, because they are frozen. Returns the peft wrapper; forward_features takes it like the backbone.
+    """
     import peft
-    present = {name.split(".")[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    targets = next((pair for pair in (["q_proj", "v_proj"], ["query", "value"]) if set(pair) <= present), None)
-    if targets is None:                                       # the names changed between transformers 4 and 5
-        raise UserError(f"use_lora: no query and value projections among the linear layers {sorted(present)}")
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-    return peft.get_peft_model(backbone, config)
+    path, layers = next((name, module) for name, module in backbone.named_modules() if module is blocks(backbone))
+    linears = {f"{path}.{i}.{name}": name.split(".")[-1] for i, block in enumerate(layers) if i >= skip_blocks
+               for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    if skip_blocks >= len(layers):
+        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks}: no block is left for adapters; "
+                        f"freeze fewer than {len(layers)}")
+    if targets == "qv":                                       # the names changed between transformers 4 and 5
+        present = set(linears.values())
+        pair = next((pair for pair in ({"q_proj", "v_proj"}, {"query", "value"}) if pair <= present), None)
+        if pair is None:
+            raise UserError(f"use_lora: no query and value projections among the linear layers {sorted(present)}; "
+                            "use lora_targets='all'")
+        linears = {path: name for path, name in linears.items() if name in pair}
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(linears))
+    with warnings.catch_warnings():                           # peft asks transformers by a name on its way out
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(backbone, config)
+
+
+def frozen_blocks(backbone):
+    """How many leading blocks stand still at present, together with everything before them: 0 where the embeddings
+    learn. They run no backward, by autograd's own rule: nothing in them or before them asks for a gradient."""
+    if any(param.requires_grad for param in core(backbone).embeddings.parameters()):
+        return 0
+    layers = list(blocks(backbone))
+    return next((i for i, block in enumerate(layers) if any(param.requires_grad for param in block.parameters())),
+                len(layers))
+
+
+def set_trainable(student, begins, iteration):
+    """Who learns in this iteration: the parameters `name` with begins[name] <= iteration; those without an entry never.
+
+    One mechanism for the backbone that waits for its heads and for layers that thaw: who does not learn has no
+    gradient, so autograd skips its backward, AdamW keeps no moments of it (they start fresh when it begins: what random
+    heads sent before says nothing about its gradients to come) and decays nothing.
+    Returns: whether something changed. Then the teacher takes the new ones in, and DDP has to be built anew: it
+    registers what asks for a gradient when it is built.
+    """
+    changed = False
+    for name, param in student.named_parameters():
+        learns = begins.get(name, float("inf")) <= iteration
+        changed |= learns != param.requires_grad
+        param.requires_grad_(learns)
+    student.train(student.training)                           # Student.train goes by what is frozen
+    return changed
+
+
+def parameter_counts(student):
+    """dict(trainable_m, total_m): how many million parameters learn at present, and how many there are."""
+    sizes = [(param.numel(), param.requires_grad) for param in student.parameters()]
+    return dict(trainable_m=sum(n for n, learns in sizes if learns) / 1e6, total_m=sum(n for n, _ in sizes) / 1e6)
 
 
 class DINOHead(nn.Module):
@@ -249,16 +327,30 @@ class Student(nn.Module):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
-    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True):
+    def train(self, mode=True):
+        """Train or eval mode; frozen blocks stay in eval mode: drop path and dropout would regularise nothing there,
+        and without them a frozen block computes for the student what it computes for the teacher."""
+        super().train(mode)
+        if n := frozen_blocks(self.backbone):
+            for part in (core(self.backbone).embeddings, *list(blocks(self.backbone))[:n]):
+                part.eval()
+        return self
+
+    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, prefix=None, n_prefix=0):
         """Features and logits of all crops.
 
         Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks:
         replace the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
+        n_prefix: of shared_blocks; the teacher's pass returns what its first n_prefix blocks make of the global crops
+        as out['prefix'], and the student's pass goes on from there when it is given as `prefix`.
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
-        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks.
+        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope, n_prefix).
         """
-        cls, patches = forward_features(self.backbone, global_crops, masks if apply_masks else None)
-        out, n_global = dict(global_cls=cls, patches=patches), len(cls)
+        if prefix is None:
+            tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
+            prefix = run_blocks(self.backbone, tokens, rope, 0, n_prefix), rope, n_prefix
+        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *prefix))
+        out, n_global = dict(global_cls=cls, patches=patches, **(dict(prefix=prefix) if n_prefix else {})), len(cls)
         if local_crops is not None:
             out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]
             cls = torch.cat([cls, out["local_cls"]])
@@ -276,21 +368,31 @@ class EMATeacher:
 
     It keeps one tensor per trainable parameter and no network: frozen weights (LoRA base, frozen layers) exist once,
     for student and teacher alike. DINO section 3.1: teacher = m * teacher + (1 - m) * student.
+    A Gram anchor is such a set of values as well, of the backbone only: part='backbone.'.
     """
 
-    def __init__(self, student):
-        self.values = {name: param.detach().clone() for name, param in self._trainable(student)}
+    def __init__(self, student, part=""):
+        self.part, self.values, self.device = part, {}, next(student.parameters()).device
+        self.take_in(student)
 
-    @staticmethod
-    def _trainable(student):
-        return [(name, param) for name, param in unwrap(student).named_parameters() if param.requires_grad]
+    @torch.no_grad()
+    def take_in(self, student):
+        """Values for the trainable parameters that have none yet, those of the student: at the start for all of them,
+        later for those that begin to learn, which have not moved until now."""
+        for name, param in unwrap(student).named_parameters():
+            if param.requires_grad and name.startswith(self.part) and name not in self.values:
+                self.values[name] = param.detach().clone()
+
+    def _params(self, student):
+        params = dict(unwrap(student).named_parameters())
+        return [params[name] for name in self.values]
 
     @torch.no_grad()
     def update(self, student, momentum):
         """values = momentum * values + (1 - momentum) * student, in place; momentum in [0, 1]."""
         values = list(self.values.values())
         torch._foreach_mul_(values, momentum)
-        torch._foreach_add_(values, [param.detach() for _, param in self._trainable(student)], alpha=1 - momentum)
+        torch._foreach_add_(values, [param.detach() for param in self._params(student)], alpha=1 - momentum)
 
     @contextlib.contextmanager
     def teacher_weights(self, student):
@@ -300,16 +402,16 @@ class EMATeacher:
         parameter, so one region around teacher and student would hand the teacher's weights to the student.
         """
         module, training = unwrap(student), student.training
-        params = self._trainable(student)
-        own = [param.data for _, param in params]
-        for name, param in params:
-            param.data = self.values[name]
+        params = self._params(student)
+        own = [param.data for param in params]
+        for param, value in zip(params, self.values.values()):
+            param.data = value
         student.eval()
         try:
             with torch.no_grad():
                 yield module
         finally:
-            for (_, param), data in zip(params, own):
+            for param, data in zip(params, own):
                 param.data = data
             student.train(training)
 
@@ -318,6 +420,26 @@ class EMATeacher:
         return self.values
 
     def load_state_dict(self, values):
-        """Copy values of the same names into place; KeyError where one is missing."""
-        for name, value in self.values.items():
-            value.copy_(values[name])
+        """Copy values into place, also of parameters that wait at present; KeyError where one of ours is missing."""
+        for name in self.values | values:
+            self.values[name] = values[name].to(self.device, copy=True)
+
+
+def shared_blocks(student, teacher):
+    """How many leading blocks the student may take over from the teacher for the global crops; 0 = none.
+
+    Exact where both see the same unmasked crops (the caller sees to that: with iBOT the masked crops differ from the
+    embedding on) and the blocks compute the same for both:
+    - they are frozen, so the teacher has no values of its own for them, and Student.train keeps their drop path and
+      dropout off; adapters that wait are such blocks;
+    - DINOv3's random positions (pos_embed_shift, _jitter, _rescale), drawn for the student only, are off.
+    Activation checkpointing changes nothing: what runs no backward is not checkpointed.
+    """
+    student = unwrap(student)
+    n, config = frozen_blocks(student.backbone), student.backbone.config
+    parts = (core(student.backbone).embeddings, *list(blocks(student.backbone))[:n])
+    own = {id(param) for name, param in student.named_parameters() if name in teacher.values}
+    if any(id(param) in own for part in parts for param in part.parameters()):
+        return 0                     # a schedule changed on resume: they once learned and now wait
+    randomised = any(getattr(config, f"pos_embed_{key}", None) for key in ("shift", "jitter", "rescale"))
+    return 0 if randomised else n

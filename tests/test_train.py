@@ -23,7 +23,8 @@ SHRUNK = ["--use_pretrained=false", "--model_type=vit", "--hidden_size=32", "--n
           "--patch_size=8", "--num_register_tokens=2", "--global_crops_size=32", "--local_crops_size=16", "--local_crops_number=2",
           "--dino_head_out_dim=64", "--ibot_out_dim=64", "--head_hidden_dim=32", "--head_bottleneck_dim=16", "--global_batch_size=8",
           "--max_iterations=3", "--warmup_iterations=1", "--log_interval=1", "--eval_interval=2", "--saveckp_freq=2", "--num_workers=0",
-          "--mixed_precision=no", "--lr=1e-3", "--device=cpu"]
+          "--mixed_precision=no", "--lr=1e-3", "--device=cpu", "--gram_crops_size=48"]
+SHRUNK_CONFIGS = {"freeze.py": ["--freeze_backbone_layers=1"]}  # of two blocks
 
 
 def load_train():
@@ -89,7 +90,8 @@ def test_every_recipe_trains_every_family(tmp_path, npz, recipe, family):
     records = run(out, f"--dataset_path={npz}", f"--model_type={family}", configs=[recipe], module=module)
     table = losses(records)
     assert len(table) == 3 and torch.isfinite(table).all()
-    weights = torch.tensor([module.dino_head_loss_weight] * 2 + [module.ibot_loss_weight, module.koleo_loss_weight, module.gram_loss_weight])
+    dino = module.dino_head_loss_weight
+    weights = torch.tensor([dino * module.dino_local_loss_weight, dino, module.ibot_loss_weight, module.koleo_loss_weight, module.gram_loss_weight])
     assert torch.allclose(table[:, 0], table[:, 1:] @ weights.double(), rtol=1e-5)         # total = the logged terms, weighed
     assert (table[:, 3] > 0).all() == (recipe != "dinov1.py")
     assert [record["iteration"] for record in records if "knn_accuracy" in record] == [0, 2, 3]
@@ -108,7 +110,7 @@ def test_every_recipe_trains_every_family(tmp_path, npz, recipe, family):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_file_runs(tmp_path, npz, config):
-    records = run(str(tmp_path / "run"), f"--dataset_path={npz}", configs=[config])
+    records = run(str(tmp_path / "run"), f"--dataset_path={npz}", *SHRUNK_CONFIGS.get(config, []), configs=[config])
     assert torch.isfinite(losses(records)).all()
 
 
@@ -116,7 +118,7 @@ def test_phantom_config_with_each_recipe_behind(tmp_path, npz):
     for recipe in RECIPES:                                     # recipes compute from the data set's values
         module = load_train()
         override(vars(module), module.config_keys, [os.path.join(ROOT, "config", file) for file in ("phantom.py", recipe)])
-        assert module.warmup_iterations == module.max_iterations // 10
+        assert module.warmup_iterations == module.max_iterations // (3 if recipe == "dinov3_hires.py" else 10)
         assert module.ibot_loss_weight == 0 or module.ibot_out_dim == module.dino_head_out_dim == 512
 
 

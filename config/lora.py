@@ -1,0 +1,16 @@
+"""LoRA: low-rank adapters on query and value projections; the pretrained weights stay as they are, in one copy for
+student, teacher and Gram anchor. A strategy: it comes last, after a data set and any recipe.
+
+    torchrun --standalone --nproc_per_node=2 train.py config/pathmnist.py config/dinov2.py config/lora.py
+
+The export has the adapters merged (AutoModel) and, beside it, alone (hf/adapter, for peft). Adapters start without any
+effect; like a whole backbone they wait while random heads learn (freeze_backbone_iterations). With
+--freeze_backbone_layers=6, or config/freeze.py before this file, the first blocks get no adapters.
+"""
+use_lora = True
+lora_targets = 'qv'              # 'all': also keys, output projections and MLP, 4.5 times the adapters
+lora_r = 8
+lora_alpha = 16
+lora_dropout = 0.1
+
+layerwise_decay = 1.0            # adapters of early blocks start from nothing like the others: none moves less
