@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 
 import numpy as np
@@ -215,41 +216,42 @@ def adaptation(config):
 
 
 def find_networks(names):
-    """What is to be measured: for every run its untouched start and itself, and all other names as they are.
+    """What is to be measured: all names that are no runs as they are, then every run behind its untouched start.
 
-    Returns: list of dicts: name, model, adaptation; group: equal for what differs by its seed alone; build: function of
-    the number of channels -> backbone; weights: where its input settings lie; config: of the run, or None.
-    Raises UserError for a run without the checkpoint that is asked for.
+    Returns: list of dicts: name, model, adaptation; group: equal for what differs by its seed alone; loads: where its
+    weights lie, '' = those that the run `config` started from; reads: where its input settings lie; config: of the run,
+    or None; start: of a run, the name of its start. Raises UserError for a run without the checkpoint asked for.
     """
-    networks, ignored = [], ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log",
-                             "cache_dir", "generate_samples", "log_interval", "saveckp_freq")
+    def short(path):                                           # a run that began where another one ended
+        return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
 
-    def add(**network):
-        if all(network["name"] != other["name"] for other in networks):
-            networks.append(network)
-    for name in [path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name])]:
-        if not os.path.isfile(os.path.join(name, "config.py")):
-            add(name=name, model=os.path.basename(name.rstrip("/")), adaptation="pretrained", group=name, weights=name,
-                config=None, build=lambda channels, name=name: build_backbone(name, True, channels))
-            continue
+    ignored = ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log", "cache_dir",
+               "generate_samples", "log_interval", "saveckp_freq")
+    names = dict.fromkeys(path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name]))
+    runs = [name for name in names if os.path.isfile(os.path.join(name, "config.py"))]
+    networks, pipelines = [], {}
+    for name in runs:
         config, weights = read_run(name), os.path.join(name, "checkpoints", checkpoint, "hf")
         if not os.path.isdir(weights):
             raise UserError(f"{name} has no checkpoints/{checkpoint}/hf; 'best' is there once a run has begun, 'last' "
                             "when it has finished: train on with --resume_from, or choose the other checkpoint")
-        model = os.path.basename(config["model_type"].rstrip("/"))
-
-        def untouched(channels, config=config):               # random weights: those that the run drew
-            torch.manual_seed(config["seed"])
-            return backbone_from_config(config, channels)
-        kind = ("pretrained", config["model_type"]) if config["use_pretrained"] else ("untrained", f"start of {name}")
-        add(name=kind[1], model=model, adaptation=kind[0], group=f"{kind[0]} {config['model_type']}", build=untouched,
-            weights=weights, config=config)
-        add(name=name, model=model, adaptation=adaptation(config), weights=weights, config=config,
-            group=repr({key: value for key, value in config.items() if key not in ignored}), start=kind[1],
-            build=lambda channels, weights=weights: build_backbone(weights, True, channels))
-    if not networks:
-        raise UserError(f"nothing to evaluate: {', '.join(names)!r} matches no folder")
-    return networks
+        # one start for all runs that begin with the same weights and read images alike
+        pipeline = [config[key] for key in ("global_crops_size", "intensity_range", "image_mean", "image_std")]
+        shared = config["use_pretrained"] and pipelines.setdefault(config["model_type"], pipeline) == pipeline
+        start, kind = config["model_type"] if shared else f"start of {name}", \
+            "pretrained" if config["use_pretrained"] else "untrained"
+        both = dict(model=short(config["model_type"]), reads=weights, config=config)
+        if all(start != network["name"] for network in networks):
+            networks.append(dict(both, name=start, adaptation=kind, loads="",
+                                 group=repr((kind, config["model_type"], pipeline))))
+        networks.append(dict(both, name=name, adaptation=adaptation(config), loads=weights, start=start,
+                             group=repr({key: value for key, value in config.items() if key not in ignored})))
+    plain = [dict(name=name, model=short(name), adaptation="pretrained", group=name, loads=name, reads=name,
+                  config=None)
+             for name in names if name not in runs and name not in pipelines]
+    if not plain + networks:
+        raise UserError(f"nothing to evaluate: {run or model_type or compare!r} matches no folder")
+    return plain + networks
 
 
 # ---- the script: measure, tabulate, draw ----
@@ -329,7 +331,8 @@ def tabulate(networks, split, mask_names):
         [titles[key] + [cell(group, probe, metric) for probe in ("linear", "knn") for metric in main_metrics]
          for key, group in groups.items()])
     rest = markdown(
-        ["Model", "Adaptation", "Probe AUC", "balanced", "95 %", "CLS+patches", "k-NN AUC", "balanced", "95 %",
+        ["Model", "Adaptation", "Probe AUC", "balanced", "accuracy 95 %", "CLS+patches", "k-NN AUC", "balanced",
+         "accuracy 95 %",
          *(f"k={k}, T={t}" for k, t in DINO_KNN)],
         [titles[key] + [cell(group, "linear", metric) for metric in more] + [interval(group, "linear")]
          + [cell(group, "linear_cls_patch", "accuracy")] + [cell(group, "knn", metric) for metric in more]
@@ -479,9 +482,12 @@ def main(sources):
         return found
 
     for network in networks:
-        backbone = network["build"](train.num_channels).to(run_device).eval()
-        expected, patch = pretrained_input(network["weights"]), backbone.config.patch_size
-        size = image_size or (configs[0]["global_crops_size"] if configs else expected.get("size") or 224)
+        config, expected = network["config"] or (configs[0] if configs else {}), pretrained_input(network["reads"])
+        torch.manual_seed(config.get("seed", 0))               # a start from scratch: the weights that the run drew
+        backbone = build_backbone(network["loads"], True, train.num_channels) if network["loads"] else \
+            backbone_from_config(config, train.num_channels)
+        backbone, patch = backbone.to(run_device).eval(), backbone.config.patch_size
+        size = image_size or config.get("global_crops_size") or expected.get("size") or 224
         value_range, mean, std, _ = input_settings(train, expected, intensity_range, seed=seed,
                                                    on_bad_image=on_bad_image)
         settings = dict(size=size // patch * patch, intensity_range=value_range, mean=mean, std=std,
