@@ -20,13 +20,17 @@ warmup_teacher_temp = 0.02
 warmup_teacher_temp_iterations = 0
 koleo_loss_weight = 0.1
 
+# patch features stay near those of the released weights
+gram_loss_weight = 1.0
+gram_teacher = 'start'
+
 # a gentle rate, less for early blocks, and a teacher whose memory is a tenth of the run
 global_batch_size = 16
 max_iterations = 200
 warmup_iterations = max_iterations // 10
 freeze_last_layer = 0
-lr = 3e-5
-min_lr = 3e-6
+lr = 5e-5
+min_lr = 5e-6
 layerwise_decay = 0.8
 weight_decay_end = 0.04
 momentum_teacher = 0.95
