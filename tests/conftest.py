@@ -3,6 +3,7 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                  # before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")                 # before torch: on tiny tensors threads wait for each other
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import pytest  # noqa: E402
