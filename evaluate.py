@@ -309,7 +309,7 @@ def tabulate(networks, split, mask_names):
     for network in networks:
         groups.setdefault(network["group"], []).append(network)
 
-    def cell(group, probe, metric):
+    def cell(group, probe, metric):                            # metric: a name, or of Dice the number of the class
         values = [network["results"][split][probe][metric] for network in group if probe in network["results"][split]]
         if not values or not np.isfinite(values).all():
             return "-"
@@ -332,26 +332,22 @@ def tabulate(networks, split, mask_names):
          for key, group in groups.items()])
     rest = markdown(
         ["Model", "Adaptation", "Probe AUC", "balanced", "accuracy 95 %", "CLS+patches", "k-NN AUC", "balanced",
-         "accuracy 95 %",
-         *(f"k={k}, T={t}" for k, t in DINO_KNN)],
+         "accuracy 95 %", *(f"k={k}, T={t}" for k, t in DINO_KNN)],
         [titles[key] + [cell(group, "linear", metric) for metric in more] + [interval(group, "linear")]
          + [cell(group, "linear_cls_patch", "accuracy")] + [cell(group, "knn", metric) for metric in more]
          + [interval(group, "knn")] + [cell(group, f"knn_dino_{k}", "accuracy") for k, _ in DINO_KNN]
          for key, group in groups.items()])
     text = f"{paper}\n\n{rest}\n"
     if "dice" in networks[0]["results"][split]:
-        def dice(group, c):
-            values = [network["results"][split]["dice"][c] for network in group]
-            return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
         text += "\n" + markdown(["Model", "Adaptation"] + [f"Dice of {name}" for name in mask_names[1:]],
-                                [titles[key] + [dice(group, c) for c in range(1, len(mask_names))]
+                                [titles[key] + [cell(group, "dice", c) for c in range(1, len(mask_names))]
                                  for key, group in groups.items()]) + "\n"
     by_name = {network["name"]: network["results"][split] for network in networks}
     for network in networks:
         if "start" in network:                                # harm has to be visible
             for probe, what in (("linear", "linear probe"), ("knn", "k-NN")):
                 change = network["results"][split][probe]["accuracy"] - by_name[network["start"]][probe]["accuracy"]
-                text += f"\n{network['name']}: {what} {change:+.3f} against its start" + \
+                text += f"\n- {network['name']}: {what} {change:+.3f} against its start" + \
                     ("  !!!! BELOW THE START !!!!" if change < -0.005 else "")
     return text + "\n"
 
@@ -405,6 +401,15 @@ def draw(networks, found, split, data, intensity_range, stem):
 def map_rows(n):
     """Which of n images are on a map: all, or MAP_IMAGES drawn by seed, in their order."""
     return np.sort(np.random.default_rng(seed).permutation(n)[:MAP_IMAGES])
+
+
+def jsonable(value):
+    """Nested dicts and lists with None for nan, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def open_data(config):
@@ -517,8 +522,8 @@ def main(sources):
     with open(f"{stem}.md", "w") as file:
         file.write(text)
     with open(f"{stem}.json", "w") as file:
-        json.dump(dict(notes=notes, config={key: globals()[key] for key in config_keys}, networks=[
-            {key: network[key] for key in ("name", "model", "adaptation", "size", "results")} for network in rows]),
+        json.dump(jsonable(dict(notes=notes, config={key: globals()[key] for key in config_keys}, networks=[
+            {key: network[key] for key in ("name", "model", "adaptation", "size", "results")} for network in rows])),
             file, indent=1)
     print(f"tables and pictures are in {folder}")
 
