@@ -465,7 +465,7 @@ def main(sources):
         if not 2 <= len(values) <= 32:
             notes.append(f"masks have {len(values)} different values, which are no classes: no patch probe")
             values = ()
-    notes.insert(0, f"{train.name}: " + ", ".join(f"{len(dataset)} {split}" for split, dataset in data.items()))
+    notes.insert(0, f"{train.name}: " + ", ".join(f"{len(dataset)} {dataset.split}" for dataset in data.values()))
     print("\n".join(notes), flush=True)
 
     # ---- every network, one at a time; before the first one the raw pixels, in its patches ----

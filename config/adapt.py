@@ -4,7 +4,10 @@ iterations, batches of 16 and more. A recipe in the place of config/dinov1.py; a
     python train.py config/adapt.py config/lora.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
 
 The recipes of the papers are made for 125 000 iterations of 1024 images. On 16 images a step their 65536 prototypes get
-uniform targets: the log says NOT LEARNING. Measured on brain MRI (README, Results).
+uniform targets: the log says NOT LEARNING.
+
+2 CPU cores, DINOv2-small: 4 minutes. Brain MRI (1905 images of 64 pixels), 3 seeds, 5-NN on test_iid 0.686 -> 0.778 (0.017),
+linear probe 0.871 -> 0.831 (0.023); other sets, one of them harmed, in README, Results.
 """
 # crops of 112 and 56 pixels suit images of 64 to 160; larger ones want more: 224 and 98 for patch 14
 global_crops_size = 112
