@@ -353,8 +353,8 @@ def tabulate(networks, split, mask_names):
 
 
 def draw(networks, found, split, data, intensity_range, stem):
-    """The pictures of one test split: maps of the features of all networks (at most four: raw pixels, the start, and
-    the last two), and of the last network the confusion matrix, nearest neighbours and training curves.
+    """The pictures of one test split: maps of the features (at most four: raw pixels, the start, and the last two
+    kinds of run), and of the last network the confusion matrix, nearest neighbours and training curves.
 
     Args: networks: with 'map' {split: features}; found: of `measure`, of the last network; stem: of the files' names.
     """
@@ -372,7 +372,8 @@ def draw(networks, found, split, data, intensity_range, stem):
     confusion = np.zeros((len(names), len(names)), int)
     np.add.at(confusion, (labels, probs.argmax(dim=1).numpy()), 1)
     pictures.confusion_picture(f"{stem}-{split}-confusion.png", confusion, names, f"Linear probe of {title}")
-    shown = networks[:2] + networks[2:][-2:]
+    groups = list({network["group"]: network for network in networks}.values())           # one seed of each
+    shown = groups[:2] + groups[2:][-2:]
     for kind, project in (("PCA", pictures.pca_map), ("t-SNE", pictures.tsne_map)):
         panels = [(", ".join([network["model"], network["adaptation"]][:1 + (network["adaptation"] != "-")]),
                    project(F.normalize(network["map"][split], dim=1))) for network in shown]
