@@ -104,6 +104,7 @@ def count_matmuls(width, depth, patch, mlp_ratio, n_frozen, use_lora, shares, r=
 
 
 def bytes_of(tensors):
+    """Bytes that the elements of tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -222,6 +223,7 @@ def bytes_of_sizes():
 
 
 def main(sources):
+    """Measure the strategies of the config in this module's globals; sources: from configurator.override."""
     if strategy not in ("all", *STRATEGIES):
         raise UserError(f"strategy={strategy!r}: choose all or one of {', '.join(STRATEGIES)}")
     results = {}
