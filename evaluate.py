@@ -341,7 +341,8 @@ def tabulate(networks, split, mask_names):
     if "dice" in networks[0]["results"][split]:
         text += "\n" + markdown(["Model", "Adaptation"] + [f"Dice of {name}" for name in mask_names[1:]],
                                 [titles[key] + [cell(group, "dice", c) for c in range(1, len(mask_names))]
-                                 for key, group in groups.items()]) + "\n"
+                                 for key, group in groups.items()]) + \
+            "\nDice over patches, each of the class that most of its pixels have; '-': no patch is of that class.\n"
     by_name = {network["name"]: network["results"][split] for network in networks}
     for network in networks:
         if "start" in network:                                # harm has to be visible
