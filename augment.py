@@ -57,10 +57,15 @@ def resize(image, size):
 def resize_center(image, size):
     """The whole image for evaluation: shorter side to `size`, then the centre square. [H,W,C] array -> [C,size,size].
     No 256-to-224 zoom: small medical images fill their frame, and what lies at the border counts."""
+    return resize(center_square(image), (size, size))
+
+
+def center_square(image):
+    """The largest centred square of an [H,W,...] array, a view of it."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return resize(image[top:top + side, left:left + side], (size, size))
+    return image[top:top + side, left:left + side]
 
 
 class MultiCrop:

@@ -15,7 +15,7 @@ import time
 import torch
 
 from configurator import UserError, list_keys, one_line_errors, override
-from distributed import memory_gb, setup
+from distributed import autocast_for, memory_gb, setup
 from losses import dino_loss, softmax_center, update_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, freeze_layers,
                    frozen_blocks, shared_blocks)
@@ -136,9 +136,7 @@ def measure(name):
     global_crops = torch.randn(2 * B, 3, global_crops_size, global_crops_size, device=run_device)
     local_crops = torch.randn(L * B, 3, local_crops_size, local_crops_size, device=run_device)
 
-    def autocast():
-        return torch.autocast(run_device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
-    seconds = []
+    autocast, seconds = autocast_for(run_device, mixed_precision), []
     for _ in range(2 + n_steps):                               # Steps 2, 3 and 5 of train.py's loop
         began = time.perf_counter()
         with teacher.teacher_weights(student) as network, autocast():

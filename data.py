@@ -208,12 +208,17 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
         raise UserError(f"{where}: images have {dataset.num_channels} channel(s), num_channels={num_channels}; set "
                         f"--num_channels={dataset.num_channels}, or 0 to take what the data has")
     if cut and labels is not None and len(images) > 1:
-        shuffled = np.random.default_rng(seed).permutation(len(images))
-        n_val = max(1, len(images) // 10)
-        dataset = dataset.subset(np.sort(shuffled[:n_val] if split == "val" else shuffled[n_val:]), split)
+        rest, tenth = cut_tenth(len(images), seed)
+        dataset = dataset.subset(tenth if split == "val" else rest, split)
     elif cut and split == "val":
         raise UserError(f"{where}: no val, and no labels to measure with")
     return dataset
+
+
+def cut_tenth(n, seed):
+    """The rows of n images in two sorted parts, drawn by seed: (the rest, a tenth but at least one)."""
+    rows, n_tenth = np.random.default_rng(seed).permutation(n), max(1, n // 10)
+    return np.sort(rows[n_tenth:]), np.sort(rows[:n_tenth])
 
 
 # ---- archives -> folders of .npy ----

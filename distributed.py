@@ -129,6 +129,18 @@ def no_sync(student, last):
     return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
+def loader_workers(num_workers):
+    """How many processes a rank's loader starts: num_workers, or for -1 its share of the cores less one, up to 8."""
+    return num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
+
+
+def autocast_for(device, mixed_precision):
+    """A function that opens a new autocast region of 'bf16' or 'fp16' on a device ('no': one without effect). A new one
+    each time, because a region caches its half-precision weights by parameter (see EMATeacher.teacher_weights)."""
+    half = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return lambda: torch.autocast(device.type, half, enabled=mixed_precision != "no")
+
+
 def memory_gb(device):
     """(used, total) in GB. CUDA: peak of this process's tensors and size of the card. CPU: resident memory of this
     process and of the machine."""

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pictures
-from augment import Photometrics, resize_center
+from augment import Photometrics, center_square, resize_center
 from configurator import UserError, describe, list_keys, one_line_errors, override
-from data import input_settings, load_dataset
-from distributed import gather_objects, is_main, setup
+from data import cut_tenth, input_settings, load_dataset
+from distributed import autocast_for, gather_objects, is_main, loader_workers, setup
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
 from probes import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
                     linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
@@ -88,9 +88,9 @@ class WholeImages(torch.utils.data.Dataset):
         item = dict(i=i, pixels=resize_center(image, self.size),
                     digest=hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest(), mask=None)
         if self.with_masks and mask is not None:               # nearest: a class between two classes means nothing
-            side = min(mask.shape)
-            near = ((np.arange(self.size) + 0.5) * side / self.size).astype(int)
-            item["mask"] = mask[(mask.shape[0] - side) // 2 + near][:, (mask.shape[1] - side) // 2 + near]
+            square = center_square(mask)
+            near = ((np.arange(self.size) + 0.5) * len(square) / self.size).astype(int)
+            item["mask"] = square[near][:, near]
         return item
 
 
@@ -172,9 +172,9 @@ def knn_accuracy(backbone, bank, queries, k=5, **settings):
 def patch_probe(backbone, train, val, tests, values, rng, **settings):
     """How well a linear layer on patch tokens finds what the masks show.
 
-    Logistic regression from one patch token to the most frequent mask value of its patch, on up to PATCHES training
-    patches, every class weighted alike, the penalty picked by the mean Dice on val. Args: train, val, tests {name:
-    Dataset} with masks; values [c]: of the mask, 0 = background first; settings: of `stream`.
+    Logistic regression from one patch token to the most frequent mask value of its patch, on about PATCHES training
+    patches, every class weighted alike, the penalty picked by the loss on val (fit_probe). Args: train, val, tests
+    {name: Dataset} with masks; values [c]: of the mask, 0 = background first; settings: of `stream`.
     Returns: {name: Dice per class [c] over all patches of the split}, nan for a class that is nowhere.
     """
     def patches_of(dataset, per_image):
@@ -259,9 +259,9 @@ def find_networks(names):
 def measure(backbone, data, settings, values, patch):
     """All numbers of one network (None: the raw pixels), on all test splits.
 
-    Args: data: of open_data; settings: of `stream`; values: of the masks, () = no patch
-    probe; patch: patch size of the raw-pixel baseline. Returns: results {split: {probe name: metrics}}, found {split:
-    dict of `gather`, for test splits with probs [N,c] of the linear probe}.
+    Args: data: of open_data; settings: of `stream`; values: of the masks, () = no patch probe; patch: patch size of the
+    raw-pixel baseline. Returns: results {split: {probe name: metrics}}, found {split: dict of `gather`, for test splits
+    with probs [N,c] of the linear probe}.
     """
     raw = backbone is None                                     # raw pixels have no CLS token, and suffice at 32 px
     whole = dict(settings, size=min(32, settings["size"])) if raw else settings
@@ -355,15 +355,12 @@ def tabulate(networks, split, mask_names):
 
 def draw(networks, found, split, data, intensity_range, stem):
     """The pictures of one test split: maps of the features (at most four: raw pixels, the start, and the last two
-    kinds of run), and of the last network the confusion matrix, nearest neighbours and training curves.
+    kinds of run), and of the last network the confusion matrix and nearest neighbours.
 
     Args: networks: with 'map' {split: features}; found: of `measure`, of the last network; stem: of the files' names.
     """
     last, name = networks[-1], os.path.basename(stem)
     title = f"{last['model']}, {last['adaptation']}: {name}, {split}"
-    if "start" in last:
-        records = [json.loads(line) for line in open(os.path.join(last["name"], "log.jsonl"))]
-        pictures.curves_picture(f"{stem}-curves.png", records, f"training of {last['name']}")
     train, test = found["train"], found[split]
     if test["labels"].ndim == 2:
         return                                                 # several labels per image: no colour, no confusion
@@ -432,10 +429,8 @@ def open_data(config):
     if train.labels is None:
         raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a sub-folder per class")
     if "val" in splits:
-        rows = np.random.default_rng(seed).permutation(len(train))
-        n_val = max(1, len(train) // 10)
-        val, train = (train.subset(np.sort(part), "train") for part in (rows[:n_val], rows[n_val:]))
-        notes.append(f"val is measured, so {n_val} images of train (seed {seed}) pick the probe's penalty")
+        train, val = (train.subset(rows, "train") for rows in cut_tenth(len(train), seed))
+        notes.append(f"val is measured, so {len(val)} images of train (seed {seed}) pick the probe's penalty")
     else:
         val = open_split("val")
         if "val" not in train.splits:
@@ -461,8 +456,8 @@ def main(sources):
     train, tests = data["train"], [split for split in data if split not in ("train", "tune")]
     values, mask_names = (), []
     if all(dataset.masks is not None for dataset in data.values()):
-        masks = [mask for mask in (train[i][1] for i in range(len(train))) if mask is not None]
-        values = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+        masks = (train.masks[i] for i in range(len(train)))    # of the masks alone: an image is slow to decode
+        values = np.unique(np.concatenate([np.unique(mask) for mask in masks if mask is not None]))
         mask_names = [train.mask_names[v] if v < len(train.mask_names) else f"mask value {v}" for v in values]
         if not 2 <= len(values) <= 32:
             notes.append(f"masks have {len(values)} different values, which are no classes: no patch probe")
@@ -471,11 +466,7 @@ def main(sources):
     print("\n".join(notes), flush=True)
 
     # ---- every network, one at a time; before the first one the raw pixels, in its patches ----
-    workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) - 1))
-    rows = []
-
-    def autocast():
-        return torch.autocast(run_device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+    workers, autocast, rows = loader_workers(num_workers), autocast_for(run_device, mixed_precision), []
 
     def record(network, backbone, settings, patch):
         network["results"], found = measure(backbone, data, settings, values, patch)
@@ -515,6 +506,9 @@ def main(sources):
     folder = os.path.join(out_dir or (run if len(names) == 1 and run else "out/evaluate"), "results")
     stem = os.path.join(folder, os.path.splitext(os.path.basename(train.name.rstrip("/")))[0])
     os.makedirs(folder, exist_ok=True)
+    if generate_pictures and "start" in network:               # the last one is a run
+        records = [json.loads(line) for line in open(os.path.join(network["name"], "log.jsonl"))]
+        pictures.curves_picture(f"{stem}-curves.png", records, f"training of {network['name']}")
     text = f"# {os.path.basename(stem)}\n\n" + "".join(f"- {note}\n" for note in notes)
     for split in tests:
         text += f"\n## {split}, {len(data[split])} images\n\n{tabulate(rows, split, mask_names)}"

@@ -25,8 +25,8 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, input_settings, load_dataset
-from distributed import (all_reduce_max, all_reduce_mean, barrier, cleanup, gather_objects, is_main, main_first,
-                         memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
+from distributed import (all_reduce_max, all_reduce_mean, autocast_for, barrier, cleanup, gather_objects, is_main,
+                         loader_workers, main_first, memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, blocks, forward_features,
@@ -442,7 +442,7 @@ def main(sources):
                            on_bad_image)
     order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), iteration,
                        max_iterations, seed, shuffle)
-    workers = num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
+    workers = loader_workers(num_workers)
     loader = DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
                         pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c)
     preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
@@ -474,9 +474,7 @@ def main(sources):
             if wandb:
                 wandb.log(record, step=record["iteration"])
 
-    def autocast():                                            # a fresh region each time: EMATeacher.teacher_weights
-        half = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
-        return torch.autocast(run_device.type, half, enabled=mixed_precision != "no")
+    autocast = autocast_for(run_device, mixed_precision)
 
     def limited(data):
         if eval_max_images == 0 or len(data) <= eval_max_images:
