@@ -1,15 +1,19 @@
 """Data sets: MedMNIST by name, .npz files, image folders, the embedded phantom; and the order a run reads them in.
 
 Pixels stay what they are: uint8, 16-bit, Hounsfield units, float; one to many channels. Whatever comes in an archive is
-unpacked once into .npy files in a cache and memory-mapped from there, so that all ranks and workers share the pages.
-Nothing is unpickled, downloads are checked by MD5, archives and downloads appear under their name only when complete.
+unpacked once into .npy files in a cache and memory-mapped from there, so that all ranks and workers share the pages;
+so is the list of a folder's files. Nothing is unpickled, downloads are checked by MD5, and what is put into the cache
+appears under its name only when complete.
 """
+import contextlib
+import glob
 import hashlib
 import http.client
 import json
 import os
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -27,6 +31,7 @@ from phantom import PHANTOM_CLASSES, make_phantom
 
 MEDMNIST = json.load(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "medmnist.json")))
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy", ".dcm")
+MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
 SPLITS = ("train", "val", "test")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)      # refused, not decoded
 
@@ -79,19 +84,6 @@ def _load_dicom(path):
     return np.rint(image).astype(np.int16) if np.abs(image).max() < 2**15 else image.astype(np.float32)
 
 
-class ImageFiles:
-    """A list of image files that behaves like an array of images: len() and [i] -> [H,W,C]; '' stands for no file."""
-
-    def __init__(self, paths, num_channels=0, as_mask=False):
-        self.paths, self.num_channels, self.as_mask = paths, num_channels, as_mask
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return load_image(self.paths[i], self.num_channels, self.as_mask) if self.paths[i] else None
-
-
 class Sendable:
     """Can go to spawned workers: a memory map would be pickled by content, so its file name travels in its place."""
 
@@ -103,6 +95,26 @@ class Sendable:
         for key, value in state.items():
             mapped = isinstance(value, tuple) and value[:1] == ("mapped",)
             self.__dict__[key] = np.load(value[1], mmap_mode="r") if mapped else value
+
+
+class ImageFiles(Sendable):
+    """Files below a folder that behave like an array of images: len() and [i] -> [H,W,C], None for no file.
+
+    names: [N] of bytes, relative to root, b"" for no file. Not a list of strings: a million of those are 100 MB, in
+    every worker, for python counts references inside each string that it touches; an array is only read.
+    """
+
+    def __init__(self, root, names, num_channels=0, as_mask=False):
+        self.root, self.names, self.num_channels, self.as_mask = root, names, num_channels, as_mask
+
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, i):
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def __getitem__(self, i):
+        return load_image(self.path(i), self.num_channels, self.as_mask) if self.names[i] else None
 
 
 class Rows(Sendable):
@@ -152,7 +164,7 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         images, row = self.images, i
         while isinstance(images, Rows):
             images, row = images.items, images.rows[row]
-        return images.paths[row] if isinstance(images, ImageFiles) else f"{self.name}, {self.split} image {row}"
+        return images.path(row) if isinstance(images, ImageFiles) else f"{self.name}, {self.split} image {row}"
 
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
@@ -187,7 +199,7 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
             _map_array(os.path.join(folder, f"{what}_names.npy")) for what in ("class", "mask")))
         read = _read_arrays(folder)
     elif os.path.isdir(dataset_path):
-        read, splits, class_names = _scan_folder(dataset_path, num_channels)
+        read, splits, class_names = _scan_folder(dataset_path, num_channels, cache_dir)
     else:
         raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', "
                         f"a MedMNIST name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
@@ -256,6 +268,9 @@ def _make_folder(folder, fill):
     temporary = tempfile.mkdtemp(prefix="part-", dir=os.path.dirname(folder))
     try:
         fill(temporary)
+        for file in os.listdir(temporary):                      # on the disk before the name is: power may fail
+            with open(os.path.join(temporary, file), "rb") as written:
+                os.fsync(written.fileno())
         os.rename(temporary, folder)
     except OSError:
         if not os.path.isdir(folder):                           # else another process was faster with the same content
@@ -350,59 +365,113 @@ def _phantom_arrays(cache_dir, size):
 
 # ---- folders of images ----
 
-def _first_channels(paths, num_channels):
-    """Channels of the first file that can be read; what is wrong with the others shows when they are."""
-    problem = None
-    for path in paths[:100]:
-        try:
-            return load_image(path, num_channels).shape[2]
-        except UserError as error:
-            problem = problem or error
-    if problem:
-        raise problem
-    return num_channels                                         # no files at all: load_dataset says so
+def _times(directories):
+    """When each directory last changed (an entry added, removed, renamed; its mode), [n] int64 ns; 0: there is none.
+    Of both its times, as copying tools set the first one back."""
+    stats = (os.stat(path) if os.path.isdir(path) else None for path in directories)
+    return np.array([max(s.st_mtime_ns, s.st_ctime_ns) if s else 0 for s in stats], dtype=np.int64)
 
 
-def _scan_folder(root, num_channels):
-    """(read, splits, class_names) of a folder of image files; a file's class is the first folder on its way."""
+def _list_folder(root):
+    """Walk through a folder of image files; a file's class is the first folder on its way. Returns a dict of arrays:
+
+    {split}_images [N] of bytes, names below root, sorted; class_names, of no element unless all files of all splits lie
+    in folders, else with {split}_labels [N] int64; {split}_masks [N] of bytes where there is masks/ beside images/, b""
+    for none, of no element where no image has one; directories, of bytes: all that were looked at.
+    """
     splits = [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
-    tops = {split: os.path.join(root, split) for split in splits} or {"train": root}
-    found = {}
-    for split, top in tops.items():
+    found, directories = {}, [root]
+    for split in splits or ["train"]:
+        top = os.path.join(root, split) if splits else root
         # images/ with or without masks/ beside it is a place, not a class
         pictures = os.path.join(top, "images") if os.path.isdir(os.path.join(top, "images")) else top
-        found[split] = (top, pictures, sorted(
-            os.path.relpath(os.path.join(folder, file), pictures) for folder, _, files in os.walk(pictures)
-            for file in files if file.lower().endswith(EXTENSIONS)))
-    everything = [file for _, _, files in found.values() for file in files]
-    if not everything:
+        masks_top = os.path.join(top, "masks") if pictures != top else ""
+        found[split] = images, masks, classes = [], [] if os.path.isdir(masks_top) else None, []
+        directories.append(top)
+        for folder, _, files in os.walk(pictures):
+            directories.append(folder)
+            files = [file for file in files if file.lower().endswith(EXTENSIONS)]
+            images += [os.fsencode(os.path.join(folder[len(root) + 1:], file)) for file in files]
+            classes += [folder[len(pictures) + 1:].split(os.sep)[0]] * len(files)          # "" for a file at the top
+            if masks is not None:                              # one listing: to ask for every candidate takes minutes
+                beside = masks_top + folder[len(pictures):]
+                directories.append(beside)
+                there = set(os.listdir(beside)) if os.path.isdir(beside) else ()
+                for stem in (os.path.splitext(file)[0] for file in files):
+                    name = next((stem + ending for ending in MASK_EXTENSIONS if stem + ending in there), "")
+                    masks.append(os.fsencode(os.path.join(beside[len(root) + 1:], name) if name else ""))
+    names = sorted({name for _, _, classes in found.values() for name in classes})
+    names = [] if "" in names else names                       # where some files lie at the top, there are no classes
+    number, index = {name: i for i, name in enumerate(names)}, dict(class_names=np.array(names, dtype=str))
+    index["directories"] = np.array([os.fsencode(path) for path in directories])
+    for split, (images, masks, classes) in found.items():
+        order = np.argsort(np.array(images, dtype=bytes), kind="stable")
+        index[f"{split}_images"] = np.array(images, dtype=bytes)[order]
+        if masks is not None:
+            index[f"{split}_masks"] = np.array(masks, dtype=bytes)[order if any(masks) else []]
+        if names:
+            index[f"{split}_labels"] = np.array([number[name] for name in classes], dtype=np.int64)[order]
+    return index
+
+
+def _folder_index(root, cache_dir):
+    """_list_folder(root), kept in the cache and memory-mapped from there as long as no directory changes.
+
+    To ask a thousand directories for their times takes milliseconds; to list their million files seconds, on a network
+    disk minutes. Each state of a folder gets an index of its own, as a run may still read the one before. Where the
+    cache cannot be written, there is none.
+    """
+    root = os.path.abspath(root)
+    start = os.path.join(cache_dir, f"{os.path.basename(root)}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}")
+
+    def mapped(folder):
+        return {file[:-4]: _map_array(os.path.join(folder, file)) for file in os.listdir(folder)}
+
+    def fill(temporary):
+        for name, array in index.items():
+            np.save(os.path.join(temporary, f"{name}.npy"), array)
+    for folder in glob.glob(f"{glob.escape(start)}-*"):
+        if np.array_equal((index := mapped(folder))["times"], _times(index["directories"])):
+            return index
+    began, index = time.time_ns(), _list_folder(root)
+    index["times"] = _times(index["directories"])
+    # clocks of disks are coarse: what changed within two seconds before the walk may change again at the same time
+    if index["times"].max() < began - 2 * 10**9:
+        with contextlib.suppress(OSError):
+            return mapped(_make_folder(f"{start}-{hashlib.sha256(index['times'].tobytes()).hexdigest()[:12]}", fill))
+    return index
+
+
+def _first_channels(files):
+    """Channels of the first file that can be read; what is wrong with the others shows when they are."""
+    for i in range(min(100, len(files))):
+        with contextlib.suppress(UserError):
+            return files[i].shape[2]
+    return files[0].shape[2] if len(files) else 0               # raises; no files at all: load_dataset says so
+
+
+def _scan_folder(root, num_channels, cache_dir):
+    """(read, splits, class_names) of a folder of image files."""
+    index = _folder_index(root, cache_dir)
+    splits = [split for split in SPLITS if f"{split}_images" in index]
+    if sum(len(index[f"{split}_images"]) for split in splits) == 0:
         raise UserError(f"dataset_path={root!r}: no images; "
                         f"looked for files ending in {', '.join(EXTENSIONS)} in it and below")
-    # a class needs a folder: where some files lie at the top, there are no classes
-    all_in_folders = all(os.sep in file for file in everything)
-    class_names = sorted({file.split(os.sep)[0] for file in everything}) if all_in_folders else []
-    number = {name: i for i, name in enumerate(class_names)}
 
     def read(split):
-        top, pictures, files = found[split]
-        paths = [os.path.join(pictures, file) for file in files]
-        native = _first_channels(paths, 0)
+        files, masks = ImageFiles(root, index[f"{split}_images"]), index.get(f"{split}_masks")
+        native = _first_channels(files)
         if 0 < num_channels < native:                           # grey may be asked for as RGB, not the reverse
             raise UserError(f"dataset_path={root!r}: images have {native} channel(s), num_channels={num_channels}; "
                             "set --num_channels=0 to take what the data has")
-        channels = _first_channels(paths, num_channels) if num_channels else native
-        masks = None
-        if os.path.isdir(os.path.join(top, "masks")) and pictures != top:
-            stems = [os.path.join(top, "masks", os.path.splitext(file)[0]) for file in files]
-            endings = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
-            candidates = [next((stem + e for e in endings if os.path.isfile(stem + e)), "") for stem in stems]
-            if not any(candidates):
-                raise UserError(f"{top}/masks: no file there is named like an image in {pictures}; "
-                                "a mask of a.jpg is a.png or a.npy")
-            masks = ImageFiles(candidates, as_mask=True)
-        labels = np.array([number[file.split(os.sep)[0]] for file in files], dtype=np.int64) if class_names else None
-        return ImageFiles(paths, channels), labels, masks
-    return read, list(tops), class_names
+        files.num_channels = num_channels or native
+        _first_channels(files)                                  # as many as asked for, or it says why not
+        if masks is not None and len(masks) < len(files):
+            raise UserError(f"dataset_path={root!r}, split {split!r}: no file in masks/ is named like an image in "
+                            "images/; a mask of a.jpg is a.png or a.npy")
+        masks = None if masks is None else ImageFiles(root, masks, as_mask=True)
+        return files, index.get(f"{split}_labels"), masks
+    return read, splits, index["class_names"].tolist()
 
 
 # ---- what a run reads, and when ----

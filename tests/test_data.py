@@ -3,6 +3,7 @@ reading: a function of (seed, sample number), whatever the number of ranks, work
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -252,6 +253,147 @@ def test_masks_of_any_kind_keep_what_is_labelled(load, tmp_path):
     dataset = load(tmp_path / "set")
     for i in range(6):
         assert ((dataset[i][1] > 0) == (label > 0)).all(), i
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """The clock an hour ahead: what a test has just written counts as old, so that its index is kept."""
+    clock = data.time.time_ns
+    monkeypatch.setattr(data.time, "time_ns", lambda: clock() + 3600 * 10**9)
+
+
+def plain_listing(root, split):
+    """(paths, labels, class names, masks) of a folder, as the README describes them, by looking at every file."""
+    def below(split):
+        top = root / split if (root / "train").is_dir() else root
+        pictures = top / "images" if (top / "images").is_dir() else top
+        return top, pictures, sorted((path for path in pictures.rglob("*") if path.suffix.lower() in data.EXTENSIONS
+                                      and not path.is_dir()), key=str)
+    splits = [split for split in data.SPLITS if (root / split).is_dir()] or ["train"]
+    firsts = [path.relative_to(pictures).parts for _, pictures, paths in map(below, splits) for path in paths]
+    names = sorted({parts[0] for parts in firsts}) if all(len(parts) > 1 for parts in firsts) else []
+    top, pictures, paths = below(split)
+    masks = None
+    if pictures != top and (top / "masks").is_dir():
+        masks = [next((str(mask) for ending in (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg") if
+                       (mask := (top / "masks" / path.relative_to(pictures)).with_suffix(ending)).is_file()), None)
+                 for path in paths]
+    labels = [names.index(path.relative_to(pictures).parts[0]) for path in paths] if names else None
+    return [str(path) for path in paths], labels, names, masks
+
+
+def listing(root, cache_dir, split="train"):
+    read, _, class_names = data._scan_folder(str(root), 0, str(cache_dir))
+    images, labels, masks = read(split)
+    return ([images.path(i) for i in range(len(images))], None if labels is None else labels.tolist(), class_names,
+            None if masks is None else [masks.path(i) if masks.names[i] else None for i in range(len(masks))])
+
+
+LAYOUTS = {
+    "flat": ["b.png", "a.PNG", "a-1.png", "a/c.png", "a.b.png", "notes.txt"],
+    "classes": ["x/1.png", "x/deep/er/2.png", "x-1/3.png", "\u00fc/\u65e5.png", "y/.hidden.png", "y/no.gif"],
+    "splits": ["train/x/1.png", "train/y/2.png", "val/x/1.png", "test/z/1.png", "other/1.png"],
+    "a split with files at the top": ["train/x/1.png", "val/1.png"],
+    "masks": ["images/1.png", "images/1.b.png", "images/p/1.png", "images/p/3.png", "images/q/1.png", "masks/1.npy",
+              "masks/1.png", "masks/1.b.tif", "masks/p/3.bmp", "masks/r/1.png", "other/1.png"],
+    "masks in splits": ["train/images/x/1.png", "train/masks/x/1.jpg", "val/images/x/1.png"]}
+
+
+@pytest.mark.parametrize("files", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_the_index_says_what_is_in_a_folder(tmp_path, settled, files):
+    for file in files:
+        save(tmp_path / "set" / file.replace("txt", "png").replace("gif", "png"), np.zeros((4, 4), np.uint8))
+        if not file.endswith((".txt", ".gif")):
+            continue
+        (tmp_path / "set" / file.replace("txt", "png").replace("gif", "png")).rename(tmp_path / "set" / file)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path)         # a folder elsewhere is not followed: it could be a loop
+    splits = [split for split in data.SPLITS if (tmp_path / "set" / split).is_dir()] or ["train"]
+    for cache in ("/dev/null/x", tmp_path / "cache", tmp_path / "cache"):      # without a cache, built, from the cache
+        for split in splits:
+            assert listing(tmp_path / "set", cache, split) == plain_listing(tmp_path / "set", split)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_index_is_used_until_a_directory_changes(load, tmp_path, settled, monkeypatch):
+    root, walks, walk = tmp_path / "set", [], data._list_folder
+    monkeypatch.setattr(data, "_list_folder", lambda root: walks.append(root) or walk(root))
+    for name in ("images/a/deep/1", "images/b/1", "images/b/2", "images/b/3", "masks/a/deep/1"):
+        save(root / f"{name}.png", np.zeros((4, 4), np.uint8))
+
+    def check(n_walks):
+        assert listing(root, tmp_path / "cache") == plain_listing(root, "train")
+        assert len(walks) == n_walks
+    check(1)
+    check(1)
+    times = [(folder, os.stat(folder).st_mtime_ns) for folder, _, _ in os.walk(root)]
+    changes = [lambda: save(root / "images" / "a" / "deep" / "2.png", np.zeros((4, 4), np.uint8)),
+               lambda: save(root / "masks" / "b" / "2.png", np.zeros((4, 4), np.uint8)),
+               lambda: (root / "images" / "a" / "deep" / "1.png").rename(root / "images" / "a" / "deep" / "3.png"),
+               lambda: (root / "images" / "a" / "deep").rename(root / "images" / "a" / "deeper"),
+               lambda: (root / "images" / "b" / "1.png").unlink(),
+               lambda: (root / "masks" / "b" / "2.png").rename(root / "masks" / "b" / "3.png"),
+               lambda: (root / "masks").rename(root / "masques")]
+    for number, change in enumerate(changes, start=2):
+        change()
+        for folder, time in times:                             # as copying tools do
+            if os.path.isdir(folder):
+                os.utime(folder, ns=(time, time))
+        check(number)
+        check(number)
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(root / "images" / "b" / "2.png")       # another content, no other name
+    assert load(root, "val")[0][0].max() in (0, 1) and len(walks) == len(changes) + 1
+
+
+def test_an_index_of_a_folder_that_is_being_written_is_not_kept(tmp_path):
+    for i in range(3):
+        save(tmp_path / "set" / f"{i}.png", np.zeros((4, 4), np.uint8))
+        assert len(listing(tmp_path / "set", tmp_path / "cache")[0]) == i + 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_half_an_index_is_never_used(tmp_path, settled, monkeypatch):
+    """Killed at any array: what is left is not found under the index's name, and the next start makes a whole one."""
+    for name in ("x/1", "y/2"):
+        save(tmp_path / "set" / f"{name}.png", np.zeros((4, 4), np.uint8))
+    write, written = np.save, []
+
+    def killed(path, array):
+        if len(written) == limit:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, array)
+    monkeypatch.setattr(data.np, "save", killed)
+    monkeypatch.setattr(data.shutil, "rmtree", lambda *_, **__: None)          # kill -9: nothing is tidied up
+    for limit in range(5):
+        written.clear()
+        with pytest.raises(KeyboardInterrupt):
+            listing(tmp_path / "set", tmp_path / "cache")
+    assert all(folder.name.startswith("part-") for folder in (tmp_path / "cache").iterdir())
+    limit = 99
+    assert listing(tmp_path / "set", tmp_path / "cache") == plain_listing(tmp_path / "set", "train")
+
+
+def test_processes_that_start_together_make_one_index(tmp_path, settled):
+    for i in range(200):
+        save(tmp_path / "set" / f"c{i % 2}" / f"{i}.png", np.zeros((4, 4), np.uint8))
+    caches = [tmp_path / "caches" / str(i) for i in range(8)]
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.starmap(listing, [(tmp_path / "set", cache) for cache in caches for _ in range(3)], chunksize=1)
+    assert found == [plain_listing(tmp_path / "set", "train")] * 24
+    assert [len(list(cache.iterdir())) for cache in caches] == [1] * 8
+
+
+def test_spawned_workers_map_the_index(load, tmp_path, settled):
+    for i in range(600):
+        path = tmp_path / "set" / ("train" if i % 2 else "val") / "one" / f"{i:0100d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"") if i > 1 else save(path, np.full((4, 4), i, np.uint8))
+    train = load(tmp_path / "set")
+    sent = pickle.dumps(train)
+    assert isinstance(train.images.names, np.memmap) and len(sent) < 2000 < 100 * len(train)
+    arrived = pickle.loads(sent)
+    assert isinstance(arrived.images.names, np.memmap) and (arrived.labels == 0).all()
+    assert [arrived.path(i) for i in range(300)] == [train.path(i) for i in range(300)] and arrived[0][0].max() == 1
 
 
 # ---- one image ----
@@ -618,7 +760,7 @@ def test_a_folder_of_bad_images_ends(load, tmp_path):
     for i in range(3):
         (tmp_path / "set" / f"{i}.png").write_bytes(b"no png")
     wrong(load, r"\d\.png: cannot be read", tmp_path / "set")
-    files = data.ImageFiles([str(tmp_path / "set" / f"{i}.png") for i in range(3)], 1)
+    files = data.ImageFiles(tmp_path / "set", [f"{i}.png" for i in range(3)], 1)
     bad = crop_set(Dataset(files), on_bad_image="skip")
     assert "cannot be read" in bad[0, 0]["error"]
 
