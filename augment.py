@@ -68,6 +68,11 @@ def center_square(image):
     return image[top:top + side, left:left + side]
 
 
+def labelled(mask, classes=()):
+    """Where a mask [H,W] shows what is looked for, [H,W] bool: its value is one of classes, or () anything but 0."""
+    return np.isin(mask, classes) if len(classes) else mask != 0
+
+
 class MultiCrop:
     """Cuts crops of one image: V large ones for student and teacher, L small ones for the student alone (SwAV, DINO).
 
