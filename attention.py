@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from augment import Photometrics, labelled, resize
+from augment import Photometrics, is_labelled, resize
 from configurator import UserError, describe, list_keys, one_line_errors, override
 from data import EXTENSIONS, Dataset, ImageFiles, load_dataset, load_image
 from detection import detect, detection_metrics, labelled_patches, patch_metrics, pool_detections
@@ -154,7 +154,7 @@ def look(backbone, dataset, reading, classes, rows=None):
         image, mask = dataset[i]
         pixels = network_input(image, reading["size"], patch, reading)
         attention.append(cls_attention(backbone, pixels.to(its_device))[0].cpu())
-        truths.append(None if mask is None else labelled_patches(labelled(mask, classes), attention[-1].shape[1:]))
+        truths.append(None if mask is None else labelled_patches(is_labelled(mask, classes), attention[-1].shape[1:]))
         brightest.append(F.max_pool2d(pixels.mean(dim=1), patch)[0].numpy())
     return attention, truths, brightest
 
@@ -265,7 +265,7 @@ def draw(network, dataset, rows, reading, classes, folder):
         image, mask = dataset[i]
         picture = pictures.to_picture(image, reading["intensity_range"])
         attention = network["attention"][j]                                                # [heads,h,w]
-        truth = None if mask is None else labelled(mask, classes)
+        truth = None if mask is None else is_labelled(mask, classes)
 
         def tile(under):
             under = pictures.to_picture(under, side=side)
