@@ -294,13 +294,14 @@ def draw(network, dataset, rows, reading, classes, folder):
         heads = [(tile(picture), name, None)]
         heads += [(pictures.overlay(picture, scaled(x.numpy(), ()), side),
                    f"head {n}\n{x.sum():.0%}, peak {x.max():.3f}", None) for n, x in enumerate(attention)]
-        width = 5 if len(heads) <= 10 else 7
+        width = 4 if len(heads) <= 8 else 7
         pictures.contact_sheet(
             os.path.join(folder, f"{name}-heads.png"), [heads[k:k + width] for k in range(0, len(heads), width)],
             f"Every head of the last block: {title}\nper cent = attention on patches, the rest is on CLS"
             f" and registers{outlined}", side, scale=("least", "largest of the head", "attention of CLS"))
     pictures.contact_sheet(
         os.path.join(folder, "sheet.png"), sheet, f"Attention of {title}\n"
+        "black to white: pixels of {:g} to {:g}; ".format(*reading["intensity_range"]) +
         f"regions (white): heat = {network['heat']}, from {low_threshold}, one patch at {high_threshold}{outlined}",
         side, ["image", "mean of the heads", "heads, 1st component", "3 components, RGB", "patch features, PCA",
                "regions"], ("least", "largest of the image", "attention of CLS to the patches"))

@@ -6,13 +6,16 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import (cls_attention, clusters, detect, detection_metrics, labelled_patches, patch_metrics, pca_heads,
-                       pool_detections)
+from attention import cls_attention, detect, detection_metrics, pca_heads
+from configurator import UserError, override
+from data import load_dataset
+from detection import clusters, labelled_patches, patch_metrics, pool_detections
 from model import FAMILIES, add_lora, core
 from phantom import make_phantom
-from probes import average_precision
+from probes import average_precision, weighted_auc
 from tests_support import load_script
 
 
@@ -214,3 +217,85 @@ def test_average_precision_against_scikit_learn():
     scores, positive = rng.integers(0, 20, 300) / 20, rng.random(300) < 0.2                # with many ties
     assert average_precision(scores, positive) == pytest.approx(metrics.average_precision_score(positive, scores))
     assert math.isnan(average_precision(scores, np.zeros(300, bool)))
+
+
+# ---- the script ----
+
+def look(*argv):
+    module = load_script("attention")
+    module.main(override(vars(module), module.config_keys, list(argv)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two seeds of a two-iteration run on a phantom of 40 pixels, saved as a user's .npz; and that file."""
+    root = tmp_path_factory.mktemp("see")
+    arrays = {}
+    for split, n, seed in (("train", 16, 0), ("val", 12, 1), ("test", 12, 2)):
+        arrays.update({f"{split}_{key}": value for key, value in make_phantom(n, 40, seed).items()})
+    np.savez(root / "phantom40.npz", **arrays)
+    for seed in (0, 1):
+        train = load_script("train")
+        train.main(override(vars(train), train.config_keys, [
+            f"--dataset_path={root}/phantom40.npz", f"--out_dir={root}/lg{seed}", f"--cache_dir={root}/cache", f"--seed={seed}",
+            "--use_pretrained=false", "--model_type=dinov2_with_registers", "--hidden_size=24", "--num_hidden_layers=2",
+            "--num_attention_heads=3", "--patch_size=8", "--num_register_tokens=2", "--global_crops_size=40",
+            "--local_crops_size=16", "--local_crops_number=1", "--label_guided_crops_number=2", "--dino_head_out_dim=32",
+            "--head_hidden_dim=16", "--head_bottleneck_dim=8", "--global_batch_size=8", "--max_iterations=2",
+            "--warmup_iterations=1", "--num_workers=0", "--device=cpu", "--intensity_range=-100,900"]))
+    return root
+
+
+def test_detection_of_two_seeds_and_the_brightest_patch(trained, capsys):
+    look(f"--run={trained}/lg*", "--detection=true", f"--out_dir={trained}/out", f"--cache_dir={trained}/cache", "--n_images=2",
+         "--device=cpu")
+    assert sorted(os.listdir(trained / "out")) == ["detection.json", "detection.md", "sheet.png", "test-0000-heads.png",
+                                                   "test-0001-heads.png"]
+    table, result = (trained / "out/detection.md").read_text(), json.load(open(trained / "out/detection.json"))
+    assert "brightest patch" in table and "lg, 2 seeds" in table and "| True positives" in table and "nan" not in table
+    networks = {network["name"]: network for network in result["networks"]}
+    assert len(networks) == 5                                 # brightest patch, two starts, two runs
+    test = load_dataset(f"{trained}/phantom40.npz", "test", cache_dir=f"{trained}/cache")
+    truth = np.stack([labelled_patches(np.array(mask), (5, 5)) for mask in test.masks])
+    bright = np.array(test.images).clip(-100, 900).reshape(12, 5, 8, 5, 8).max(axis=(2, 4))
+    expected = weighted_auc(bright.ravel().astype(float), truth.ravel(), np.ones((1, truth.size)))[0]
+    assert networks["brightest patch"]["results"]["patches"]["auroc"] == pytest.approx(expected)
+    for network in networks.values():
+        totals, lesions = network["results"]["all"]["micro"], sum(len(clusters(t)) for t in truth)
+        assert totals["tp"] + totals["fn"] == lesions and len(network["images"]) == 12
+        assert totals["tp"] + totals["fp"] == sum(len(image["regions"]) for image in network["images"])
+        assert "F1 on val" in network["chosen"]
+        for image in network["images"]:
+            assert all(0 <= left < right <= 1 and 0 <= top < bottom <= 1 and score >= 0.7 for left, top, right, bottom, score in
+                       ((*region["box"], region["score"]) for region in image["regions"]))
+
+
+def test_pictures_of_files_of_any_size(trained, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for i, shape in enumerate(((30, 50), (64, 33))):
+        image = make_phantom(1, 64, i)["images"][0][:shape[0], :shape[1]]
+        np.save(tmp_path / f"scan{i}.npy", image)
+        Image.fromarray((image > 300).astype(np.uint8) * 255).save(tmp_path / "masks" / f"scan{i}.png")
+    look(f"--run={trained}/lg0", f"--images={tmp_path}", f"--masks={tmp_path}/masks", f"--out_dir={tmp_path}/out", "--heat=head2",
+         "--device=cpu")
+    assert sorted(os.listdir(tmp_path / "out")) == ["scan0-heads.png", "scan1-heads.png", "sheet.png"]
+    pixels = np.asarray(Image.open(tmp_path / "out/sheet.png")).astype(int)
+    assert (pixels == (0, 229, 255)).all(axis=2).sum() > 100   # the outline of the masks
+    # one file, released weights: those of the run stand in
+    look(f"--model_type={trained}/lg0/checkpoints/last/hf", f"--images={tmp_path}/scan0.npy", f"--out_dir={tmp_path}/one",
+         "--image_size=80", "--device=cpu")
+    assert sorted(os.listdir(tmp_path / "one")) == ["scan0-heads.png", "sheet.png"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "nothing to look at: give --run"), (["--heat=heads"], "heat='heads': choose mean, pca, head0"),
+    (["--run={root}/lg0", "--heat=head3"], "has 3 heads, head0 to head2"),
+    (["--run={root}/lg0", "--images={root}/no"], "no: no such file or folder"),
+    (["--run={root}/lg0", "--low_threshold=0.8"], "0 <= low <= high <= 1"),
+    (["--run={root}/lg0", "--images={root}/lg0"], "no image; looked for files ending in"),
+    (["--run={root}/lg0", "--split=validation"], "has no split 'validation'"),
+    (["--model_type={root}/lg0/checkpoints/last/hf"], "add --images=... or --dataset_path")])
+def test_bad_input_is_one_clear_error(trained, argv, message):
+    argv = [flag.format(root=trained) for flag in argv] + ([] if not argv or "lg0" in str(argv) else [f"--run={trained}/lg0"])
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        look(*argv, f"--out_dir={trained}/bad", f"--cache_dir={trained}/cache")
