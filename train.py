@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment import PRESETS, MultiCrop, Photometrics, save_samples
+from augment import PRESETS, MultiCrop, Photometrics, is_labelled, save_samples
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
@@ -332,6 +332,11 @@ def main(sources):
     if label_guided_crops_number and train_set.masks is None:
         raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; "
                         "set it to 0")
+    if label_guided_crops_number:
+        some = [train_set.masks[i] for i in range(0, len(train_set), math.ceil(len(train_set) / 100))]
+        n_labelled = sum(mask is not None and is_labelled(mask, label_guided_classes).any() for mask in some)
+        say(f"label-guided crops: {n_labelled} of {len(some)} masks looked at show "
+            f"{label_guided_classes or 'a label'}; images without get random crops")
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range, mean, std, stats_from = input_settings(train_set, expected, intensity_range, image_mean, image_std,
                                                         seed, on_bad_image)
