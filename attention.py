@@ -131,12 +131,12 @@ def scaled(heatmap, scale):
     return ((heatmap - low) / (high - low if high > low else 1)).clip(0, 1)
 
 
-def network_input(image, size, patch, reading):
-    """An image [H,W,C] as the network sees it, [1,C,H',W']: the whole of it, its shorter side at `size`, each side
-    rounded to the next multiple of the patch size: nothing is cut off or padded, the aspect changes by half a patch."""
+def resized(image, size, patch):
+    """An image [H,W,C] at the network's size, [1,C,H',W'], its own dtype: the whole of it, shorter side at `size`,
+    each side rounded to a multiple of the patch size: nothing is cut off or padded, the aspect changes by half a patch.
+    """
     shape = [max(1, round(side * size / min(image.shape[:2]) / patch)) * patch for side in image.shape[:2]]
-    photometrics = Photometrics("medical", reading["intensity_range"], reading["mean"], reading["std"])
-    return photometrics.plain(resize(image, shape)[None])
+    return resize(image, shape)[None]
 
 
 @torch.no_grad()
@@ -145,17 +145,18 @@ def look(backbone, dataset, reading, classes, rows=None):
 
     Args: backbone, reading: of evaluate.load_network; classes: mask values that count, () = all but 0; rows: which
     images, None = all. Returns: lists of attention [heads,h,w] on the CPU, truth [h,w] bool or None without a mask,
-    brightest [h,w] (the largest pixel of each patch, mean over channels: the baseline that needs no network).
+    brightest [h,w] (the largest pixel of each patch, mean over channels, no window: the baseline without a network).
     """
     attention, truths, brightest = [], [], []
+    photometrics = Photometrics("medical", reading["intensity_range"], reading["mean"], reading["std"])
     patch, its_device = backbone.config.patch_size, next(backbone.parameters()).device
     rows = range(len(dataset)) if rows is None else rows
     for i in tqdm(rows, desc=f"{dataset.split} attention", leave=False, disable=None):
         image, mask = dataset[i]
-        pixels = network_input(image, reading["size"], patch, reading)
-        attention.append(cls_attention(backbone, pixels.to(its_device))[0].cpu())
+        pixels = resized(image, reading["size"], patch)
+        attention.append(cls_attention(backbone, photometrics.plain(pixels.to(its_device)))[0].cpu())
         truths.append(None if mask is None else labelled_patches(is_labelled(mask, classes), attention[-1].shape[1:]))
-        brightest.append(F.max_pool2d(pixels.mean(dim=1), patch)[0].numpy())
+        brightest.append(F.max_pool2d(pixels.float().mean(dim=1), patch)[0].numpy())
     return attention, truths, brightest
 
 
@@ -217,7 +218,7 @@ def tabulate(networks):
     ratios_, counts = (("Precision", "precision"), ("Recall", "recall"), ("F1-score", "f1"),
                        ("Localization score", "localization")), \
         (("True positives", "tp"), ("False positives", "fp"), ("False negatives", "fn"))
-    names = [os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group])
+    names = [os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group]).rstrip("-_")
              + (f", {len(group)} seeds" if len(group) > 1 else "") for group in groups.values()]
     text = ""
     for which, title in (("lesions", "Images with a lesion"), ("all", "All images")):
@@ -234,7 +235,7 @@ def tabulate(networks):
         f"- {network['name']}: heat = {network['heat']}, "
         + ("each image from its least to its largest value" if not network["scale"] else
            "{:.4g} to {:.4g} is 0 to 1 in all images".format(*network["scale"])) + f"; {network['chosen']}\n"
-        for network in networks)
+        for network in networks) + "- brightest patch: the largest pixel of each patch, on the first network's grid\n"
 
 
 # ---- pictures ----
@@ -246,9 +247,10 @@ def draw(network, dataset, rows, reading, classes, folder):
     """
     side, patch, backbone = 200, network["backbone"].config.patch_size, network["backbone"]
     its_device = next(backbone.parameters()).device
+    photometrics = Photometrics("medical", reading["intensity_range"], reading["mean"], reading["std"])
     tokens, grids = [], []
     for i in rows:                                            # again, as maps and features come from different layers
-        pixels = network_input(dataset[i][0], reading["size"], patch, reading).to(its_device)
+        pixels = photometrics.plain(resized(dataset[i][0], reading["size"], patch).to(its_device))
         with torch.no_grad():
             tokens.append(final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels)))[1][0].cpu())
         grids.append((pixels.shape[-2] // patch, pixels.shape[-1] // patch))
