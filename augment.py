@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from pictures import outline
 
 # Strengths of the photometrics; edit here. rgb: DINO's main_dino.py. medical: measured on the phantom and on brain MRI.
 PRESETS = {
@@ -68,6 +69,11 @@ def center_square(image):
     return image[top:top + side, left:left + side]
 
 
+def is_labelled(mask, classes=()):
+    """Where a mask [H,W] shows what is looked for, [H,W] bool: its value is one of classes, or () anything but 0."""
+    return np.isin(mask, classes) if len(classes) else mask != 0
+
+
 class MultiCrop:
     """Cuts crops of one image: V large ones for student and teacher, L small ones for the student alone (SwAV, DINO).
 
@@ -79,22 +85,24 @@ class MultiCrop:
 
     def __init__(self, global_crops_size=224, global_crops_scale=(0.4, 1.0), global_crops_number=2, local_crops_size=96,
                  local_crops_scale=(0.1, 0.4), local_crops_number=8, label_guided_crops_number=0,
-                 label_guided_crops_scale=(0.02, 0.1), horizontal_flip=0.5, vertical_flip=0.5, gram_crops_size=0):
+                 label_guided_crops_scale=(0.02, 0.1), horizontal_flip=0.5, vertical_flip=0.5, gram_crops_size=0,
+                 label_guided_classes=()):
         self.globals = (global_crops_number, global_crops_size, global_crops_scale)
         self.locals = (local_crops_number, local_crops_size, local_crops_scale)
         self.guided = (label_guided_crops_number, local_crops_size, label_guided_crops_scale)
         self.horizontal_flip, self.vertical_flip = horizontal_flip, vertical_flip
         self.gram_crops_size = gram_crops_size                 # 0 = none, else the global crops once more at this size
+        self.classes = label_guided_classes                    # mask values that count; () = all but 0
 
     def __call__(self, image, mask, generator):
-        """Args: image [H,W,C], any real dtype; mask [H,W], non-zero = labelled, or None; generator: numpy or torch.
+        """Args: image [H,W,C], any real dtype; mask [H,W] or None; generator: numpy or torch.
 
         Returns: dict with global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image (guided crops
         last), global_seeds [V] and local_seeds [L] int64, from which photometric draws; with gram_crops_size also
         gram_crops [V,C,g,g]: the same boxes and flips as the global crops.
         """
         rng, shape = numpy_generator(generator), image.shape[:2]
-        labelled = np.argwhere(mask) if mask is not None and self.guided[0] else []
+        labelled = np.argwhere(is_labelled(mask, self.classes)) if mask is not None and self.guided[0] else []
 
         def places(number, _, scale, guided=False):
             boxes = [self.guided_box(shape, scale, labelled, rng) if guided and len(labelled) else
@@ -114,6 +122,12 @@ class MultiCrop:
             crops["gram_crops"] = cut(views, self.gram_crops_size)
         return crops
 
+    def of_label(self, shape, mask, generator):
+        """The crops of what an image's label shows (255, else 0): with the boxes and flips that __call__ draws from the
+        same generator, as they depend on the shape (H, W) and the mask alone. Args, returns: as __call__."""
+        label = np.zeros(shape, bool) if mask is None else is_labelled(mask, self.classes)
+        return self(label[..., None].astype(np.uint8) * 255, mask, generator)
+
     @staticmethod
     def random_box(shape, scale, rng):
         """(top, left, height, width) of a random resized crop; if ten boxes do not fit, the largest central one."""
@@ -129,7 +143,9 @@ class MultiCrop:
 
     @staticmethod
     def guided_box(shape, scale, labelled, rng):
-        """A square box that contains a random labelled pixel: centred on it, shifted by up to a quarter of its side."""
+        """A square box that contains a random labelled pixel: centred on it, shifted by up to a quarter of its side,
+        and back into the image at the border. Every pixel is as likely as any other (paper section 2.2.4), so of
+        several lesions the large ones get more crops. However small lesion and scale: 2 pixels a side at least."""
         height, width = shape
         y, x = labelled[rng.integers(len(labelled))]
         area, dy, dx = rng.random(3)
@@ -337,11 +353,14 @@ def block_mask(mask, target, rng, exact):
 
 # ---- a look at the crops ----
 
-def save_samples(path, global_crops, local_crops, masks, n_images, photometrics, max_images=6):
+def save_samples(path, global_crops, local_crops, masks, n_images, photometrics, max_images=6, labels=None,
+                 n_guided=0):
     """A PNG of the first images of a batch, one row each: global crops, global crops with masked patches hatched out,
     local crops; the pixels are those the network gets, with the normalisation undone.
 
-    Args: global_crops [V*B,C,S,S], local_crops [L*B,C,s,s] or None: normalised; masks [V*B,P] bool or None; n_images B.
+    Args: global_crops [V*B,C,S,S], local_crops [L*B,C,s,s] or None: normalised; masks [V*B,P] bool or None; n_images B;
+    labels: dict of the same crops of the label (MultiCrop.of_label), whose outline is drawn, or None; n_guided: how
+    many of the L local crops, the last ones, are label-guided.
     """
     def picture(crop):                                         # [C,s,s] normalised -> PIL image, three channels or grey
         x = crop.float().cpu() * photometrics.std[:, None, None] + photometrics.mean[:, None, None]
@@ -358,13 +377,16 @@ def save_samples(path, global_crops, local_crops, masks, n_images, photometrics,
     draw = ImageDraw.Draw(sheet)
     titles = [f"global {v + 1}" for v in range(n_views)]
     titles += [f"masked {v + 1}" for v in range(n_views)] if masks is not None else []
-    titles += [f"local {i + 1}" for i in range(n_local)]
+    titles += [f"local {i + 1}" for i in range(n_local - n_guided)] + [f"guided {i + 1}" for i in range(n_guided)]
     for column, title in enumerate(titles):
         draw.text((gap + column * (tile + gap), 2), title, fill="black")
         for row in range(rows):
             crops, index = (global_crops, column % n_views) if column < len(titles) - n_local else \
                 (local_crops, column - (len(titles) - n_local))
             image = picture(crops[index * n_images + row])
+            if labels is not None and not title.startswith("masked"):
+                label = labels["global_crops" if crops is global_crops else "local_crops"][index * n_images + row, 0]
+                image = outline(image, label > 127)
             if title.startswith("masked"):
                 side = round(masks.shape[1] ** 0.5)
                 cell = tile / side

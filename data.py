@@ -10,6 +10,7 @@ import glob
 import hashlib
 import http.client
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -100,8 +101,8 @@ class Sendable:
 class ImageFiles(Sendable):
     """Files below a folder that behave like an array of images: len() and [i] -> [H,W,C], None for no file.
 
-    names: [N] of bytes, relative to root, b"" for no file. Not a list of strings: a million of those are 100 MB, in
-    every worker, for python counts references inside each string that it touches; an array is only read.
+    names: [N] of bytes, relative to root, b"" for no file (a list of strings will do for a few). A million strings are
+    100 MB, in every worker, for python counts references inside each one that it touches; an array is only read.
     """
 
     def __init__(self, root, names, num_channels=0, as_mask=False):
@@ -115,6 +116,54 @@ class ImageFiles(Sendable):
 
     def __getitem__(self, i):
         return load_image(self.path(i), self.num_channels, self.as_mask) if self.names[i] else None
+
+
+class BoxMasks(Sendable):
+    """Masks drawn from boxes when they are asked for, like an array of masks: [i] -> [H,W] uint8, 0 outside of the
+    boxes; None for an image that they do not mention. A box is (left, top, right, bottom) in pixels, right and bottom
+    exclusive, fractions rounded outwards, and may have a fifth number, the mask value, 1 to 255 (else 1)."""
+
+    def __init__(self, boxes, images, where):
+        """boxes: for each image a list of boxes, or None; images: of the same length; where: to name in errors."""
+        self.boxes, self.images, self.where = boxes, images, where
+        for i, box in ((i, box) for i, some in enumerate(boxes) for box in some or ()):
+            numbers = isinstance(box, (list, tuple)) and all(type(x) in (int, float) for x in box)
+            if not numbers or len(box) not in (4, 5) or box[0] >= box[2] or box[1] >= box[3] or \
+                    not 1 <= int((*box, 1)[4]) <= 255:
+                raise UserError(f"{where}: image {i} has the box {box}; needs [left, top, right, bottom] in pixels, "
+                                "left < right, top < bottom, and may have a mask value from 1 to 255 behind")
+
+    def __len__(self):
+        return len(self.boxes)
+
+    def __getitem__(self, i):
+        if self.boxes[i] is None:
+            return None
+        image = self.images[i]
+        mask = np.zeros(image.shape[:2], np.uint8)
+        for left, top, right, bottom, *value in self.boxes[i]:
+            rows, columns = (slice(max(0, math.floor(a)), max(0, math.ceil(b)))
+                             for a, b in ((top, bottom), (left, right)))
+            inside = mask[rows, columns]
+            if inside.size == 0:
+                raise UserError(f"{self.where}: image {i}, {mask.shape[1]} pixels wide and {mask.shape[0]} high, has a "
+                                f"box outside of it, {[left, top, right, bottom]}: left, top, right, bottom")
+            inside[:] = int((*value, 1)[0])
+        return mask
+
+
+def read_boxes(path, files, images):
+    """BoxMasks from a json file {"a.jpg": [[left, top, right, bottom], ...], ...}: files [N] are the names of images
+    [N]. An empty list says that there is nothing in the image, a missing name that nobody looked."""
+    try:
+        boxes = json.load(open(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not json ({error})") from None
+    if not isinstance(boxes, dict) or not all(isinstance(some, list) for some in boxes.values()):
+        raise UserError(f'{path}: needs {{"image name": [[left, top, right, bottom], ...], ...}}')
+    if unknown := sorted(set(boxes) - {file.replace(os.sep, "/") for file in files}):
+        raise UserError(f"{path}: there is no image {unknown[0]!r}; names are as in the folder, like {files[0]!r}")
+    return BoxMasks([boxes.get(file.replace(os.sep, "/")) for file in files], images, path)
 
 
 class Rows(Sendable):
@@ -178,10 +227,11 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     """One split of a data set.
 
     Args: dataset_path: 'phantom'; a MedMNIST name; a .npz with {split}_images, and optionally {split}_labels,
-    {split}_masks, class_names; a folder of images: flat, with one sub-folder per class, or train/ val/ test/ of either,
-    or images/ with masks/ beside it. size: side of MedMNIST (28, 64, 128, 224) and phantom images; download_url: a
-    mirror's folder in place of MedMNIST's own host; num_channels: what the data must have, 0 = any. Where labels exist
-    but no val, a tenth of train, drawn with `seed`, serves as val and is left out of train.
+    {split}_masks or {split}_boxes, class_names; a folder of images: flat, with one sub-folder per class, or train/ val/
+    test/ of either, or images/ with masks/ beside it; boxes.json in it stands for masks (read_boxes). size: side of
+    MedMNIST (28, 64, 128, 224) and phantom images; download_url: a mirror's folder in place of MedMNIST's own host;
+    num_channels: what the data must have, 0 = any. Where labels exist but no val, a tenth of train, drawn with `seed`,
+    serves as val and is left out of train.
     Returns: Dataset. Raises UserError: what is missing or wrong, and what to do.
     """
     cache_dir = os.path.expanduser(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx"))
@@ -256,6 +306,16 @@ def _read_arrays(folder):
         if masks is not None and masks.shape[1:3] != images.shape[1:3]:
             raise UserError(f"{folder}: {split}_masks has shape {masks.shape}, {split}_images {images.shape}; "
                             "height and width must agree")
+        boxes = mapped("boxes")
+        if masks is None and boxes is not None:                 # [M,5 or 6]: image number, box, perhaps its mask value
+            if boxes.ndim != 2 or boxes.shape[1] not in (5, 6) or len(boxes) and not 0 <= boxes[:, 0].min() <= \
+                    boxes[:, 0].max() < len(images):
+                raise UserError(f"{folder}: {split}_boxes has shape {boxes.shape}; needs a row for each box: number of "
+                                f"the image, 0 to {len(images) - 1}, then left, top, right, bottom in pixels")
+            of_image = [[] for _ in range(len(images))]
+            for i, *box in boxes.tolist():
+                of_image[int(i)].append(box)
+            masks = BoxMasks(of_image, images, f"{folder}: {split}_boxes")
         return images, mapped("labels"), masks
     return read
 
@@ -466,10 +526,15 @@ def _scan_folder(root, num_channels, cache_dir):
                             "set --num_channels=0 to take what the data has")
         files.num_channels = num_channels or native
         _first_channels(files)                                  # as many as asked for, or it says why not
+        top = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
         if masks is not None and len(masks) < len(files):
             raise UserError(f"dataset_path={root!r}, split {split!r}: no file in masks/ is named like an image in "
                             "images/; a mask of a.jpg is a.png or a.npy")
-        masks = None if masks is None else ImageFiles(root, masks, as_mask=True)
+        if masks is not None:
+            masks = ImageFiles(root, masks, as_mask=True)
+        elif os.path.isfile(boxes := os.path.join(top, "boxes.json")):
+            pictures = os.path.join(top, "images") if os.path.isdir(os.path.join(top, "images")) else top
+            masks = read_boxes(boxes, [os.path.relpath(files.path(i), pictures) for i in range(len(files))], files)
         return files, index.get(f"{split}_labels"), masks
     return read, splits, index["class_names"].tolist()
 
@@ -592,6 +657,16 @@ class CropDataset(torch.utils.data.Dataset):
                 index = (index + 1) % len(self.dataset)         # the neighbour stands in
         crops = self.multi_crop(image, mask, np.random.default_rng((self.seed, 2, n)))
         return dict(crops, n=n, index=index, bad=bad)
+
+    def label_crops(self, indices):
+        """What the first batch of a run shows of the label: dict of global_crops and local_crops as collate makes them
+        (MultiCrop.of_label). indices: batch["index"] of the samples 0, 1, ..."""
+        samples = []
+        for n, index in enumerate(indices):
+            image, mask = self.dataset[index]
+            samples.append(self.multi_crop.of_label(image.shape[:2], mask, np.random.default_rng((self.seed, 2, n))))
+        return {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)
+                for key in ("global_crops", "local_crops")}
 
     def collate(self, samples):
         """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major;

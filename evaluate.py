@@ -215,7 +215,7 @@ def adaptation(config):
     return " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
 
 
-def find_networks(names):
+def find_networks(names, checkpoint):
     """What is to be measured: all names that are no runs as they are, then every run behind its untouched start.
 
     Returns: list of dicts: name, model, adaptation; group: equal for what differs by its seed alone; loads: where its
@@ -227,6 +227,7 @@ def find_networks(names):
 
     ignored = ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log", "cache_dir",
                "generate_samples", "log_interval", "saveckp_freq")
+    asked = ", ".join(names)
     names = dict.fromkeys(path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name]))
     runs = [name for name in names if os.path.isfile(os.path.join(name, "config.py"))]
     networks, pipelines = [], {}
@@ -250,8 +251,28 @@ def find_networks(names):
                   config=None)
              for name in names if name not in runs and name not in pipelines]
     if not plain + networks:
-        raise UserError(f"nothing to evaluate: {run or model_type or compare!r} matches no folder")
+        raise UserError(f"nothing to evaluate: {asked!r} matches no folder")
     return plain + networks
+
+
+def load_network(network, config, dataset, run_device, image_size=0, intensity_range=(0.0, 0.0), seed=0,
+                 on_bad_image="error"):
+    """The weights of one network, ready to measure, and how they want their images.
+
+    Args: network: of find_networks; config: its run's, or that of the first run, {} without; dataset: what unknown
+    intensities are measured on, its channels are the network's; image_size, intensity_range: the user's, 0 = not given.
+    Returns: backbone in eval mode on run_device; dict of size, intensity_range, mean, std for `stream`.
+    """
+    expected = pretrained_input(network["reads"])
+    torch.manual_seed(config.get("seed", 0))                   # a start from scratch: the weights that the run drew
+    backbone = build_backbone(network["loads"], True, dataset.num_channels) if network["loads"] else \
+        backbone_from_config(config, dataset.num_channels)
+    patch = backbone.config.patch_size
+    size = image_size or config.get("global_crops_size") or expected.get("size") or 224
+    value_range, mean, std, _ = input_settings(dataset, expected, intensity_range, seed=seed,
+                                               on_bad_image=on_bad_image)
+    return backbone.to(run_device).eval(), dict(size=size // patch * patch, intensity_range=value_range, mean=mean,
+                                                std=std)
 
 
 # ---- the script: measure, tabulate, draw ----
@@ -448,7 +469,7 @@ def main(sources):
         raise UserError(f"checkpoint={checkpoint!r}, mixed_precision={mixed_precision!r}; needs 'best' or 'last', and "
                         "'bf16' or 'no'")
     print(describe(globals(), config_keys, sources) + "\n")
-    networks = find_networks(names)
+    networks = find_networks(names, checkpoint)
     configs = [network["config"] for network in networks if network["config"]]
 
     # ---- data ----
@@ -480,16 +501,12 @@ def main(sources):
         return found
 
     for network in networks:
-        config, expected = network["config"] or (configs[0] if configs else {}), pretrained_input(network["reads"])
-        torch.manual_seed(config.get("seed", 0))               # a start from scratch: the weights that the run drew
-        backbone = build_backbone(network["loads"], True, train.num_channels) if network["loads"] else \
-            backbone_from_config(config, train.num_channels)
-        backbone, patch = backbone.to(run_device).eval(), backbone.config.patch_size
-        size = image_size or config.get("global_crops_size") or expected.get("size") or 224
-        value_range, mean, std, _ = input_settings(train, expected, intensity_range, seed=seed,
-                                                   on_bad_image=on_bad_image)
-        settings = dict(size=size // patch * patch, intensity_range=value_range, mean=mean, std=std,
-                        num_workers=workers, batch_size=batch_size, on_bad_image=on_bad_image, autocast=autocast)
+        config = network["config"] or (configs[0] if configs else {})
+        backbone, reading = load_network(network, config, train, run_device, image_size, intensity_range, seed,
+                                         on_bad_image)
+        settings = dict(reading, num_workers=workers, batch_size=batch_size, on_bad_image=on_bad_image,
+                        autocast=autocast)
+        patch = backbone.config.patch_size
         if not rows:
             pixels = dict(name="raw pixels", model="raw pixels", adaptation="-", group="raw pixels")
             found = record(pixels, None, settings, patch)

@@ -20,6 +20,8 @@ PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
 FRAMES = {"green": "#009e73", "red": "#bd1f01"}               # a bluish green and a dark red: apart in lightness, too
 RIGHT, WRONG = "#08519c", "#d55e00"                           # cells of a confusion matrix: on the diagonal, off it
 INK, GREY, RULE = "#222222", "#6b6b6b", "#dedede"             # text; remarks; lines that only guide the eye
+OUTLINE = "#00e5ff"                                           # of a mask: a cyan that no heat colour comes near
+HEAT = ("#000004", "#1f0c48", "#550f6d", "#88226a", "#ba3655", "#e35933", "#f98e09", "#f9cb35", "#fcffa4")  # inferno
 MARGIN = 28                                                   # pixels of the picture, as all lengths here
 SMALLEST = 11                                                 # font size below which text is cut instead of shrunk
 SMOOTH = 3                                                    # lines and dots are drawn this much larger, then reduced
@@ -114,18 +116,69 @@ def to_picture(image, intensity_range=(0, 255), side=None):
     return square
 
 
-def contact_sheet(path, rows, title, side=112, columns=()):
+def heat_colors(values):
+    """Colours of values in 0..1, [...] -> [...,3] uint8: black, violet, red, orange, pale yellow, growing in lightness
+    all the way (Smith and van der Walt's inferno at nine points, straight lines between)."""
+    points = np.array([ImageColor.getrgb(color) for color in HEAT], dtype=float)           # [9,3]
+    place = np.linspace(0, 1, len(points))
+    return np.stack([np.interp(values, place, points[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
+
+
+def overlay(picture, heat, side, strength=0.75):
+    """Heat [h,w] in 0..1 over a picture, both at `side`: little heat lets the picture through, much of it covers it.
+
+    Between patches the heat is interpolated. Returns: RGB picture, placed as to_picture does it.
+    """
+    under = np.asarray(to_picture(picture, side=side), dtype=float)                        # [side,side,3]
+    width, height = (max(1, round(length * side / max(picture.size))) for length in picture.size)
+    warm = Image.fromarray(np.asarray(heat, dtype=np.float32)).resize((width, height), Image.BICUBIC)
+    warm = np.asarray(warm).clip(0, 1)
+    left, top = (side - width) // 2, (side - height) // 2
+    place = (slice(top, top + height), slice(left, left + width))
+    alpha = strength * warm[..., None] ** 0.7
+    # the picture steps back to a dim grey, so that colour means heat even on stained cells
+    dim = under[place].mean(axis=-1, keepdims=True) * 0.7
+    under[place] = (1 - alpha) * dim + alpha * heat_colors(warm)
+    return Image.fromarray(under.round().astype(np.uint8))
+
+
+def outline(picture, mask, color=OUTLINE):
+    """A copy of a square picture with the border of a mask [H,W] (non-zero = inside) drawn just outside of it, the
+    mask placed as to_picture places an image of its shape."""
+    side = picture.width
+    width, height = (max(1, round(length * side / max(np.shape(mask)))) for length in np.shape(mask)[::-1])
+    small = Image.fromarray((np.asarray(mask) != 0).astype(np.uint8))
+    inside = np.asarray(small.resize((width, height), Image.NEAREST)) > 0
+    room = np.zeros((side + 2, side + 2), bool)                # a frame of 1: the border has neighbours, too
+    top, left = ((side - length) // 2 + 1 for length in inside.shape)
+    room[top:top + inside.shape[0], left:left + inside.shape[1]] = inside
+    near = sum(np.roll(room, shift, axis=(0, 1)).astype(int) for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)))
+    pixels = np.array(picture)
+    pixels[((near > 0) & ~room)[1:-1, 1:-1]] = ImageColor.getrgb(color)
+    return Image.fromarray(pixels)
+
+
+def contact_sheet(path, rows, title, side=112, columns=(), scale=()):
     """Rows of captioned images, such as a query and its nearest training images.
 
     Args: rows: a list of rows, which may differ in length, each a list of (picture, caption of up to two lines, frame
     colour or None): 'green' and 'red' in shades that the colour-blind can tell, or any of Pillow's; side of an image;
-    columns: a heading for each column, or none.
+    columns: a heading for each column, or none; scale: three texts for the ends and the meaning of a bar of heat
+    colours below, or none.
     """
     gap, line, frame_width = 24, 18, 5
     head = 26 if columns else 0
     row_height = side + 2 * line + 22
     n_columns = max([len(row) for row in rows] + [len(columns), 1])
-    sheet, draw, top = paper(2 * MARGIN + n_columns * (side + gap) - gap, head + len(rows) * row_height, title)
+    bottom = head + len(rows) * row_height
+    sheet, draw, top = paper(2 * MARGIN + n_columns * (side + gap) - gap, bottom + (34 if scale else 0), title)
+    if scale:
+        low, high, meaning = scale
+        x = MARGIN + 8 + write(draw, (MARGIN, top + bottom + 12), low, 12, fill=GREY, anchor="lm")
+        bar = heat_colors(np.tile(np.linspace(0, 1, 180), (12, 1)))
+        sheet.paste(Image.fromarray(bar), (round(x), top + bottom + 6))
+        x += 188 + write(draw, (x + 188, top + bottom + 12), high, 12, fill=GREY, anchor="lm")
+        write(draw, (x + 18, top + bottom + 12), meaning, 12, sheet.width - MARGIN - x - 18, "lm", GREY)
     for c, heading in enumerate(columns):
         write(draw, (MARGIN + c * (side + gap) + side / 2, top), heading, 14, side + gap - 12, "ma", GREY)
     for r, row in enumerate(rows):
@@ -222,6 +275,32 @@ def pca_map(features):
     """
     scores = principal_components(features, 2)
     return F.pad(scores, (0, 2 - scores.shape[1])).cpu()
+
+
+def feature_colors(patches, border):
+    """Patch features of several images as colours (the PCA picture of DINOv2, arXiv 2304.07193, section 7.5): equal
+    parts of different images get equal colours.
+
+    The first principal component of all patches parts foreground from background, cut where the two sides differ most
+    (Otsu's threshold); background is the side that has the larger share of the border. Three components of what is
+    left are red, green and blue, each from its 1st to its 99th percentile.
+    Args: patches [N,P,D]; border [P] bool, the patches at the rim of an image. Returns: [N,P,3] in 0..1, background 0.
+    """
+    N, P, _ = patches.shape
+    first = principal_components(patches.flatten(0, 1), 1)[:, 0].cpu().numpy()             # [N*P]
+    order = np.sort(first)
+    n = np.arange(1, N * P)
+    sums = np.cumsum(order)[:-1]
+    between = (sums / n - (order.sum() - sums) / (N * P - n)) ** 2 * n * (N * P - n)
+    above = first > order[between.argmax()]
+    rim = np.tile(np.asarray(border), N)
+    front = above if above[rim].mean() <= above[~rim].mean() else ~above
+    colors = np.zeros((N * P, 3))
+    if front.sum() > 3:
+        scores = principal_components(patches.flatten(0, 1)[torch.from_numpy(front)], 3).cpu().numpy()
+        low, high = np.percentile(scores, (1, 99), axis=0)
+        colors[front, :scores.shape[1]] = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return colors.reshape(N, P, 3)
 
 
 def affinities(distances, perplexity):

@@ -144,6 +144,15 @@ def weighted_auc(scores, positive, weights):
     return np.divide((up * below).sum(axis=1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
+def average_precision(scores, positive):
+    """Area under precision over recall as a sum of steps: sum over thresholds t of (recall_t - recall_t-1) precision_t,
+    equal scores being one threshold. scores [N], positive [N] bool. Returns: float, nan without a positive."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.r_[np.diff(scores[order]) < 0, True])                         # of each run of equal scores
+    hits = positive[order].cumsum()[last]                                                  # [G]
+    return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / hits[-1]) if positive.any() else math.nan
+
+
 def classification_metrics(probabilities_or_predictions, labels, predictions=None, bootstrap=0, seed=0):
     """Accuracy, balanced accuracy, precision, recall, F1 and AUC of a classification, as scikit-learn defines them.
 

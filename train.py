@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment import PRESETS, MultiCrop, Photometrics, save_samples
+from augment import PRESETS, MultiCrop, Photometrics, is_labelled, save_samples
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
@@ -73,6 +73,7 @@ local_crops_size = 96            # pixels; a multiple of the patch size, so 98 f
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: 0.05 up to the lower end of the global scale
 label_guided_crops_number = 0    # further local crops centred on labelled pixels (paper section 2.2.4); needs masks
 label_guided_crops_scale = (0.02, 0.1)  # their share of the image area
+label_guided_classes = ()        # mask values that count as label, like (2,); () = all but 0
 horizontal_flip = 0.5            # probability; 0 where left and right must not be confused
 vertical_flip = 0.5              # probability; paper Table 3 flips both ways, DINO only horizontally
 blur_probability = (1.0, 0.1, 0.5)  # global crop 1, 2, local; DINOv2 in truth (0, 0.9, 0.5): augment.photometric
@@ -331,6 +332,11 @@ def main(sources):
     if label_guided_crops_number and train_set.masks is None:
         raise UserError(f"label_guided_crops_number={label_guided_crops_number}, but {dataset_path!r} has no masks; "
                         "set it to 0")
+    if label_guided_crops_number:
+        some = [train_set.masks[i] for i in range(0, len(train_set), math.ceil(len(train_set) / 100))]
+        n_labelled = sum(mask is not None and is_labelled(mask, label_guided_classes).any() for mask in some)
+        say(f"label-guided crops: {n_labelled} of {len(some)} masks looked at show "
+            f"{label_guided_classes or 'a label'}; images without get random crops")
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range, mean, std, stats_from = input_settings(train_set, expected, intensity_range, image_mean, image_std,
                                                         seed, on_bad_image)
@@ -435,7 +441,7 @@ def main(sources):
                         f"{batch_size}; raise global_batch_size")
     crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number, local_crops_size, local_crops_scale,
                      local_crops_number, label_guided_crops_number, label_guided_crops_scale, horizontal_flip,
-                     vertical_flip, gram_crops_size if gram_loss_weight > 0 else 0)
+                     vertical_flip, gram_crops_size if gram_loss_weight > 0 else 0, label_guided_classes)
     mask_settings = dict(sample_probability=ibot_mask_sample_probability, ratio_min_max=ibot_mask_ratio_min_max,
                          exact=ibot_mask_exact) if ibot_loss_weight > 0 else None
     crop_set = CropDataset(train_set, crop, seed, global_batch_size, global_crops_size // patch, mask_settings,
@@ -569,7 +575,9 @@ def main(sources):
             if ibot_loss_weight > 0:
                 masks = batch["masks"].to(run_device, non_blocking=True)                   # [V*B,P]
             if iteration == 0 and micro == 0 and generate_samples and is_main():
-                save_samples(f"{run_dir}/samples/crops.png", global_crops, local_crops, masks, batch_size, photometrics)
+                labels = crop_set.label_crops(batch["index"]) if label_guided_crops_number else None
+                save_samples(f"{run_dir}/samples/crops.png", global_crops, local_crops, masks, batch_size, photometrics,
+                             labels=labels, n_guided=label_guided_crops_number)
 
             # Step 2. The teacher sees the global crops, unmasked, and makes the targets
             with teacher.teacher_weights(student) as network, autocast():

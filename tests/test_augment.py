@@ -210,6 +210,58 @@ def test_guided_boxes_contain_a_labelled_pixel(shape, scale):
         assert (hits > 0).all()                                # every labelled pixel has its turn
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (9, 7), (30, 100), (200, 61)])
+@pytest.mark.parametrize("scale", [(0.001, 0.002), (0.02, 0.1), (0.5, 1.0)])
+def test_every_guided_crop_contains_its_labelled_pixel(shape, scale):
+    # one labelled pixel, anywhere, borders and corners included, whatever the flips: its mark is in every guided crop.
+    # The mark is the crop of the label itself, resized to more pixels than the box has, so that no pixel can vanish.
+    rng = np.random.default_rng(0)
+    crop = MultiCrop(8, local_crops_number=1, local_crops_size=max(shape), label_guided_crops_number=3,
+                     label_guided_crops_scale=scale)
+    corners = [(y, x) for y in (0, shape[0] - 1) for x in (0, shape[1] - 1)]
+    for y, x in corners + [tuple(rng.integers(shape)) for _ in range(8)]:
+        mask = np.zeros(shape, np.uint8)
+        mask[y, x] = 3
+        guided = crop.of_label(shape, mask, rng)["local_crops"][1:]
+        assert len(guided) == 3 and (guided.amax(dim=(1, 2, 3)) > 127).all()
+
+
+def test_crops_of_the_label_are_the_crops_of_the_image():
+    # an image that is its own mask: crops of either are the same, so outlines in samples/crops.png lie where they belong
+    mask = np.zeros((40, 56), np.uint8)
+    mask[5:9, 40:50] = 255
+    crop = MultiCrop(24, local_crops_size=16, local_crops_number=3, label_guided_crops_number=2)
+    for seed in range(5):
+        crops = crop(mask[..., None], mask, np.random.default_rng(seed))
+        label = crop.of_label(mask.shape, mask, np.random.default_rng(seed))
+        assert all(torch.equal(crops[key], label[key]) for key in crops)
+    assert crop.of_label((40, 56), None, np.random.default_rng(0))["local_crops"].max() == 0
+
+
+def test_guided_classes_choose_among_mask_values():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[4:8, 4:8], mask[50:54, 50:54] = 1, 2
+    image = (mask == 2).astype(np.int16)[..., None] * 1000
+    shows = {}
+    for classes in ((), (1.0,), (2.0,), (1.0, 2.0), (7.0,)):
+        crop = MultiCrop(16, local_crops_number=0, local_crops_size=16, label_guided_crops_number=60,
+                         label_guided_crops_scale=(0.02, 0.03), label_guided_classes=classes)
+        shows[classes] = float((crop(image, mask, np.random.default_rng(0))["local_crops"].amax(dim=(1, 2, 3)) > 400).float().mean())
+    assert shows[(2.0,)] == 1 and shows[(1.0,)] == 0 and 0.3 < shows[()] == shows[(1.0, 2.0)] < 0.7
+    assert shows[(7.0,)] < 0.2                                 # nothing is labelled: random crops
+
+
+def test_every_labelled_pixel_is_as_likely_as_any_other():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[4:7, 4:7], mask[60, 60] = 1, 1                         # nine pixels and one
+    crop = MultiCrop(16, local_crops_number=0, local_crops_size=16, label_guided_crops_number=1000,
+                     label_guided_crops_scale=(0.02, 0.03))
+    image = np.zeros((64, 64, 1), np.int16)
+    image[60, 60] = 1000
+    small = (crop(image, mask, np.random.default_rng(0))["local_crops"].amax(dim=(1, 2, 3)) > 100).float().mean()
+    assert abs(float(small) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 1000)
+
+
 def test_guided_crops_show_the_label_and_come_last():
     mask = np.zeros((64, 64), np.uint8)
     mask[50, 9] = 1
@@ -541,6 +593,17 @@ def test_save_samples_draws_the_crops_and_the_masks(tmp_path):
     # masked 1 of image 1 hides patch 3, top right; view-major, so row 2 is view 2 of image 1
     tile = pixels[18:18 + 112, 4 + 2 * 116:][:, :112]
     assert (tile[:28, 84:] == (255, 140, 0)).all() and (tile[28:] == 153).all()
+
+
+def test_save_samples_outlines_the_label(tmp_path):
+    pipeline = Photometrics("medical", (0.0, 1.0), (0.5,), (0.25,))
+    grey, small = (pipeline.normalize(torch.full((n, 1, side, side), 0.6)) for n, side in ((2, 16), (3, 8)))
+    labels = dict(global_crops=torch.zeros(2, 1, 16, 16), local_crops=torch.zeros(3, 1, 8, 8))
+    labels["global_crops"][0, 0, 4:8, 4:8] = labels["local_crops"][2, 0, 0:2, 0:2] = 255    # 28 pixels of the tiles each
+    save_samples(tmp_path / "a.png", grey, small, None, 1, pipeline, labels=labels, n_guided=1)
+    cyan = (np.asarray(Image.open(tmp_path / "a.png")) == (0, 229, 255)).all(axis=2)
+    tiles = [int(cyan[18:130, 4 + 116 * i:][:, :112].sum()) for i in range(5)]
+    assert tiles == [4 * 28, 0, 0, 0, 2 * 28]                  # just outside of the label; what is off the tile is cut off
 
 
 def test_save_samples_without_masks_or_local_crops(tmp_path):

@@ -237,6 +237,57 @@ def test_masks_beside_the_images(load, tmp_path):
         [part[i] for part in (train, val) for i in range(len(part))]
 
 
+BOXES = [[[2, 1, 5, 3], [10.5, 4, 11.2, 6, 7]], [], None, [[-3, 14, 2, 99]]]
+
+
+def drawn(boxes, shape):
+    """Masks from boxes by the plain loop: a pixel is labelled if any part of it is in the box."""
+    if boxes is None:
+        return None
+    mask = np.zeros(shape, np.uint8)
+    for left, top, right, bottom, *value in boxes:
+        for y in range(shape[0]):
+            for x in range(shape[1]):
+                if left < x + 1 and x < right and top < y + 1 and y < bottom:
+                    mask[y, x] = (value or [1])[0]
+    return mask
+
+
+@pytest.mark.parametrize("folder", ("set", "set/images", "set/train"))
+def test_boxes_in_a_folder(load, tmp_path, folder):
+    for i in range(4):
+        save(tmp_path / folder / f"{i}.png", pixels(16, 24))
+    places = tmp_path / ("set" if folder == "set/images" else folder)
+    (places / "boxes.json").write_text(json.dumps({f"{i}.png": box for i, box in enumerate(BOXES) if box is not None}))
+    dataset = pickle.loads(pickle.dumps(load(str(tmp_path / "set"))))
+    for i, boxes in enumerate(BOXES):
+        mask, expected = dataset[i][1], drawn(boxes, (16, 24))
+        assert mask is None if boxes is None else (mask == expected).all() and mask.dtype == np.uint8
+    assert drawn(BOXES[0], (16, 24)).sum() == 3 * 2 + 2 * 2 * 7 and drawn(BOXES[3], (16, 24)).sum() == 2 * 2
+
+
+def test_boxes_in_an_npz(load, tmp_path):
+    rows = np.array([[i, *box[:4], (*box, 1)[4]] for i, boxes in enumerate(BOXES) for box in boxes or ()])
+    np.savez(tmp_path / "set.npz", train_images=pixels(4, 16, 24), train_boxes=rows)
+    dataset = load(str(tmp_path / "set.npz"))
+    for i, boxes in enumerate(BOXES):                          # every image has been looked at: no row, no lesion
+        assert (dataset[i][1] == drawn(boxes or [], (16, 24))).all()
+
+
+@pytest.mark.parametrize("message, boxes", [
+    (r"boxes.json: there is no image 'x.png'; names are as in the folder, like '0.png'", {"x.png": []}),
+    (r"image 0 has the box \[1, 2, 3\]; needs \[left, top, right, bottom\]", {"0.png": [[1, 2, 3]]}),
+    (r"has the box \[5, 1, 2, 3\]", {"0.png": [[5, 1, 2, 3]]}), (r"has the box 7", {"0.png": [7]}),
+    (r"has the box \[0, 0, 2, 2, 300\]; .* mask value from 1 to 255", {"0.png": [[0, 0, 2, 2, 300]]}),
+    (r"has the box \['a', 0, 2, 2\]", {"0.png": [["a", 0, 2, 2]]}), (r"boxes.json: needs ", [[0, 0, 1, 1]]),
+    (r"image 0, 24 pixels wide and 16 high, has a box outside of it, \[30, 2, 40, 4\]", {"0.png": [[30, 2, 40, 4]]})])
+def test_bad_boxes_are_named(load, tmp_path, message, boxes):
+    save(tmp_path / "set" / "0.png", pixels(16, 24))
+    (tmp_path / "set" / "boxes.json").write_text(json.dumps(boxes))
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "set"))[0]
+
+
 def test_masks_of_any_kind_keep_what_is_labelled(load, tmp_path):
     """Annotation tools write colours and numbers: a label that is green, or 300, or black in a palette, stays."""
     label, masks = np.eye(8, dtype=np.uint8), tmp_path / "set" / "masks"

@@ -153,6 +153,60 @@ def test_contact_sheet_frames_where_asked(tmp_path):
     assert set(places(image, FRAMES["green"])[1]) <= set(range(left[1] - 5, left[1] + 65))
 
 
+def test_contact_sheet_has_a_bar_of_heat_where_asked(tmp_path):
+    tile = Image.new("RGB", (8, 8), "white")
+    plain, scaled = tmp_path / "plain.png", tmp_path / "scaled.png"
+    pictures.contact_sheet(plain, [[(tile, "a", None)]], "t", 300)
+    pictures.contact_sheet(scaled, [[(tile, "a", None)]], "t", 300, scale=("0", "1", "heat"))
+    assert pixels(scaled).shape[0] == pixels(plain).shape[0] + 34
+    for value in (0, 0.25, 1):                                                # within a step of the bar
+        near = np.abs(pixels(scaled) - pictures.heat_colors(value)).max(axis=2) <= 3
+        assert 12 <= near.sum() <= 60 and np.abs(pixels(plain) - pictures.heat_colors(value)).max(axis=2).min() > 3 or value == 0
+
+
+def test_heat_colours_grow_in_lightness():
+    colors = pictures.heat_colors(np.linspace(0, 1, 101)).astype(float)
+    assert (np.diff(colors @ (0.299, 0.587, 0.114)) > 0).all() and colors.shape == (101, 3)
+
+
+def test_overlay_shows_the_picture_where_there_is_no_heat():
+    picture = Image.new("RGB", (30, 20), (200, 200, 200))
+    heat = np.zeros((2, 3))
+    heat[0, 0] = 1
+    result = np.asarray(pictures.overlay(picture, heat, 60)).astype(int)
+    assert (result[:10] == 0).all() and (result[50:] == 0).all()              # 60 x 40 in the middle, black around it
+    assert np.abs(result[35:50, 45:] - 140).max() <= 2                        # dimmed: colour means heat
+    corner = result[10, 0]
+    assert np.abs(corner - (0.25 * 140 + 0.75 * pictures.heat_colors(1.0))).max() < 2 and corner[0] > 200 > 160 > corner[2]
+
+
+def test_outline_runs_just_outside_of_the_mask():
+    mask = np.zeros((4, 8), np.uint8)
+    mask[1:3, 2:4] = 2
+    result = np.asarray(pictures.outline(Image.new("RGB", (16, 16)), mask, "red"))
+    # placed like an 8 x 4 image on a square: 4 pixels of black above; 2 pixels each
+    expected = np.zeros((16, 16), bool)
+    expected[[5, 10], 4:8] = expected[6:10, 3] = expected[6:10, 8] = True
+    assert ((result == (255, 0, 0)).all(axis=2) == expected).all() and result[~expected].max() == 0
+    assert pictures.outline(Image.new("RGB", (4, 4)), np.ones((4, 4))).getcolors() == [(16, (0, 0, 0))]
+
+
+def test_feature_colours_leave_out_the_background_and_join_equal_parts():
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(3, 12)) + 6                                      # two kinds of tissue, and paper
+    kinds = np.full((2, 6, 6), 2)
+    kinds[0, 2:4, 1:5], kinds[0, 2:4, 3:5], kinds[1, 1:5, 2:4] = 0, 1, 0
+    parts[2] -= 12
+    features = torch.from_numpy(parts[kinds.reshape(2, 36)] + 0.1 * rng.normal(size=(2, 36, 12))).float()
+    rim = np.pad(np.zeros((4, 4), bool), 1, constant_values=True).ravel()
+    colors = pictures.feature_colors(features, rim).reshape(2, 6, 6, 3)
+    assert ((colors.max(axis=3) > 0) == (kinds < 2)).all()                    # the same for features of the other sign
+    assert ((pictures.feature_colors(-features, rim).reshape(2, 6, 6, 3).max(axis=3) > 0) == (kinds < 2)).all()
+    first, second = colors[kinds == 0], colors[kinds == 1]
+    assert np.abs(first.mean(axis=0) - second.mean(axis=0)).max() > 0.5
+    assert np.abs(colors[0, 2:4, 1:3].mean(axis=(0, 1)) - colors[1, 1:5, 2:4].mean(axis=(0, 1)))[0] < 0.2
+
+
 def test_captions_stay_in_their_column(tmp_path):
     """Whatever is written under an empty cell's neighbours, nothing reaches the middle of the cell."""
     tile = Image.new("L", (8, 8))

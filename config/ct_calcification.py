@@ -1,0 +1,27 @@
+"""Calcifications in CT, one channel in Hounsfield units, label-guided (DINO-LG, paper sections 2.2.4 and 3.2): your own
+slices and masks, on top of a recipe.
+
+    python train.py config/adapt.py config/ct_calcification.py --dataset_path=my_ct/ --model_type=facebook/dinov2-small
+
+my_ct/ holds images/ (DICOM, or .npy in HU) and beside it masks/ with files of the same names, or boxes.json:
+{"a.dcm": [[left, top, right, bottom], ...], ...} in pixels. Slices without a label are welcome: they get random crops.
+Then look where it looks, on patients that it has not seen:
+
+    python attention.py --run=out/ct_calcification --images=other_ct/images --masks=other_ct/masks --detection=true
+
+The paper had no public data here and neither have we, so there is no number to expect; config/phantom_lg.py shows the
+same on drawn slices. Meant for a GPU: 1024 patches a slice.
+"""
+model_name = 'ct_calcification'
+dataset_path = 'my_ct/'
+num_channels = 1                 # the patch embedding becomes the sum of its three colours
+intensity_range = (-100, 900)    # HU: fat black, dense calcium white. Calcium counts from 130 HU (Agatston), and above
+                                 # 900 all is bone or metal; a soft-tissue window (-160, 240) would make both white
+window_jitter = 0.1              # scanners and contrast agent differ
+blur_probability = (0.1, 0.1, 0.1)  # blur hides what is two pixels large
+
+global_crops_size = 448          # half a slice pixel would be lost at 224, and with it small lesions
+local_crops_size = 98
+local_crops_number = 8           # stays as it is: guided crops are further ones
+label_guided_crops_number = 4
+label_guided_crops_scale = (0.01, 0.05)  # of 512 pixels: squares of 51 to 114

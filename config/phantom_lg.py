@@ -1,0 +1,52 @@
+"""Label-guided crops on the embedded phantom: small calcifications, with a mask each, on bright vessels between bright
+bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them?
+
+    python train.py config/phantom_lg.py
+    python attention.py --run=out/phantom_lg --split=test --detection=true
+
+The same budget with random local crops only:
+
+    python train.py config/phantom_lg.py --label_guided_crops_number=0 --local_crops_number=10 --model_name=phantom_random
+"""
+model_name = 'phantom_lg'
+dataset_path = 'phantom'
+dataset_size = 96                 # at 64 pixels a calcification is a pixel or two, and blurred into its vessel
+intensity_range = (-100, 1000)    # HU: fat black; a calcification is 300 to 800 above its surroundings
+blur_probability = (0.0, 0.0, 0.0)  # blur hides it
+
+use_pretrained = False
+model_type = 'vit'
+hidden_size = 128
+num_hidden_layers = 3
+num_attention_heads = 4
+patch_size = 12                   # a grid of 8 x 8
+
+global_crops_size = 96
+global_crops_scale = (0.7, 1.0)   # what a guided crop shows has to be in what the teacher sees
+local_crops_size = 24
+local_crops_scale = (0.05, 0.3)
+local_crops_number = 2
+label_guided_crops_number = 8
+label_guided_crops_scale = (0.05, 0.1)  # squares of 21 to 30 pixels: as large as in the global crops, patches match
+
+# as config/phantom.py
+dino_head_out_dim = 512
+head_hidden_dim = 256
+head_bottleneck_dim = 128
+centering = 'sinkhorn_knopp'
+koleo_loss_weight = 0.1
+teacher_temp = 0.02
+warmup_teacher_temp = 0.02
+warmup_teacher_temp_iterations = 0
+momentum_teacher = 0.9
+
+global_batch_size = 64
+gradient_accumulation_steps = 1
+max_iterations = 700
+warmup_iterations = 20
+freeze_last_layer = 0
+lr = 1e-3
+min_lr = 1e-5
+weight_decay_end = 0.04
+eval_interval = 350
+saveckp_freq = 350
