@@ -271,10 +271,14 @@ class Photometrics:
         """Native pixels to network input without augmentation, for evaluation."""
         return self.normalize(to_unit(crops, self.intensity_range))
 
+    def augment(self, crops, seeds, kind):
+        """Native pixels [N,C,S,S] to augmented ones in 0..1, float32, for networks that normalise differently."""
+        x = to_unit(crops, self.intensity_range, seeds, self.window_jitter)
+        return photometric(x, self.preset, seeds, kind, self.blur_probability)
+
     def __call__(self, crops, seeds, kind):
         """Native pixels [N,C,S,S] to augmented network input, float32; seeds [N] int64."""
-        x = to_unit(crops, self.intensity_range, seeds, self.window_jitter)
-        return self.normalize(photometric(x, self.preset, seeds, kind, self.blur_probability))
+        return self.normalize(self.augment(crops, seeds, kind))
 
 
 # ---- iBOT masks ----
