@@ -33,11 +33,12 @@ from distributed import autocast_for, gather_objects, is_main, loader_workers, s
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
 from probes import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
                     linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
+from teachers import FrozenTeacher, build_teacher
 
 # ==== config: what is not given is taken from the run that is evaluated ====
 # ---- what ----
 run = ''                         # a run's folder, like out/phantom
-model_type = ''                  # or weights: a hub id or a directory
+model_type = ''                  # or weights: a hub id, a directory, or a teacher of distill.py, timm:NAME
 compare = ''                     # or several of both, comma-separated, * works: "facebook/dinov2-small,out/a*"
 checkpoint = 'best'              # of a run: 'best' on its eval_split | 'last' = where it ended, no selection at all
 out_dir = ''                     # tables and pictures; '' = results/ of the run, or out/evaluate
@@ -99,7 +100,8 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
            num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error", patch=0, with_masks=False):
     """Features of a data set batch by batch, in its order, with a progress bar.
 
-    Args: backbone: any that forward_features takes, in eval mode, on its device; None for the raw pixels (at `size`,
+    Args: backbone: any that forward_features takes, in eval mode, on its device, or a teachers.FrozenTeacher, which
+    normalises by itself (mean 0, std 1 then); None for the raw pixels (at `size`,
     normalised, flattened; patches of `patch` pixels): the baseline that features have to beat. size: pixels of the
     square the images are resized to; intensity_range, mean, std: as in training; autocast: called for a context around
     the forward pass; on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
@@ -122,7 +124,8 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
             patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2) if patch else None   # [b,P,C*p*p]
         else:
             with autocast():
-                cls, patches = (tokens.float() for tokens in forward_features(backbone, pixels))
+                cls, patches = (tokens.float() for tokens in (
+                    backbone(pixels) if isinstance(backbone, FrozenTeacher) else forward_features(backbone, pixels)))
         yield dict(cls=cls, patches=patches, rows=[item["i"] for item in items],
                    digests=[item["digest"] for item in items], masks=[item["mask"] for item in items])
 
@@ -212,7 +215,9 @@ def read_run(folder):
 def adaptation(config):
     """What a run trains, in the words of the paper's tables."""
     kinds = ["LoRA"] * config["use_lora"] + ["layer freezing"] * (config["freeze_backbone_layers"] > 0)
-    return " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+    words = " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+    teacher = os.path.basename(config.get("distilled_model_type", "").rstrip("/"))
+    return words + (f", distilled from {teacher} ({config['objective']})" if teacher else "")
 
 
 def find_networks(names):
@@ -480,11 +485,16 @@ def main(sources):
         return found
 
     for network in networks:
-        config, expected = network["config"] or (configs[0] if configs else {}), pretrained_input(network["reads"])
+        config, of_timm = network["config"] or (configs[0] if configs else {}), network["loads"].startswith("timm:")
         torch.manual_seed(config.get("seed", 0))               # a start from scratch: the weights that the run drew
-        backbone = build_backbone(network["loads"], True, train.num_channels) if network["loads"] else \
-            backbone_from_config(config, train.num_channels)
-        backbone, patch = backbone.to(run_device).eval(), backbone.config.patch_size
+        if of_timm:                                            # a teacher of distill.py, as distill.py uses it
+            backbone = build_teacher(network["loads"], dtype=torch.float32 if mixed_precision == "no" else torch.bfloat16)
+            expected, patch = dict(mean=(0.0,) * 3, std=(1.0,) * 3), backbone.patch_size
+        else:
+            backbone = build_backbone(network["loads"], True, train.num_channels) if network["loads"] else \
+                backbone_from_config(config, train.num_channels)
+            expected, patch = pretrained_input(network["reads"]), backbone.config.patch_size
+        backbone = backbone.to(run_device).eval()
         size = image_size or config.get("global_crops_size") or expected.get("size") or 224
         value_range, mean, std, _ = input_settings(train, expected, intensity_range, seed=seed,
                                                    on_bad_image=on_bad_image)
