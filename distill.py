@@ -401,14 +401,17 @@ def main(sources):
                            fixed_views=fixed_views)
     workers = loader_workers(num_workers)
 
+    def good(batch):
+        if problem := next(filter(None, gather_objects(batch.get("error"))), None):
+            raise UserError(problem)
+        return batch
+
     def batches(start, stop):
+        """An iterator. It starts the loader at once: that draws from torch's generator, whose seed is set later on."""
         order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), start, stop, seed,
                            shuffle)
-        for batch in DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
-                                pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c):
-            if problem := next(filter(None, gather_objects(batch.get("error"))), None):
-                raise UserError(problem)
-            yield batch
+        return map(good, DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
+                                    pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c))
     preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
     photometrics = Photometrics(preset, value_range, mean, std, window_jitter, blur_probability)
     say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; "
