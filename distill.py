@@ -370,6 +370,10 @@ def main(sources):
     scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
     iteration, knn = 0, {}                                     # finished iterations; k-NN: start, best, best_iteration
     if state:
+        for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
+            if state["config"][key] != config[key]:
+                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} now; "
+                                "what the student learnt to match is that teacher's: take its value, or start a new run")
         check_fits(state, student, config)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
@@ -500,6 +504,9 @@ def main(sources):
             knn.update(best=accuracy, best_iteration=iteration)
         say(f"k-NN (k=5, {eval_split}) at iteration {iteration}: {accuracy:.4f}   start {knn['start']:.4f}, "
             f"best {knn['best']:.4f} at {knn['best_iteration']}")
+        if accuracy < knn["start"] - 0.01 and use_pretrained:
+            say(f"!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: the teacher's features harm these, or lr is too "
+                "high. Evaluate the teacher by itself; checkpoints/best keeps the best student. !!!!")
         return best
 
     def save(best=False, keep=False, done=False):

@@ -231,7 +231,7 @@ def find_networks(names):
         return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
 
     ignored = ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log", "cache_dir",
-               "generate_samples", "log_interval", "saveckp_freq")
+               "generate_samples", "log_interval", "saveckp_freq", "teacher_cache")
     names = dict.fromkeys(path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name]))
     runs = [name for name in names if os.path.isfile(os.path.join(name, "config.py"))]
     networks, pipelines = [], {}

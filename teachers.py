@@ -99,8 +99,8 @@ def _build_timm(name, weights, size_keys):
     except Exception as error:                    # the hub, the network and timm's own names raise a dozen kinds
         raise UserError(gated(repository, error) or f"distilled_model_type='timm:{name}' cannot be loaded as a ViT: "
                         f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}") from None
-    if not hasattr(network, "patch_embed") or not hasattr(network, "num_prefix_tokens"):
-        raise UserError(f"distilled_model_type='timm:{name}' is no vision transformer with patch tokens; choose a vit_*")
+    if getattr(network, "num_prefix_tokens", 0) < 1:
+        raise UserError(f"distilled_model_type='timm:{name}' has no class token; choose another vision transformer")
     if weights:
         load_weights(network, weights)
     trained = network.pretrained_cfg
@@ -282,6 +282,10 @@ class FeatureCache:
                 key = differing[0]
                 raise UserError(f"teacher_cache={folder!r} holds features of another run: {', '.join(differing)} "
                                 f"differ ({key}: {found.get(key)!r} there, {about.get(key)!r} here); name another folder")
+        else:                                                 # first of all: features never lie there without it
+            with open(f"{path}.{os.getpid()}.part", "w") as file:
+                json.dump(about, file, indent=1)
+            os.replace(f"{path}.{os.getpid()}.part", path)
         shapes = dict(done=((n_rows,), np.bool_), cls=((n_rows, views, cls_width), np.float16))
         if patches_shape:
             shapes["patches"] = (n_rows, views, *patches_shape), np.float16
@@ -290,9 +294,6 @@ class FeatureCache:
             if not os.path.isfile(file):                      # beside, then renamed; zeros take no room on most disks
                 np.lib.format.open_memmap(f"{file}.{os.getpid()}.part", "w+", dtype, shape).flush()
                 os.replace(f"{file}.{os.getpid()}.part", file)
-        with open(f"{path}.{os.getpid()}.part", "w") as file:
-            json.dump(about, file, indent=1)
-        os.replace(f"{path}.{os.getpid()}.part", path)
         self.files = {name: np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r+") for name in shapes}
 
     def __call__(self, rows, compute, device):

@@ -186,6 +186,12 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path, npz, teachers):
     assert open(f"{tmp_path}/parts/config.py").readline() == f"# resolved config; runs as: python distill.py {tmp_path}/parts/config.py\n"
 
 
+def test_resume_refuses_another_teacher(tmp_path, npz, teachers):
+    run(str(tmp_path / "run"), npz, teachers["vit"])
+    with pytest.raises(UserError, match="distilled_model_type is '.*vit' there, '.*dinov2' now; what the student learnt"):
+        run(str(tmp_path / "run"), npz, teachers["dinov2"], f"--resume_from={tmp_path}/run", "--max_iterations=4")
+
+
 def test_cached_equals_computed(tmp_path, npz, teachers):
     """fp32 features lose bits in the cache's fp16, so equal to three digits; from a full cache the run repeats to the bit."""
     extra = ["--fixed_views=2", "--max_iterations=12", "--eval_interval=0", "--log_interval=1"]
