@@ -120,7 +120,7 @@ dino_head_out_dim = 512          # prototypes K: fewer than distilled_statistics
 dino_head_norm_last_layer = False  # freeze the gain of the student's prototypes at 1
 head_hidden_dim = 2048           # of the student's DINO head
 head_bottleneck_dim = 256        # of the student's DINO head
-centering = 'centering'          # teacher logits: 'centering' = minus their mean | 'sinkhorn_knopp' = even use, by batch
+centering = 'centering'          # teacher logits: 'centering' = minus their mean | 'sinkhorn_knopp' = even use
 student_temp = 0.1               # softmax temperature of the student
 teacher_temp = 0.07              # of the teacher: cosines to prototypes differ by some tenths
 momentum_teacher = 0.996         # of the exported EMA: shadow = m * shadow + (1 - m) * student; short runs 0.9 to 0.98
@@ -312,8 +312,8 @@ def main(sources):
         train_set, expected, teacher.intensity_range if teacher.intensity_range and intensity_range == (0.0, 0.0)
         else intensity_range, image_mean, image_std, seed, on_bad_image)
     if teacher.intensity_range and tuple(teacher.intensity_range) != tuple(value_range):
-        raise UserError(f"intensity_range={value_range}, but the teacher was trained on {teacher.intensity_range}; give "
-                        f"--intensity_range={teacher.intensity_range[0]},{teacher.intensity_range[1]}")
+        raise UserError(f"intensity_range={value_range}, but the teacher was trained on {teacher.intensity_range}; "
+                        f"give --intensity_range={teacher.intensity_range[0]},{teacher.intensity_range[1]}")
     why_not = "no labels" if train_set.labels is None else "several labels per image"
     say(f"data: {dataset_path}, {len(train_set)} train images, {channels} channel(s), "
         f"{getattr(train_set.images, 'dtype', 'image files')}; "
@@ -372,8 +372,9 @@ def main(sources):
     if state:
         for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
             if state["config"][key] != config[key]:
-                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} now; "
-                                "what the student learnt to match is that teacher's: take its value, or start a new run")
+                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} "
+                                "now; what the student learnt to match is that teacher's: take its value, or start a "
+                                "new run")
         check_fits(state, student, config)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
@@ -505,8 +506,8 @@ def main(sources):
         say(f"k-NN (k=5, {eval_split}) at iteration {iteration}: {accuracy:.4f}   start {knn['start']:.4f}, "
             f"best {knn['best']:.4f} at {knn['best_iteration']}")
         if accuracy < knn["start"] - 0.01 and use_pretrained:
-            say(f"!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: the teacher's features harm these, or lr is too "
-                "high. Evaluate the teacher by itself; checkpoints/best keeps the best student. !!!!")
+            say(f"!!!! BELOW THE START by {knn['start'] - accuracy:.4f}: the teacher's features harm these, or lr is "
+                "too high. Evaluate the teacher by itself; checkpoints/best keeps the best student. !!!!")
         return best
 
     def save(best=False, keep=False, done=False):

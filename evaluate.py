@@ -488,7 +488,8 @@ def main(sources):
         config, of_timm = network["config"] or (configs[0] if configs else {}), network["loads"].startswith("timm:")
         torch.manual_seed(config.get("seed", 0))               # a start from scratch: the weights that the run drew
         if of_timm:                                            # a teacher of distill.py, as distill.py uses it
-            backbone = build_teacher(network["loads"], dtype=torch.float32 if mixed_precision == "no" else torch.bfloat16)
+            backbone = build_teacher(network["loads"],
+                                     dtype=torch.float32 if mixed_precision == "no" else torch.bfloat16)
             expected, patch = dict(mean=(0.0,) * 3, std=(1.0,) * 3), backbone.patch_size
         else:
             backbone = build_backbone(network["loads"], True, train.num_channels) if network["loads"] else \

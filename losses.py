@@ -160,7 +160,7 @@ def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_te
 # ---- distillation from a network of another kind ----
 
 def resize_grid(tokens, grid, mode="bilinear"):
-    """Patch tokens [N,Q,D] of a square grid as those of a grid x grid one, [N,grid*grid,D]; themselves where it fits."""
+    """Patch tokens [N,Q,D] of a square grid as those of a grid x grid one, [N,grid*grid,D]; the same where it fits."""
     own = round(tokens.shape[1] ** 0.5)
     if own == grid:
         return tokens

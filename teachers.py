@@ -41,7 +41,7 @@ PATHOLOGY_TEACHERS = {
         mlp_ratio=5.33334, init_values=1e-5, **SWIGLU), **BIOPTIMUS),
 }
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-CLS_MEAN = ("kaiko-ai/midnight",)                             # Hugging Face models whose image feature has the mean, too
+CLS_MEAN = ("kaiko-ai/midnight",)                             # Hugging Face models whose image feature has the mean too
 
 
 # ---- loading ----
@@ -73,7 +73,8 @@ def build_teacher(distilled_model_type, weights="", load_from_disk=False, size=0
     size = size or about.get("size") or max(1, round(fallback_size / patch)) * patch
     if size % patch:
         raise UserError(f"distilled_crops_size={size} is not a multiple of patch_size={patch} of "
-                        f"{distilled_model_type}; use {size // patch * patch or patch} or {(size // patch + 1) * patch}")
+                        f"{distilled_model_type}; use {size // patch * patch or patch} or "
+                        f"{(size // patch + 1) * patch}")
     return FrozenTeacher(network.to(dtype), size, patch, about["mean"], about["std"], n_prefix,
                          about.get("cls_mean", False), about.get("intensity_range"))
 
@@ -245,7 +246,7 @@ class FeatureStatistics(nn.Module):
 
 
 def spherical_kmeans(x, k, seed=0, n_iterations=20):
-    """k directions that x [N,D], rows of unit length, gather around: [k,D], rows of unit length (Dhillon and Modha 2001).
+    """k directions that x [N,D], rows of unit length, gather around: [k,D], likewise (Dhillon and Modha 2001).
 
     Starts from k rows drawn by seed; n_iterations times, each row joins the centre with the largest cosine, and each
     centre becomes the mean of its rows at unit length. A centre that loses all rows stays where it is.
@@ -281,7 +282,8 @@ class FeatureCache:
             if differing := [key for key in sorted(about.keys() | found.keys()) if about.get(key) != found.get(key)]:
                 key = differing[0]
                 raise UserError(f"teacher_cache={folder!r} holds features of another run: {', '.join(differing)} "
-                                f"differ ({key}: {found.get(key)!r} there, {about.get(key)!r} here); name another folder")
+                                f"differ ({key}: {found.get(key)!r} there, {about.get(key)!r} here); name another "
+                                "folder")
         else:                                                 # first of all: features never lie there without it
             with open(f"{path}.{os.getpid()}.part", "w") as file:
                 json.dump(about, file, indent=1)
