@@ -344,6 +344,8 @@ def main(sources):
                         "needs 'best' or 'last', and 0 <= low <= high <= 1")
     if heat not in ("mean", "pca", "auto") and not (heat.startswith("head") and heat[4:].isdigit()):
         raise UserError(f"heat={heat!r}: choose mean, pca, head0, head1, ..., or auto")
+    if teacher := next((name for name in names if name.startswith("timm:")), ""):
+        raise UserError(f"{teacher}: a timm network keeps its attention to itself; give a Hugging Face id or directory")
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
     config = next((network["config"] for network in networks if network["config"]), {})

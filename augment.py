@@ -287,16 +287,20 @@ class Photometrics:
         """Native pixels to network input without augmentation, for evaluation."""
         return self.normalize(to_unit(crops, self.intensity_range))
 
-    def __call__(self, crops, seeds, kind):
-        """Native pixels [N,C,S,S] to augmented network input, float32; seeds [N] int64.
+    def augment(self, crops, seeds, kind):
+        """Native pixels [N,C,S,S] to augmented ones in 0..1, float32, for networks that normalise differently.
 
         On a CPU a few crops at a time, 4 of 224 pixels: their intermediate results stay in the cache and in memory that
         the process has; to get new pages from the system and to return them cost as much as the work itself.
         """
         n = max(1, len(crops) if crops.is_cuda else 4 * 3 * 224**2 // math.prod(crops.shape[1:]))
-        return torch.cat([self.normalize(photometric(
+        return torch.cat([photometric(
             to_unit(crops[i:i + n], self.intensity_range, seeds[i:i + n], self.window_jitter), self.preset,
-            seeds[i:i + n], kind, self.blur_probability)) for i in range(0, max(1, len(crops)), n)])
+            seeds[i:i + n], kind, self.blur_probability) for i in range(0, max(1, len(crops)), n)])
+
+    def __call__(self, crops, seeds, kind):
+        """Native pixels [N,C,S,S] to augmented network input, float32; seeds [N] int64."""
+        return self.normalize(self.augment(crops, seeds, kind))
 
 
 # ---- iBOT masks ----

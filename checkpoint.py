@@ -87,7 +87,7 @@ def config_changes(state, config):
 
 # ---- the run's folder ----
 
-def open_run(run_dir, resume, config_text):
+def open_run(run_dir, resume, config_text, script="train.py"):
     """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never
     overwritten: returns its new name, else ''."""
     moved = ""
@@ -97,7 +97,7 @@ def open_run(run_dir, resume, config_text):
     for name in ("logs", "checkpoints", "samples", "results"):
         os.makedirs(f"{run_dir}/{name}", exist_ok=True)
     with open(f"{run_dir}/config.py", "w") as file:
-        file.write(f"# resolved config; runs as: python train.py {run_dir}/config.py\n{config_text}")
+        file.write(f"# resolved config; runs as: python {script} {run_dir}/config.py\n{config_text}")
     return moved
 
 
@@ -117,6 +117,8 @@ def model_card(name, iteration, knn, config, config_text):
     """README.md of an export: where the weights come from, what was measured, how to load them. knn: {what: number}."""
     numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items()) or "- no labels, not measured\n"
     start = config["model_type"] if config["use_pretrained"] else f"random weights ({config['model_type']})"
+    if teacher := config.get("distilled_model_type"):
+        start += f", distilled from the frozen teacher {teacher}"
     return ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n"
             f"tags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
             f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} iterations "

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import time
 import urllib.error
@@ -635,9 +636,12 @@ class BatchOrder(torch.utils.data.Sampler):
 class CropDataset(torch.utils.data.Dataset):
     """Crops of a data set for the training loop: item (n, index) -> crops of one image, collate -> a batch."""
 
-    def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error"):
-        """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks."""
+    def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error",
+                 fixed_views=0):
+        """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks;
+        fixed_views: an image is cropped in so many ways, by turns from epoch to epoch; 0 = anew every time."""
         self.dataset, self.multi_crop, self.seed, self.on_bad_image = dataset, multi_crop, seed, on_bad_image
+        self.fixed_views = fixed_views
         self.global_batch_size, self.grid, self.mask_settings = global_batch_size, grid, mask_settings
 
     def __len__(self):
@@ -655,8 +659,12 @@ class CropDataset(torch.utils.data.Dataset):
                 if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
                     return dict(error=str(error))
                 index = (index + 1) % len(self.dataset)         # the neighbour stands in
-        crops = self.multi_crop(image, mask, np.random.default_rng((self.seed, 2, n)))
-        return dict(crops, n=n, index=index, bad=bad)
+        source, view = (self.seed, 2, n), 0
+        if self.fixed_views:
+            view = n // len(self.dataset) % self.fixed_views
+            source = (self.seed, 4, index, view)
+        crops = self.multi_crop(image, mask, np.random.default_rng(source))
+        return dict(crops, n=n, index=index, view=view, bad=bad)
 
     def label_crops(self, indices):
         """What the first batch of a run shows of the label: dict of global_crops and local_crops as collate makes them
@@ -670,14 +678,15 @@ class CropDataset(torch.utils.data.Dataset):
 
     def collate(self, samples):
         """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major;
-        gram_crops [V*B,...] and masks [V*B,P] bool if any; index, list of B ints; bad, list of files; or only error."""
+        gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index and view, lists of B ints; bad, list of files; or
+        only error."""
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
             return dict(error=errors[0])
         batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)  # [V,B,...] -> [V*B,...]
                  for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "gram_crops")
                  if key in samples[0]}
-        batch["index"] = [sample["index"] for sample in samples]
+        batch.update({key: [sample[key] for sample in samples] for key in ("n", "index", "view")})
         batch["bad"] = [path for sample in samples for path in sample["bad"]]
         if self.mask_settings is not None:
             # the masks of the global batch have one plan; each rank builds its own rows of it
@@ -688,3 +697,8 @@ class CropDataset(torch.utils.data.Dataset):
             n_crops = n_views * self.global_batch_size
             batch["masks"] = sample_masks(n_crops, self.grid, rng, rows=rows, **self.mask_settings)[rows]
         return batch
+
+
+def ignore_ctrl_c(_):
+    """worker_init_fn of a loader: Ctrl-C reaches every process of the terminal, the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

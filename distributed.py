@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
+MICRO_BATCH = 64        # images of a rank that accumulation_steps aims at: more need memory and are hardly faster
+
 
 def setup(device="auto"):
     """Join the process group where torchrun started us, and choose this process's device.
@@ -127,6 +129,12 @@ def unwrap(student):
 def no_sync(student, last):
     """A context in which backward keeps its gradients local, for all micro-batches of a step but the last."""
     return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def accumulation_steps(global_batch_size, given=0):
+    """Micro-batches per step and rank: as given, or the smallest divisor of a rank's share that keeps them small."""
+    share = global_batch_size // world_size()
+    return given or next(steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= MICRO_BATCH)
 
 
 def loader_workers(num_workers):

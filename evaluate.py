@@ -33,11 +33,12 @@ from distributed import autocast_for, gather_objects, is_main, loader_workers, s
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
 from probes import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
                     linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
+from teachers import FrozenTeacher, build_teacher
 
 # ==== config: what is not given is taken from the run that is evaluated ====
 # ---- what ----
 run = ''                         # a run's folder, like out/phantom
-model_type = ''                  # or weights: a hub id or a directory
+model_type = ''                  # or weights: a hub id, a directory, or a teacher of distill.py, timm:NAME
 compare = ''                     # or several of both, comma-separated, * works: "facebook/dinov2-small,out/a*"
 checkpoint = 'best'              # of a run: 'best' on its eval_split | 'last' = where it ended, no selection at all
 out_dir = ''                     # tables and pictures; '' = results/ of the run, or out/evaluate
@@ -99,7 +100,8 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
            num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error", patch=0, with_masks=False):
     """Features of a data set batch by batch, in its order, with a progress bar.
 
-    Args: backbone: any that forward_features takes, in eval mode, on its device; None for the raw pixels (at `size`,
+    Args: backbone: any that forward_features takes, in eval mode, on its device, or a teachers.FrozenTeacher, which
+    normalises by itself (mean 0, std 1 then); None for the raw pixels (at `size`,
     normalised, flattened; patches of `patch` pixels): the baseline that features have to beat. size: pixels of the
     square the images are resized to; intensity_range, mean, std: as in training; autocast: called for a context around
     the forward pass; on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
@@ -122,7 +124,8 @@ def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), s
             patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2) if patch else None   # [b,P,C*p*p]
         else:
             with autocast():
-                cls, patches = (tokens.float() for tokens in forward_features(backbone, pixels))
+                cls, patches = (tokens.float() for tokens in (
+                    backbone(pixels) if isinstance(backbone, FrozenTeacher) else forward_features(backbone, pixels)))
         yield dict(cls=cls, patches=patches, rows=[item["i"] for item in items],
                    digests=[item["digest"] for item in items], masks=[item["mask"] for item in items])
 
@@ -212,7 +215,9 @@ def read_run(folder):
 def adaptation(config):
     """What a run trains, in the words of the paper's tables."""
     kinds = ["LoRA"] * config["use_lora"] + ["layer freezing"] * (config["freeze_backbone_layers"] > 0)
-    return " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+    words = " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+    teacher = os.path.basename(config.get("distilled_model_type", "").rstrip("/"))
+    return words + (f", distilled from {teacher} ({config['objective']})" if teacher else "")
 
 
 def find_networks(names, checkpoint):
@@ -226,7 +231,7 @@ def find_networks(names, checkpoint):
         return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
 
     ignored = ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log", "cache_dir",
-               "generate_samples", "log_interval", "saveckp_freq")
+               "generate_samples", "log_interval", "saveckp_freq", "teacher_cache")
     asked = ", ".join(names)
     names = dict.fromkeys(path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name]))
     runs = [name for name in names if os.path.isfile(os.path.join(name, "config.py"))]
@@ -256,18 +261,24 @@ def find_networks(names, checkpoint):
 
 
 def load_network(network, config, dataset, run_device, image_size=0, intensity_range=(0.0, 0.0), seed=0,
-                 on_bad_image="error"):
+                 on_bad_image="error", teacher_dtype=torch.bfloat16):
     """The weights of one network, ready to measure, and how they want their images.
 
     Args: network: of find_networks; config: its run's, or that of the first run, {} without; dataset: what unknown
-    intensities are measured on, its channels are the network's; image_size, intensity_range: the user's, 0 = not given.
-    Returns: backbone in eval mode on run_device; dict of size, intensity_range, mean, std for `stream`.
+    intensities are measured on, its channels are the network's; image_size, intensity_range: the user's, 0 = not given;
+    teacher_dtype: of the weights of a timm teacher.
+    Returns: backbone in eval mode on run_device, for timm:NAME a teachers.FrozenTeacher; dict of size, intensity_range,
+    mean, std for `stream`.
     """
-    expected = pretrained_input(network["reads"])
     torch.manual_seed(config.get("seed", 0))                   # a start from scratch: the weights that the run drew
-    backbone = build_backbone(network["loads"], True, dataset.num_channels) if network["loads"] else \
-        backbone_from_config(config, dataset.num_channels)
-    patch = backbone.config.patch_size
+    if network["loads"].startswith("timm:"):                   # normalises by itself
+        backbone = build_teacher(network["loads"], dtype=teacher_dtype)
+        expected, patch = dict(mean=(0.0,) * 3, std=(1.0,) * 3), backbone.patch_size
+    else:
+        expected = pretrained_input(network["reads"])
+        backbone = build_backbone(network["loads"], True, dataset.num_channels) if network["loads"] else \
+            backbone_from_config(config, dataset.num_channels)
+        patch = backbone.config.patch_size
     size = image_size or config.get("global_crops_size") or expected.get("size") or 224
     value_range, mean, std, _ = input_settings(dataset, expected, intensity_range, seed=seed,
                                                on_bad_image=on_bad_image)
@@ -503,10 +514,10 @@ def main(sources):
     for network in networks:
         config = network["config"] or (configs[0] if configs else {})
         backbone, reading = load_network(network, config, train, run_device, image_size, intensity_range, seed,
-                                         on_bad_image)
+                                         on_bad_image, torch.float32 if mixed_precision == "no" else torch.bfloat16)
         settings = dict(reading, num_workers=workers, batch_size=batch_size, on_bad_image=on_bad_image,
                         autocast=autocast)
-        patch = backbone.config.patch_size
+        patch = getattr(backbone, "patch_size", 0) or backbone.config.patch_size
         if not rows:
             pixels = dict(name="raw pixels", model="raw pixels", adaptation="-", group="raw pixels")
             found = record(pixels, None, settings, patch)

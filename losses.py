@@ -1,4 +1,4 @@
-"""The losses of DINO, iBOT, KoLeo and Gram, and the two ways to turn teacher logits into targets.
+"""The losses of DINO, iBOT, KoLeo, Gram and distillation, and the two ways to turn teacher logits into targets.
 
 Tensors in, scalar out, no state. Everything computes in fp32 whatever comes in, and every statistic that belongs to the
 batch is taken over all ranks, so one process with B images and two with B/2 give the same numbers (KoLeo excepted: it
@@ -144,11 +144,8 @@ def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_te
     """
     if remove_neg and remove_only_teacher_neg:
         raise ValueError("gram_loss: remove_neg and remove_only_teacher_neg exclude each other; set one")
-    student, teacher = student_patches.float(), teacher_patches.float()
-    if teacher.shape[1] != student.shape[1]:
-        fine, coarse = round(teacher.shape[1] ** 0.5), round(student.shape[1] ** 0.5)
-        teacher = teacher.transpose(1, 2).unflatten(2, (fine, fine))                       # [B,D,q,q]
-        teacher = F.interpolate(teacher, size=(coarse, coarse), mode="bicubic").flatten(2).transpose(1, 2)   # [B,P,D]
+    student = student_patches.float()
+    teacher = resize_grid(teacher_patches.float(), round(student.shape[1] ** 0.5), "bicubic")                # [B,P,D]
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     with torch.autocast(student.device.type, enabled=False):
@@ -158,3 +155,30 @@ def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_te
     if remove_neg or remove_only_teacher_neg:
         teacher = teacher.clamp_min(0)
     return F.mse_loss(student, teacher)
+
+
+# ---- distillation from a network of another kind ----
+
+def resize_grid(tokens, grid, mode="bilinear"):
+    """Patch tokens [N,Q,D] of a square grid as those of a grid x grid one, [N,grid*grid,D]; the same where it fits."""
+    own = round(tokens.shape[1] ** 0.5)
+    if own == grid:
+        return tokens
+    square = tokens.transpose(1, 2).unflatten(2, (own, own))                               # [N,D,q,q]
+    return F.interpolate(square, size=(grid, grid), mode=mode).flatten(2).transpose(1, 2)  # [N,P,D]
+
+
+def feature_loss(student, teacher, kind="cosine"):
+    """How far the student's projected tokens are from the teacher's standardised ones (mean 0 and variance 1 in every
+    dimension over the data: the few large dimensions and the common mean of a ViT's tokens would drown the rest).
+
+        cosine      mean over tokens of 1 - <s, t> / (|s| |t|)
+        smooth_l1   mean over tokens and dimensions of d^2 / 2 where |d| < 1, else |d| - 1/2, with d = s - t
+
+    Args: student, teacher [...,D]; no gradient reaches the teacher, because it was computed without. Returns: scalar
+    fp32. A student that says nothing (zeros) scores 1 with cosine; with smooth_l1 about 0.4, to be measured.
+    """
+    student, teacher = student.float(), teacher.float()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+    return F.smooth_l1_loss(student, teacher)

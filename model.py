@@ -31,6 +31,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     its shape with random weights; or the name of a family, from scratch. size_keys: keys of the HF config (hidden_size,
     num_hidden_layers, num_attention_heads, patch_size, image_size, num_register_tokens, drop_path_rate, ...), those
     that the family does not have are ignored; on pretrained weights only those that change no shape are allowed.
+    num_channels 0: as many as model_type says.
     Returns: transformers PreTrainedModel in fp32, without pooler. Raises UserError for what cannot be found or loaded.
     """
     if model_type in FAMILIES and use_pretrained:
@@ -43,9 +44,10 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
         config = _family_config(model_type, size_keys) if model_type in FAMILIES else \
             transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_type={model_type!r} cannot be loaded: "
+        raise UserError(gated(model_type, error) or f"model_type={model_type!r} cannot be loaded: "
                         "neither a local directory with config.json nor a hub id that can be reached; "
                         f"from scratch use one of {', '.join(FAMILIES)} ({str(error).splitlines()[0][:120]})") from None
+    num_channels = num_channels or config.num_channels
     if config.model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; "
                         f"supported are {', '.join(FAMILIES)}")
@@ -70,6 +72,15 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     if config.num_channels != num_channels:
         _set_channels(backbone, num_channels)
     return backbone
+
+
+def gated(repository, error):
+    """How to get at weights whose owners ask for consent first, in one line; '' where `error` says something else."""
+    causes = f"{error!r} {error.__cause__!r}".lower()
+    if "gated" not in causes and "401" not in causes and "403" not in causes:
+        return ""
+    return (f"{repository!r} is gated, or private, or misspelt: the hub refuses it without consent; log in with "
+            f"`hf auth login`, accept the licence at https://huggingface.co/{repository}, and start again")
 
 
 def _family_config(family, size_keys):
@@ -320,12 +331,13 @@ class DINOHead(nn.Module):
 class Student(nn.Module):
     """Backbone and heads in one module with one forward call, so that DDP sees every parameter used.
 
-    ibot_head=None means that the DINO head serves the masked patches as well (DINOv2's shared head).
+    ibot_head=None means that the DINO head serves the masked patches as well (DINOv2's shared head). Distillation may
+    do without a DINO head, and adds projectors, an nn.ModuleDict of 'cls' and 'patches': to the teacher's widths.
     """
 
-    def __init__(self, backbone, dino_head, ibot_head=None):
+    def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None):
         super().__init__()
-        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+        self.backbone, self.dino_head, self.ibot_head, self.projectors = backbone, dino_head, ibot_head, projectors
 
     def train(self, mode=True):
         """Train or eval mode; frozen blocks stay in eval mode: drop path and dropout would regularise nothing there,
@@ -344,13 +356,19 @@ class Student(nn.Module):
         n_prefix: of shared_blocks; the teacher's pass returns what its first n_prefix blocks make of the global crops
         as out['prefix'], and the student's pass goes on from there when it is given as `prefix`.
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
-        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope, n_prefix).
+        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope, n_prefix);
+        with projectors projected_cls [V*B,E] and projected_patches [V*B,P,F].
         """
         if prefix is None:
             tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
             prefix = run_blocks(self.backbone, tokens, rope, 0, n_prefix), rope, n_prefix
         cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *prefix))
         out, n_global = dict(global_cls=cls, patches=patches, **(dict(prefix=prefix) if n_prefix else {})), len(cls)
+        if self.projectors is not None:
+            out.update({f"projected_{name}": self.projectors[name](tokens)
+                        for name, tokens in (("cls", cls), ("patches", patches)) if name in self.projectors})
+        if self.dino_head is None:
+            return out
         if local_crops is not None:
             out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]
             cls = torch.cat([cls, out["local_cls"]])

@@ -40,7 +40,7 @@ def linear_schedule(start, end, iteration, n_iterations):
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?)\.(\d+)\.")  # layers.3 (ViT), encoder.layer.3, model.layer.3, blocks.3
 EMBEDDING = re.compile(r"embed|cls_token|mask_token|register_token|storage_token")
-HEAD = re.compile(r"(?:^|\.)(?:dino_head|ibot_head|last_layer|mlp\.\d)")
+HEAD = re.compile(r"(?:^|\.)(?:dino_head|ibot_head|projectors|last_layer|mlp\.\d)")
 
 
 def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mult=1.0):
@@ -76,6 +76,16 @@ def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mu
         group["params"].append(param)
         group["names"].append(name)
     return list(groups.values())
+
+
+def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, backbone_factor):
+    """Write this iteration's values into the groups of optim.param_groups. backbone_factor: 0 while the heads learn
+    alone, then up to 1; an inflated patch embedding does not wait (its group says waits=False)."""
+    for group in optimizer.param_groups:
+        waits = group["is_backbone"] and group.get("waits", True)
+        group["lr"] = (last_layer_lr_now if group["is_last_layer"] else lr_now) * group["lr_mult"]
+        group["lr"] *= backbone_factor if waits else 1.0
+        group["weight_decay"] = weight_decay_now * group["wd_mult"]
 
 
 # ---- gradients ----

@@ -29,7 +29,8 @@ SMOOTH = 3                                                    # lines and dots a
 # The panels of curves_picture: fields of log.jsonl, title, meaning of the y axis; its least span (else noise in the
 # last digit would fill the panel); the largest value there can be; is the first value marked by a dashed line?
 PANELS = ((dict(loss="total", dino_global_loss="DINO global", dino_local_loss="DINO local", ibot_loss="iBOT",
-                koleo_loss="KoLeo", gram_loss="Gram"), "Loss", "", 0.1, math.inf, False),
+                koleo_loss="KoLeo", gram_loss="Gram", feature_cls_loss="feature CLS",
+                feature_patch_loss="feature patches"), "Loss", "", 0.1, math.inf, False),
           (dict(knn_accuracy=""), "k-NN accuracy", "share of validation images", 0.1, 1, True),
           (dict(rankme=""), "RankMe", "effective rank of a batch's features", 1, math.inf, False),
           (dict(teacher_entropy=""), "Teacher entropy", "nats; 0 = one-hot targets", 0.1, math.inf, False),

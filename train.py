@@ -24,14 +24,15 @@ from augment import PRESETS, MultiCrop, Photometrics, is_labelled, save_samples
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
                         truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
-from data import BatchOrder, CropDataset, input_settings, load_dataset
-from distributed import (all_reduce_max, all_reduce_mean, autocast_for, barrier, cleanup, gather_objects, is_main,
-                         loader_workers, main_first, memory_gb, no_sync, rank, setup, unwrap, world_size, wrap)
+from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
+from distributed import (accumulation_steps, all_reduce_max, all_reduce_mean, autocast_for, barrier, cleanup,
+                         gather_objects, is_main, loader_workers, main_first, memory_gb, no_sync, rank, setup, unwrap,
+                         world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, blocks, forward_features,
                    freeze_layers, frozen_blocks, parameter_counts, pretrained_input, set_trainable, shared_blocks)
-from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
+from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups, set_learning_rates
 from probes import diagnose, monitor
 
 # ==== config: defaults are the paper's Listings 2-8; all durations in iterations (optimizer steps), counted from 0 ====
@@ -152,8 +153,6 @@ activation_checkpointing = False # recompute activations in backward: less memor
 compile = False                  # torch.compile the backbone: minutes at the start, faster steps
 config_keys = list_keys(globals())
 
-MICRO_BATCH = 64                 # what gradient_accumulation_steps = 0 aims at
-
 
 def check_config():
     """Ranges and pairs, all mistakes at once; raises UserError. Called before anything is read."""
@@ -196,13 +195,6 @@ def check_config():
          f"{gram_refresh_iterations} with gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
     if errors:
         raise UserError("\n       ".join(errors))
-
-
-def accumulation_steps():
-    """Micro-batches per step and rank: as given, or the smallest divisor of a rank's share that keeps them small."""
-    share = global_batch_size // world_size()
-    return gradient_accumulation_steps or next(
-        steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= MICRO_BATCH)
 
 
 # ---- the maths of one iteration, with this config; tests compare them with the reference trajectories ----
@@ -252,16 +244,6 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
     return total, terms
 
 
-def set_learning_rates(optimizer, lr_now, last_layer_lr_now, weight_decay_now, backbone_factor):
-    """Write this iteration's values into the groups of optim.param_groups. backbone_factor: 0 while the heads learn
-    alone, then up to 1; an inflated patch embedding does not wait (its group says waits=False)."""
-    for group in optimizer.param_groups:
-        waits = group["is_backbone"] and group.get("waits", True)
-        group["lr"] = (last_layer_lr_now if group["is_last_layer"] else lr_now) * group["lr_mult"]
-        group["lr"] *= backbone_factor if waits else 1.0
-        group["weight_decay"] = weight_decay_now * group["wd_mult"]
-
-
 def log_line(record, run_device):
     """The paper's log line (section 2.1.3), each loss beside its value for a student that knows nothing: ln K times
     the share of its pairs, or of the masked crops."""
@@ -284,11 +266,6 @@ def log_line(record, run_device):
             f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M | "
             f"entropy {record['teacher_entropy']:.2f} prototypes {record['prototype_use']:.0%} "
             f"RankMe {record['rankme']:.1f}")
-
-
-def ignore_ctrl_c(_):
-    """For loader workers: Ctrl-C reaches every process of the terminal, the main one decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main(sources):
@@ -433,7 +410,7 @@ def main(sources):
     student, n_prefix = ready(student)
 
     # ---- loader ----
-    micro_batches = accumulation_steps()
+    micro_batches = accumulation_steps(global_batch_size, gradient_accumulation_steps)
     batch_size = global_batch_size // world_size() // micro_batches
     L = local_crops_number + label_guided_crops_number
     if koleo_loss_weight > 0 and batch_size < 2:

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from losses import (dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, resize_grid, sinkhorn_knopp, softmax_center,
+                    update_center)
 
 
 def normal(*shape, seed=0):
@@ -270,3 +271,44 @@ def test_sinkhorn_row_far_below_the_others_keeps_a_target():
     logits = torch.randn(6, 8)
     logits[2] -= 50                                            # possible with DINOv3's unnormalised prototypes
     assert torch.allclose(sinkhorn_knopp(logits, 0.04).sum(dim=1), torch.ones(6), atol=1e-4)
+
+
+# ---- distillation ----
+
+def bilinear_loop(square, size):
+    """[q,q] at size x size, by the definition: each new cell's centre, looked up among the four old centres around it."""
+    q = len(square)
+    result = torch.zeros(size, size)
+    for y in range(size):
+        for x in range(size):
+            at = [max((place + 0.5) * q / size - 0.5, 0) for place in (y, x)]
+            (y0, fy), (x0, fx) = ((int(place), place - int(place)) for place in at)
+            y1, x1 = min(y0 + 1, q - 1), min(x0 + 1, q - 1)
+            result[y, x] = (1 - fy) * ((1 - fx) * square[y0, x0] + fx * square[y0, x1]) \
+                + fy * ((1 - fx) * square[y1, x0] + fx * square[y1, x1])
+    return result
+
+
+@pytest.mark.parametrize("own, grid", [(16, 14), (14, 16), (4, 2), (3, 3)])
+def test_resize_grid_is_bilinear(own, grid):
+    tokens = normal(2, own * own, 3)
+    resized = resize_grid(tokens, grid)
+    for image in range(2):
+        for channel in range(3):
+            assert_close(resized[image, :, channel].reshape(grid, grid), bilinear_loop(tokens[image, :, channel].reshape(own, own), grid), atol=1e-5)
+
+
+def test_feature_loss_is_its_loop():
+    student, teacher = (2 * normal(4, 5, 6)).requires_grad_(), 2 * normal(4, 5, 6, seed=3)
+    cosine = smooth = 0.0
+    for b in range(4):
+        for p in range(5):
+            s, t = student[b, p].detach(), teacher[b, p]
+            cosine += float(1 - s @ t / (s.norm() * t.norm())) / 20
+            smooth += sum(float(d * d / 2 if abs(d) < 1 else abs(d) - 0.5) for d in s - t) / 120
+    assert_close(feature_loss(student, teacher), cosine)
+    assert_close(feature_loss(student, teacher, "smooth_l1"), smooth)
+    assert float(feature_loss(torch.zeros(4, 6), teacher[:, 0])) == 1.0                     # who says nothing
+    assert_close(feature_loss(3 * teacher, teacher), 0.0)                                  # the cosine ignores length
+    feature_loss(student, teacher).backward()
+    assert student.grad.abs().sum() > 0

@@ -49,7 +49,7 @@ def test_every_key_is_read_and_none_is_assigned(script):
     read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     # evaluate.py rebuilds a run's backbone from its config, so that function reads these keys for both
     shared = next(node for node in tree("model").body if getattr(node, "name", "") == "backbone_from_config")
-    read |= {node.value for node in ast.walk(shared) if isinstance(node, ast.Constant)} if script == "train" else set()
+    read |= {node.value for node in ast.walk(shared) if isinstance(node, ast.Constant)} if script in ("train", "distill") else set()
     assert set(module.config_keys) - read == set()
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     assert set(module.config_keys) & assigned == set()

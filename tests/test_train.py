@@ -17,7 +17,7 @@ from model import FAMILIES, build_backbone, forward_features
 from phantom import make_phantom
 from tests_support import ROOT, load_script
 
-CONFIGS = sorted(file for file in os.listdir(os.path.join(ROOT, "config")) if file.endswith(".py"))
+CONFIGS = sorted(file for file in os.listdir(os.path.join(ROOT, "config")) if file.endswith(".py") and not file.startswith("distill"))
 RECIPES = [file for file in CONFIGS if file.startswith("dinov")]
 SHRUNK = ["--use_pretrained=false", "--model_type=vit", "--hidden_size=32", "--num_hidden_layers=2", "--num_attention_heads=2",
           "--patch_size=8", "--num_register_tokens=2", "--global_crops_size=32", "--local_crops_size=16", "--local_crops_number=2",

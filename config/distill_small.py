@@ -1,0 +1,38 @@
+"""Distillation into a small student from scratch, on some hundred to some ten thousand small images, in minutes.
+
+    python distill.py config/distill_small.py --dataset_path=my_images/ --distilled_model_type=facebook/dinov2-small
+
+A pretrained student brings its own shape: --use_pretrained=true --model_type=facebook/dino-vits16 --lr=1e-4, and crops
+that are a multiple of its patch size.
+"""
+model_name = 'distill_small'
+use_pretrained = False
+model_type = 'dinov2'
+hidden_size = 192
+num_hidden_layers = 6
+num_attention_heads = 3
+patch_size = 28                   # 16 patches: on images of 64 pixels four times the images of patch 14 in the same time
+
+global_crops_size = 112
+distilled_crops_size = 112        # DINOv2's features of images of 64 to 96 pixels; its own 224 costs four times as much
+global_crops_number = 1
+local_crops_size = 56
+
+# near what will be evaluated: whole images, hardly blurred
+global_crops_scale = (0.5, 1.0)
+blur_probability = (0.1, 0.1, 0.1)
+
+dino_head_out_dim = 512
+head_hidden_dim = 512
+head_bottleneck_dim = 128
+
+global_batch_size = 64
+max_iterations = 500
+warmup_iterations = max_iterations // 10
+lr = 1e-3
+min_lr = 1e-5
+weight_decay_end = 0.04
+momentum_teacher = 0.98
+final_momentum_teacher = 0.98
+eval_interval = 100
+saveckp_freq = 1000
