@@ -4,7 +4,6 @@ A run keeps checkpoints/last/state.pt (to resume), checkpoints/best (the teacher
 AutoModel.from_pretrained) and one folder for every saveckp_freq-th iteration. Every file is written beside its place,
 flushed to disk and renamed onto it, so under its name there is always a complete file.
 """
-import copy
 import json
 import os
 import shutil
@@ -12,7 +11,8 @@ import shutil
 import torch
 
 from configurator import UserError
-from model import quiet_transformers
+from distributed import shard_like
+from model import core, quiet_transformers
 
 
 # ---- state: what resuming needs ----
@@ -78,6 +78,14 @@ def check_fits(state, student, config):
                         f"{changed or 'none of the config'}. Take the checkpoint's values, or start a new run")
 
 
+def load_optimizer(optimizer, saved):
+    """Put back what optimizer.state_dict() gave, whole, into an optimizer of whole or sharded parameters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = {index: {key: shard_like(value, params[index]) if value.shape == params[index].shape else value
+                     for key, value in entry.items()} for index, entry in saved["state"].items()}
+    optimizer.load_state_dict(dict(saved, state=state))
+
+
 def config_changes(state, config):
     """[(key, value in the checkpoint, value now)] for the keys that differ, new and removed keys included."""
     old = state["config"]
@@ -129,22 +137,34 @@ def model_card(name, iteration, knn, config, config_text):
             f"Config:\n\n```python\n{config_text}```\n")
 
 
-def export_hf(folder, backbone, size, intensity_range, mean, std, card):
+def merge_lora(backbone, weights):
+    """The state dict of a peft wrapper as that of the model in it, adapters merged: W + (alpha / r) B A."""
+    names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in weights}
+    merged = {new: weights[name] for name, new in names.items() if ".lora_" not in name}
+    for path, module in core(backbone).named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (weights[f"base_model.model.{path}.lora_{matrix}.default.weight"] for matrix in "AB")
+            merged[f"{path}.weight"] = merged[f"{path}.weight"] + (b @ a) * module.scaling["default"]
+    return merged
+
+
+def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None):
     """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json and the model card README.md.
 
-    Call it inside EMATeacher.teacher_weights: what is written are the weights in it now. LoRA is merged into the
-    weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config cannot say it is there.
-    Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card: text of the model card.
+    LoRA is merged into the weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config
+    cannot say it is there. Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card:
+    text of the model card; weights: the state dict to write, whole (distributed.full), None = the backbone's own.
     """
     temporary = folder + ".part"
     shutil.rmtree(temporary, ignore_errors=True)
-    if hasattr(backbone, "merge_and_unload"):
-        backbone.save_pretrained(os.path.join(temporary, "adapter"))
-        backbone = copy.deepcopy(backbone).merge_and_unload()
-    weights = {name: value for name, value in backbone.state_dict().items()
+    weights = weights or backbone.state_dict()
+    if hasattr(backbone, "peft_config"):
+        backbone.save_pretrained(os.path.join(temporary, "adapter"), state_dict=weights)
+        weights = merge_lora(backbone, weights)
+    weights = {name: value for name, value in weights.items()
                if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
     with quiet_transformers():
-        backbone.save_pretrained(temporary, state_dict=weights)
+        core(backbone).save_pretrained(temporary, state_dict=weights)
     # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
     low, high = intensity_range
     factor = 1 / (high - low)
