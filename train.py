@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from augment import PRESETS, MultiCrop, Photometrics, save_samples
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer, load_state, model_card,
-                        open_run, save_state, truncate_log)
+                        open_run, save_state, saved_states, truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, input_settings, load_dataset
 from distributed import (all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full, gather_objects, gathered,
@@ -300,8 +300,7 @@ def main(sources):
     run_dir = out_dir or os.path.join("out", model_name)
     resume = resume_from
     if resume == "auto":
-        resume = run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
-    state = load_state(resume) if resume else None
+        resume = run_dir if saved_states(run_dir) else ""
     told, run_is_open = [], False                              # nothing is written before all input is found good
 
     def say(text):
@@ -315,6 +314,10 @@ def main(sources):
 
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
+    state = load_state(resume, say) if resume else None
+    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
+        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
+                        f"{run_dir} must lie on a disk that they share")
     if state:
         say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
             f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
