@@ -529,7 +529,7 @@ def main(sources):
                           card, weights)
         main_writes(write)
 
-    if measured and iteration == 0:
+    if measured and iteration == 0 and not knn:
         knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
         knn["untrained"] = teacher_knn(measured)
         say("raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
