@@ -9,6 +9,7 @@ share of each weight, gradient, AdamW moment and EMA value, and a block's weight
 import contextlib
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,18 @@ def main_writes(write):
     stop_together(problem)
 
 
+@contextlib.contextmanager
+def lost_ranks():
+    """Around a whole program: what a backend reports when another rank is gone becomes a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise UserError(f"rank {rank()} has lost contact with another rank, whose own message or torchrun's says why; "
+                        "--resume_from=auto goes on from the last checkpoint") from None
+
+
 # ---- DDP and FSDP ----
 
 def place(student, blocks, distribution, device):
@@ -159,8 +172,9 @@ def place(student, blocks, distribution, device):
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in (*blocks, student):
         fully_shard(module, mesh=mesh)
-    student.gather_root = lambda: None                         # counts as a forward of the root: it comes and stays whole
+    student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, and stays
     register_fsdp_forward_method(student, "gather_root")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # no in-place operation follows
     return student
 
 

@@ -26,8 +26,8 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, input_settings, load_dataset
 from distributed import (all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full, gather_objects, gathered,
-                         is_main, loader_workers, main_first, main_writes, memory_gb, no_sync, place, rank, setup,
-                         stop_together, unwrap, world_size, wrap)
+                         is_main, loader_workers, lost_ranks, main_first, main_writes, memory_gb, no_sync, place, rank,
+                         setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp, softmax_center,
                     sum_rows)
@@ -692,5 +692,5 @@ def main(sources):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), lost_ranks():
         main(override(globals(), config_keys, sys.argv[1:]))
