@@ -2,17 +2,21 @@
 
 A run keeps checkpoints/last/state.pt (to resume), checkpoints/best (the teacher with the highest k-NN, with best/hf for
 AutoModel.from_pretrained) and one folder for every saveckp_freq-th iteration. Every file is written beside its place,
-flushed to disk and renamed onto it, so under its name there is always a complete file.
+flushed to disk and renamed onto it, so under its name there is always a complete file. All tensors in it are whole and
+on the CPU: how many ranks wrote it, and whether they shared the weights (FSDP), cannot be seen.
 """
-import copy
+import contextlib
+import glob
 import json
 import os
 import shutil
 
 import torch
+from safetensors import SafetensorError
 
 from configurator import UserError
-from model import quiet_transformers
+from distributed import shard_like
+from model import core, quiet_transformers
 
 
 # ---- state: what resuming needs ----
@@ -26,43 +30,89 @@ def _sync(path):
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _beside(temporary):
+    """Around the writing of a file or folder beside its place: what could not be written whole is removed, and a
+    UserError says so. torch and safetensors report a full disk each in their own way."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"{temporary} cannot be written: {str(error).splitlines()[0]}. Is the disk full? What was saved "
+                        "before is untouched; make space, then --resume_from=auto goes on from there") from None
+
+
 def save_state(folder, state):
-    """Write folder/state.pt atomically. state: nested dicts and lists of tensors, numbers and strings only."""
-    os.makedirs(folder, exist_ok=True)
+    """Write folder/state.pt atomically. state: nested dicts and lists of tensors, numbers and strings only. Raises
+    UserError where the disk does not take it; the state of before stays."""
     temporary = os.path.join(folder, "state.pt.part")
-    torch.save(state, temporary)
-    _sync(temporary)
-    os.replace(temporary, os.path.join(folder, "state.pt"))
-    _sync(folder)
+    with _beside(temporary):
+        os.makedirs(folder, exist_ok=True)
+        torch.save(state, temporary)
+        _sync(temporary)
+        os.replace(temporary, os.path.join(folder, "state.pt"))
+        _sync(folder)
 
 
 def link_state(source, folder):
     """The same state under a second folder. A hard link: no second copy on disk, and save_state later replaces the name
     in `source`, never the content. Copies where the file system has no links."""
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "state.pt.part")
-    if os.path.exists(temporary):
-        os.remove(temporary)
+    with _beside(temporary):
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        try:
+            os.link(os.path.join(source, "state.pt"), temporary)
+        except OSError:
+            shutil.copyfile(os.path.join(source, "state.pt"), temporary)
+            _sync(temporary)
+        os.replace(temporary, os.path.join(folder, "state.pt"))
+
+
+def _read(file):
+    """(state, '') of a readable file on the CPU, or (None, why not). weights_only: nothing in it can run code."""
     try:
-        os.link(os.path.join(source, "state.pt"), temporary)
-    except OSError:
-        shutil.copyfile(os.path.join(source, "state.pt"), temporary)
-        _sync(temporary)
-    os.replace(temporary, os.path.join(folder, "state.pt"))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:                    # torch raises several kinds for a truncated or foreign file
+        return None, f"{file} is missing" if not os.path.exists(file) else \
+            f"{file} is damaged or no checkpoint of ours ({type(error).__name__})"
+    ours = isinstance(state, dict) and {"iteration", "config", "student"} <= state.keys()
+    return (state, "") if ours else (None, f"{file} is no checkpoint of ours")
 
 
-def load_state(path):
-    """The state below `path`: a run (its checkpoints/last), a checkpoint folder or a state.pt; on the CPU.
-    weights_only: nothing in the file can run code. Raises UserError for a missing or damaged file."""
+def load_state(path, say=print):
+    """The state below `path`: a run, a checkpoint folder or a state.pt; on the CPU.
+
+    Of a run it is checkpoints/last; where a bad disk has damaged that, the readable one that is furthest on, and `say`
+    tells it loudly. A checkpoint named by itself is taken or refused. Raises UserError where nothing can be read.
+    """
     tried = [os.path.join(path, *rest) for rest in (("checkpoints", "last", "state.pt"), ("state.pt",), ())]
-    file = next((name for name in tried if os.path.isfile(name)), None)
+    others = saved_states(path)
+    file = next((name for name in tried if os.path.isfile(name)), tried[0] if others else None)
     if file is None:
         raise UserError(f"resume_from={path!r}: no checkpoint there; looked for {tried[0]} and {tried[1]}")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:                    # torch raises several kinds for a truncated or foreign file
-        raise UserError(f"resume_from={path!r}: {file} is damaged or no checkpoint of ours ({type(error).__name__}); "
-                        "resume from another folder below checkpoints/") from None
+    state, problem = _read(file)
+    if state is None:
+        for other in others:                                  # one in memory at a time, and the best so far
+            found = _read(other)[0]
+            if found and (state is None or found["iteration"] > state["iteration"]):
+                state = found
+        if state is None:
+            raise UserError(f"resume_from={path!r}: {problem}; " + (
+                "nor can the others there be read: move the folder away to start anew" if others else
+                "resume from another folder below checkpoints/"))
+        say(f"!!!! {problem}. Going on from the checkpoint before it, of iteration {state['iteration']}: what was "
+            "trained since is trained again. Is the disk all right? !!!!")
+    return state
+
+
+def saved_states(run_dir):
+    """Every state.pt in the checkpoints of a run."""
+    return sorted(glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*", "state.pt")))
 
 
 def check_fits(state, student, config):
@@ -76,6 +126,14 @@ def check_fits(state, student, config):
         changed = "; ".join(f"{key}: checkpoint {a!r}, now {b!r}" for key, a, b in config_changes(state, config))
         raise UserError(f"resume_from: {wrong} is {there} in the checkpoint, {here} now; keys that differ: "
                         f"{changed or 'none of the config'}. Take the checkpoint's values, or start a new run")
+
+
+def load_optimizer(optimizer, saved):
+    """Put back what optimizer.state_dict() gave, whole, into an optimizer of whole or sharded parameters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = {index: {key: shard_like(value, params[index]) if value.shape == params[index].shape else value
+                     for key, value in entry.items()} for index, entry in saved["state"].items()}
+    optimizer.load_state_dict(dict(saved, state=state))
 
 
 def config_changes(state, config):
@@ -131,42 +189,57 @@ def model_card(name, iteration, knn, config, config_text):
             f"Config:\n\n```python\n{config_text}```\n")
 
 
-def export_hf(folder, backbone, size, intensity_range, mean, std, card):
+def merge_lora(backbone, weights):
+    """The state dict of a peft wrapper as that of the model in it, adapters merged: W + (alpha / r) B A."""
+    names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in weights}
+    merged = {new: weights[name] for name, new in names.items() if ".lora_" not in name}
+    for path, module in core(backbone).named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (weights[f"base_model.model.{path}.lora_{matrix}.default.weight"] for matrix in "AB")
+            merged[f"{path}.weight"] = merged[f"{path}.weight"] + (b @ a) * module.scaling["default"]
+    return merged
+
+
+def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None):
     """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json and the model card README.md.
 
-    Call it inside EMATeacher.teacher_weights: what is written are the weights in it now. LoRA is merged into the
-    weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config cannot say it is there.
-    Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card: text of the model card.
+    LoRA is merged into the weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config
+    cannot say it is there. Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card:
+    text of the model card; weights: the state dict to write, whole (distributed.full), None = the backbone's own.
     """
     temporary = folder + ".part"
     shutil.rmtree(temporary, ignore_errors=True)
-    if hasattr(backbone, "merge_and_unload"):
-        backbone.save_pretrained(os.path.join(temporary, "adapter"))
-        backbone = copy.deepcopy(backbone).merge_and_unload()
-    weights = {name: value for name, value in backbone.state_dict().items()
-               if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
-    with quiet_transformers():
-        backbone.save_pretrained(temporary, state_dict=weights)
-    # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
-    low, high = intensity_range
-    factor = 1 / (high - low)
-    processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size}, resample=3,
-                     do_center_crop=True, crop_size={"height": size, "width": size},
-                     do_rescale=True, rescale_factor=factor, do_normalize=True,
-                     image_mean=[m + low * factor for m in mean], image_std=list(std),
-                     do_convert_rgb=False, intensity_range=[low, high])
-    with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
-        json.dump(processor, file, indent=2)
-    with open(os.path.join(temporary, "README.md"), "w") as file:
-        file.write(card)
-    # the first export appears at once; later ones replace file by file, so model.safetensors is never half-written
-    if not os.path.isdir(folder):
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        return os.rename(temporary, folder)
-    for root, _, files in os.walk(temporary):
-        target = os.path.join(folder, os.path.relpath(root, temporary))
-        os.makedirs(target, exist_ok=True)
-        for name in files:
-            _sync(os.path.join(root, name))
-            os.replace(os.path.join(root, name), os.path.join(target, name))
-    shutil.rmtree(temporary)
+    with _beside(temporary):
+        weights = weights or backbone.state_dict()
+        if hasattr(backbone, "peft_config"):
+            backbone.save_pretrained(os.path.join(temporary, "adapter"), state_dict=weights)
+            weights = merge_lora(backbone, weights)
+        weights = {name: value for name, value in weights.items()
+                   if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
+        with quiet_transformers():
+            core(backbone).save_pretrained(temporary, state_dict=weights)
+        # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
+        low, high = intensity_range
+        factor = 1 / (high - low)
+        processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size}, resample=3,
+                         do_center_crop=True, crop_size={"height": size, "width": size},
+                         do_rescale=True, rescale_factor=factor, do_normalize=True,
+                         image_mean=[m + low * factor for m in mean], image_std=list(std),
+                         do_convert_rgb=False, intensity_range=[low, high])
+        with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
+            json.dump(processor, file, indent=2)
+        with open(os.path.join(temporary, "README.md"), "w") as file:
+            file.write(card)
+        written = [os.path.join(root, name) for root, _, files in os.walk(temporary) for name in files]
+        for name in written:
+            _sync(name)
+        # the first export appears at once; later ones replace file by file, so model.safetensors is never half-written
+        if not os.path.isdir(folder):
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+            os.rename(temporary, folder)
+        else:
+            for name in written:
+                target = os.path.join(folder, os.path.relpath(name, temporary))
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.replace(name, target)
+            shutil.rmtree(temporary)

@@ -14,6 +14,7 @@ A config file is a python file of plain assignments. It runs in a scratch namesp
 import ast
 import contextlib
 import difflib
+import errno
 import glob
 import math
 import os
@@ -26,11 +27,17 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError ends the program with its message and exit status 1, without a traceback; bugs keep theirs."""
+    """A UserError or a full disk ends the program with one line and exit status 1, without a traceback; bugs keep
+    theirs."""
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or 'a log file'} cannot be written; make space. The last "
+                 "checkpoint is good, --resume_from=auto goes on from there")
 
 
 def list_keys(namespace):

@@ -2,12 +2,19 @@
 
 `torchrun --nproc_per_node=N train.py` sets RANK, WORLD_SIZE and LOCAL_RANK; a plain `python train.py` does not. The
 maths calls all_reduce_sum(x) in both cases: alone, the sum over all ranks is x. Nobody else asks torch.distributed.
+
+'ddp': every rank holds the whole network and averages gradients. 'fsdp' (FSDP2, fully_shard): every rank keeps its
+share of each weight, gradient, AdamW moment and EMA value, and a block's weights are whole only while it computes.
 """
 import contextlib
+import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
@@ -19,7 +26,8 @@ def setup(device="auto"):
     """Join the process group where torchrun started us, and choose this process's device.
 
     Args: device: 'auto' (cuda where there is one, else cpu), 'cpu', 'cuda' or 'cuda:1'.
-    Returns: torch.device. nccl carries CUDA tensors, gloo those of the CPU.
+    Returns: torch.device. nccl carries CUDA tensors, gloo those of the CPU: flags travel there without waiting for the
+    device. A rank that waits for half an hour gives up: so long may a download or the k-NN of rank 0 take.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +40,8 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
     return device
 
 
@@ -111,24 +120,168 @@ def gather_objects(item):
     return items
 
 
+def any_rank(*flags):
+    """[whether some rank has it] for every flag: one small message over all ranks."""
+    return [found > 0 for found in all_reduce_max(torch.tensor([bool(flag) for flag in flags], dtype=torch.int)).tolist()]
+
+
+def stop_together(problem):
+    """UserError on all ranks where one of them has a problem, a text ('' or None = none). A rank that raised alone would
+    leave the others waiting in their next collective call."""
+    if any_rank(problem)[0]:
+        raise UserError(next(filter(None, gather_objects(problem))))
+
+
+def main_writes(write):
+    """Rank 0 calls write(); where that raises a UserError (a full disk), every rank raises it."""
+    problem = ""
+    if is_main():
+        try:
+            write()
+        except UserError as error:
+            problem = str(error)
+    stop_together(problem)
+
+
+@contextlib.contextmanager
+def lost_ranks():
+    """Around a whole program: what a backend reports when another rank is gone becomes a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise UserError(f"rank {rank()} has lost contact with another rank, whose own message or torchrun's says why; "
+                        "--resume_from=auto goes on from the last checkpoint") from None
+
+
+# ---- DDP and FSDP ----
+
+def place(student, blocks, distribution, device):
+    """The student on its device, in place: whole, or with 'fsdp' this rank's share of every parameter.
+
+    Call it before the optimizer is built: sharded parameters are new ones (DTensors, split along dimension 0). Every
+    transformer block is a group, gathered and freed by itself; the root holds the rest, heads included, and stays whole
+    from its forward to its backward. The student comes whole on the CPU of every rank, the same everywhere by its seed,
+    and goes to the device one group at a time: the device never holds all of it.
+    Precision: weights are gathered, gradients averaged and weights kept in fp32, autocast computes in bf16 as it does
+    alone and under DDP, so losses are equal. FSDP's MixedPrecisionPolicy would gather bf16, half the bytes, but round
+    norms, layer scales and positions as well. The bf16 copies that a forward made live until its backward;
+    activation_checkpointing frees those.
+    """
+    if distribution != "fsdp" or world_size() == 1:
+        return student.to(device)
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    for module in (*blocks, student):
+        fully_shard(module, mesh=mesh)
+    student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, and stays
+    register_fsdp_forward_method(student, "gather_root")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # no in-place operation follows
+    return student
+
+
 def wrap(student, distribution, device):
-    """The student, ready for synchronised gradients. 'ddp' averages them over the ranks during backward; 'none', or one
-    process, leaves the student as it is. Every trainable parameter takes part in every step (model.Student sees to
-    that), so DDP need not look for unused ones."""
-    if world_size() == 1 or distribution == "none":
+    """The placed student, ready for synchronised gradients. 'ddp' averages them over the ranks during backward; 'fsdp'
+    (see place), 'none', or one process leave the student as it is. Every trainable parameter takes part in every step
+    (model.Student sees to that), so DDP need not look for unused ones."""
+    if world_size() == 1 or distribution != "ddp":
         return student
     return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrap(student):
-    """The plain module inside DDP; the module itself when alone."""
+    """The plain module inside DDP; the module itself when alone or sharded."""
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 
+@contextlib.contextmanager
 def no_sync(student, last):
     """A context in which backward keeps its gradients local, for all micro-batches of a step but the last."""
-    return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext()
+    if is_sharded(student):
+        student.set_requires_gradient_sync(last)
+    with student.no_sync() if isinstance(student, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def _groups(student):
+    """The sharded groups of a student: the root, then its blocks; [] without FSDP."""
+    return [module for module in student.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(student):
+    """True where every rank holds a share of the weights, and of their gradients."""
+    return isinstance(student, FSDPModule)
+
+
+def swap(param, other):
+    """Exchange the values of a parameter and of a tensor like it. Pointers move; of a sharded one the contents, because
+    FSDP gathers from the memory that it knows."""
+    if isinstance(param, DTensor):
+        mine, theirs = local(param.detach()), local(other)
+        held = mine.clone()
+        mine.copy_(theirs)
+        theirs.copy_(held)
+    else:
+        param.data, other.data = other.data, param.data
+
+
+@contextlib.contextmanager
+def regathered(student):
+    """Around a use of values that were swapped in. FSDP keeps the root whole after a forward, so it would compute with
+    old ones: shards only at both ends, and inside the root is whole, so that parts of the student may be called past it
+    (network.backbone). Without FSDP nothing happens."""
+    groups = _groups(student)
+    try:
+        for group in groups:
+            group.reshard()
+        if groups:
+            student.gather_root()
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+
+
+@contextlib.contextmanager
+def gathered(student):
+    """Inside, every rank holds all weights whole, so that one rank may compute alone: a sharded block would wait for
+    the others at its door. All ranks enter and leave together."""
+    groups = _groups(student)
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not student, recurse=False)
+            group.reshard()
+
+
+def local(tensor):
+    """This rank's share of a sharded tensor, in place; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tree):
+    """Nested dicts and lists with their sharded tensors whole: on the CPU of rank 0, None elsewhere. One tensor at a
+    time is gathered, by all ranks; anything else stays as it is."""
+    if isinstance(tree, dict):
+        return {key: full(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(full(value) for value in tree)
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+        return tree.cpu() if is_main() else None
+    return tree
+
+
+def shard_like(tensor, like):
+    """A copy of a tensor on the device of `like`; where `like` is sharded, this rank's share of it, no message sent."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.clone() if isinstance(tensor, DTensor) else tensor.to(like.device, copy=True)
 
 
 def accumulation_steps(global_batch_size, given=0):

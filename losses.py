@@ -31,9 +31,18 @@ def update_center(center, teacher_logits, momentum=0.9):
     without rows (no masked patch anywhere) leaves the centre as it is. Args: center [1,K]; teacher_logits [N,K], N may
     be 0 and may differ by rank. Returns: center [1,K] fp32.
     """
-    logits = teacher_logits.float()
-    rows = torch.full((1, 1), float(len(logits)), device=logits.device)
-    total = all_reduce_sum(torch.cat([logits.sum(dim=0, keepdim=True), rows], dim=1))     # [1,K+1], one message
+    return move_center(center, sum_rows(teacher_logits), momentum)
+
+
+def sum_rows(teacher_logits):
+    """[1,K+1] fp32: the sum of the rows of [N,K] logits, and their number N. Sums of micro-batches add up."""
+    rows = torch.full((1, 1), float(len(teacher_logits)), device=teacher_logits.device)
+    return torch.cat([teacher_logits.float().sum(dim=0, keepdim=True), rows], dim=1)
+
+
+def move_center(center, row_sums, momentum=0.9):
+    """update_center with the row sums of this rank, [1,K+1], in place of its logits: of all micro-batches of a step."""
+    total = all_reduce_sum(row_sums)                                                       # one message
     batch_mean = total[:, :-1] / total[:, -1:].clamp_min(1)
     return torch.where(total[:, -1:] > 0, momentum * center + (1 - momentum) * batch_mean, center)
 

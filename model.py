@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from configurator import UserError
-from distributed import unwrap
+from distributed import local, regathered, shard_like, swap, unwrap
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -390,7 +390,7 @@ class EMATeacher:
     """
 
     def __init__(self, student, part=""):
-        self.part, self.values, self.device = part, {}, next(student.parameters()).device
+        self.part, self.values, self.params = part, {}, dict(unwrap(student).named_parameters())
         self.take_in(student)
 
     @torch.no_grad()
@@ -408,39 +408,39 @@ class EMATeacher:
     @torch.no_grad()
     def update(self, student, momentum):
         """values = momentum * values + (1 - momentum) * student, in place; momentum in [0, 1]."""
-        values = list(self.values.values())
+        values = [local(value) for value in self.values.values()]
         torch._foreach_mul_(values, momentum)
-        torch._foreach_add_(values, [param.detach() for param in self._params(student)], alpha=1 - momentum)
+        torch._foreach_add_(values, [local(param.detach()) for param in self._params(student)], alpha=1 - momentum)
 
     @contextlib.contextmanager
     def teacher_weights(self, student):
         """Inside, `student` is the teacher: EMA values, eval mode, no gradients. Yields the module without DDP.
 
-        Only pointers move. Open autocast inside and close it inside as well: its cache of bf16 weights goes by
-        parameter, so one region around teacher and student would hand the teacher's weights to the student.
+        Only pointers move (FSDP: the local shards are exchanged). Open autocast inside and close it inside as well: its
+        cache of bf16 weights goes by parameter, so one region around teacher and student would hand the teacher's
+        weights to the student.
         """
         module, training = unwrap(student), student.training
-        params = self._params(student)
-        own = [param.data for param in params]
-        for param, value in zip(params, self.values.values()):
-            param.data = value
+        pairs = list(zip(self._params(student), self.values.values()))
+        for param, value in pairs:
+            swap(param, value)
         student.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), regathered(module):
                 yield module
         finally:
-            for param, data in zip(params, own):
-                param.data = data
+            for param, value in pairs:
+                swap(param, value)
             student.train(training)
 
     def state_dict(self):
-        """{parameter name: EMA value}."""
+        """{parameter name: EMA value}; sharded where the student is (distributed.full gathers them)."""
         return self.values
 
     def load_state_dict(self, values):
         """Copy values into place, also of parameters that wait at present; KeyError where one of ours is missing."""
         for name in self.values | values:
-            self.values[name] = values[name].to(self.device, copy=True)
+            self.values[name] = shard_like(values[name], self.params[name])
 
 
 def shared_blocks(student, teacher):

@@ -8,6 +8,8 @@ import re
 
 import torch
 
+from distributed import all_reduce_sum, is_sharded, local
+
 
 # ---- schedules ----
 
@@ -97,12 +99,14 @@ def clip_gradients(student, max_norm, by):
     as a whole (DINOv2, DINOv3); max_norm 0 only measures.
     Returns: the total norm before clipping, a scalar tensor: the number to watch for exploding gradients.
     """
-    norms = []
+    units = []
     for child in student.children():
-        params = [param for param in child.parameters() if param.grad is not None]
-        for unit in ([[param] for param in params] if by == "parameter" else [params] if params else []):
-            norm = torch.nn.utils.get_total_norm([param.grad for param in unit])
-            if max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(unit, max_norm, norm)
-            norms.append(norm)
-    return torch.linalg.vector_norm(torch.stack(norms))
+        grads = [local(param.grad) for param in child.parameters() if param.grad is not None]
+        units += [[grad] for grad in grads] if by == "parameter" else [grads] if grads else []
+    norms = torch.stack(torch._foreach_norm([grad for unit in units for grad in unit]))    # [number of tensors]
+    if is_sharded(student):                                   # every rank has a share of each tensor
+        norms = all_reduce_sum(norms.square()).sqrt()
+    for unit, unit_norms in zip(units, norms.split([len(unit) for unit in units])):
+        if max_norm > 0:
+            torch._foreach_mul_(unit, (max_norm / (torch.linalg.vector_norm(unit_norms) + 1e-6)).clamp(max=1.0))
+    return torch.linalg.vector_norm(norms)

@@ -2,7 +2,7 @@
 
     python train.py config/phantom.py                                # laptop: embedded data, a small ViT, some minutes
     python train.py config/dinov2.py --dataset_path=my_images/ --model_type=facebook/dinov2-small --local_crops_size=98
-    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py            # four GPUs, one machine
+    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py            # four GPUs; --distribution=fsdp
     python train.py --help                                           # every key with its meaning
 
 Config files apply from left to right, then --key=value. A recipe, a data set and a strategy are three files.
@@ -21,15 +21,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment import PRESETS, MultiCrop, Photometrics, is_labelled, save_samples
-from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
-                        truncate_log)
+from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer, load_state, model_card,
+                        open_run, save_state, saved_states, truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
-from distributed import (accumulation_steps, all_reduce_max, all_reduce_mean, autocast_for, barrier, cleanup,
-                         gather_objects, is_main, loader_workers, main_first, memory_gb, no_sync, rank, setup, unwrap,
-                         world_size, wrap)
+from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full,
+                         gather_objects, gathered, is_main, loader_workers, lost_ranks, main_first, main_writes,
+                         memory_gb, no_sync, place, rank, setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
-from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp, softmax_center,
+                    sum_rows)
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, blocks, forward_features,
                    freeze_layers, frozen_blocks, parameter_counts, pretrained_input, set_trainable, shared_blocks)
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups, set_learning_rates
@@ -147,7 +148,7 @@ freeze_last_layer_by = 'grad'    # 'grad' = drop their gradient (DINO) | 'lr' = 
 freeze_backbone_iterations = -1  # it waits while random heads learn, then ramps up as long; -1 = 10 % if pretrained
 
 # ---- system ----
-distribution = 'ddp'             # how processes share the work under torchrun: 'ddp'; 'none' refuses more than one
+distribution = 'ddp'             # processes of torchrun: 'ddp' | 'fsdp' = weights sharded, too | 'none' = only one
 mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32
 activation_checkpointing = False # recompute activations in backward: less memory, a third more time
 compile = False                  # torch.compile the backbone: minutes at the start, faster steps
@@ -164,7 +165,7 @@ def check_config():
             errors.append(message)
     for key, choices in (("centering", ("centering", "sinkhorn_knopp")), ("clip_grad_by", ("parameter", "module")),
                          ("freeze_last_layer_by", ("grad", "lr")), ("mixed_precision", ("bf16", "fp16", "no")),
-                         ("distribution", ("ddp", "none")), ("on_bad_image", ("error", "skip")),
+                         ("distribution", ("ddp", "fsdp", "none")), ("on_bad_image", ("error", "skip")),
                          ("augmentation", ("auto", *PRESETS)), ("lora_targets", ("qv", "all")),
                          ("gram_teacher", ("ema", "start", "snapshot"))):
         need(now[key] in choices, f"{key}={now[key]!r}: choose one of {', '.join(choices)}")
@@ -276,8 +277,7 @@ def main(sources):
     run_dir = out_dir or os.path.join("out", model_name)
     resume = resume_from
     if resume == "auto":
-        resume = run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
-    state = load_state(resume) if resume else None
+        resume = run_dir if saved_states(run_dir) else ""
     told, run_is_open = [], False                              # nothing is written before all input is found good
 
     def say(text):
@@ -291,6 +291,10 @@ def main(sources):
 
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
+    state = load_state(resume, say) if resume else None
+    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
+        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
+                        f"{run_dir} must lie on a disk that they share")
     if state:
         say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
             f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
@@ -354,7 +358,11 @@ def main(sources):
     ibot_head = None
     if ibot_loss_weight > 0 and ibot_separate_head:
         ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
-    student = Student(backbone, dino_head, ibot_head).to(run_device).train()
+    student = Student(backbone, dino_head, ibot_head)
+    if state:
+        check_fits(state, student, config)
+        student.load_state_dict(state["student"])
+    student = place(student, blocks(backbone), distribution, run_device).train()
     centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device),
                    ibot=torch.zeros(1, ibot_out_dim, device=run_device))
 
@@ -379,9 +387,7 @@ def main(sources):
     scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
     iteration, knn = 0, {}                                     # finished iterations; k-NN: start, best, best_iteration
     if state:
-        check_fits(state, student, config)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         centers = {name: value.to(run_device) for name, value in state["centers"].items()}
         iteration, knn = state["iteration"], state["knn"]
@@ -470,7 +476,7 @@ def main(sources):
                          on_bad_image=on_bad_image)
 
     def teacher_knn(queries):
-        with teacher.teacher_weights(student) as network:
+        with teacher.teacher_weights(student) as network, gathered(network):
             return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
 
     def record_eval(accuracy):
@@ -487,24 +493,25 @@ def main(sources):
         return best
 
     def save(best=False, keep=False, done=False):
-        if not is_main():
-            return
-        last = f"{run_dir}/checkpoints/last"
-        save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
-                              teacher=teacher.state_dict(), anchor=anchor and anchor.state_dict(),
-                              optimizer=optimizer.state_dict(),
-                              scaler=scaler.state_dict(), centers=centers, knn=knn))
-        if keep:
-            link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
-        if best:
-            link_state(last, f"{run_dir}/checkpoints/best")
-        card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
-        for folder in ["best"] * best + ["last"] * done:       # the finished run's last teacher beside its best
+        last, weights = f"{run_dir}/checkpoints/last", None
+        snapshot = full(dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
+                             teacher=teacher.state_dict(), anchor=anchor and anchor.state_dict(),
+                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), centers=centers, knn=knn))
+        if best or done:
             with teacher.teacher_weights(student) as network:
-                export_hf(f"{run_dir}/checkpoints/{folder}/hf", network.backbone, global_crops_size, value_range, mean,
-                          std, card)
+                weights = full(network.backbone.state_dict())
 
-    if measured and iteration == 0:
+        def write():
+            save_state(last, snapshot)
+            for folder in [f"{iteration:07d}"] * keep + ["best"] * best:
+                link_state(last, f"{run_dir}/checkpoints/{folder}")
+            card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
+            for folder in ["best"] * best + ["last"] * done:   # the finished run's last teacher beside its best
+                export_hf(f"{run_dir}/checkpoints/{folder}/hf", backbone, global_crops_size, value_range, mean, std,
+                          card, weights)
+        main_writes(write)
+
+    if measured and iteration == 0 and not knn:
         knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
         knn["untrained"] = teacher_knn(measured)
         say("raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
@@ -519,7 +526,7 @@ def main(sources):
     bad_images, batches = set(), iter(loader)
     began = last_time = time.time()
     began_at = last_logged = iteration
-    while iteration < max_iterations and not all_reduce_max(torch.tensor(len(stop_signals), device=run_device)):
+    while iteration < max_iterations:
         torch.manual_seed(hash((seed, iteration, rank())) % 2**63)   # dropout and drop path repeat on resume, too
         lr_now = cosine_schedule(lr, min_lr, iteration, max_iterations, warmup_iterations,
                                  reach_end=schedule_reaches_end)
@@ -532,12 +539,15 @@ def main(sources):
         backbone_factor = 1.0 if waiting == 0 else min(1.0, max(0.0, (iteration - waiting + 1) / waiting))
         set_learning_rates(optimizer, lr_now, 0.0 if frozen_last and freeze_last_layer_by == "lr" else lr_now,
                            weight_decay_now, backbone_factor)
-        logged, indices, center_rows = {}, [], dict(dino=[], ibot=[])
+        logged, indices, row_sums = {}, [], {}
 
         for micro in range(micro_batches):
             batch = next(batches)
-            if problem := next(filter(None, gather_objects(batch.get("error"))), None):
-                raise UserError(problem)
+            stop, failed = any_rank(micro == 0 and stop_signals, "error" in batch)       # one message for both
+            if failed:
+                stop_together(batch.get("error"))
+            if stop:
+                break
             indices += batch["index"]
             bad_images.update(batch["bad"])
 
@@ -562,8 +572,7 @@ def main(sources):
             targets = make_targets(teacher_out, centers, teacher_temp_now)
             for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
                 if key in teacher_out and centering == "centering":
-                    rows = teacher_out[key]            # of several micro-batches only the means are kept: same centre
-                    center_rows[name].append(rows if micro_batches == 1 else rows.float().mean(dim=0, keepdim=True))
+                    row_sums[name] = row_sums.get(name, 0) + sum_rows(teacher_out[key])
 
             gram_patches = teacher_out["patches"]
             if "gram_crops" in batch or anchor:                # the Gram anchor: patches only, no heads
@@ -579,6 +588,9 @@ def main(sources):
                 scaler.scale(total / micro_batches).backward()
             for name, value in dict(terms, loss=total).items():
                 logged[name] = logged.get(name, 0) + value.detach() / micro_batches
+
+        if stop:
+            break
 
         # Step 4. Stop before anything is touched if the loss is not a number
         names = sorted(logged)
@@ -600,9 +612,8 @@ def main(sources):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         teacher.update(student, momentum_now)
-        for name, rows in center_rows.items():                 # a step uses the centres of the steps before
-            if rows:
-                centers[name] = update_center(centers[name], torch.cat(rows))
+        for name, row_sum in row_sums.items():                 # a step uses the centres of the steps before
+            centers[name] = move_center(centers[name], row_sum)
         iteration += 1
         if anchor and gram_refresh_iterations and iteration % gram_refresh_iterations == 0:
             anchor.load_state_dict({name: teacher.values[name] for name in anchor.values})
@@ -644,8 +655,9 @@ def main(sources):
             + "\n  ".join(bad_images))
     if iteration < max_iterations:
         save()
+        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world_size() > 1 else "python"
         say(f"stopped by a signal after iteration {iteration}, saved. To go on:\n"
-            f"  python train.py {run_dir}/config.py --resume_from={run_dir}")
+            f"  {start} train.py {run_dir}/config.py --resume_from={run_dir}")
         return cleanup()
     final, minutes = teacher_knn(measured), (time.time() - began) / 60
     if is_main():
@@ -664,5 +676,5 @@ def main(sources):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), lost_ranks():
         main(override(globals(), config_keys, sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""What a machine does to a run: kills at any moment, a damaged checkpoint, a full disk, a rank that dies."""
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from checkpoint import export_hf, link_state, load_state, save_state, saved_states
+from configurator import UserError, one_line_errors
+from test_train import SHRUNK, assert_same, log, losses, npz, run, state  # noqa: F401
+from tests_support import ROOT
+
+QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2", "--local_crops_number=0"]
+
+
+def in_fork(function):
+    """The pid of a fork of this process that runs function() and leaves, silently."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            status = function() or 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+# ---- kill -9 ----
+
+def test_killed_at_random_moments_until_it_is_done(tmp_path, npz):  # noqa: F811
+    """A run that saves in every iteration is killed again and again, goes on with auto, and ends bit for bit where an
+    undisturbed one ends, log included. After every kill whatever is called a checkpoint can be read."""
+    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK, "--max_iterations=16"]
+    out, draw, kills, seen = str(tmp_path / "killed"), random.Random(0), 0, -1
+    last = f"{out}/checkpoints/last/state.pt"
+    whole = run(str(tmp_path / "whole"), *extra, "--saveckp_freq=16")
+    while seen < 16:
+        pid = in_fork(lambda: run(out, *extra, "--saveckp_freq=1", "--resume_from=auto") and 0)
+        before, until = os.path.exists(last) and os.stat(last).st_ino, time.time() + 60
+        while time.time() < until and (os.path.exists(last) and os.stat(last).st_ino) == before:
+            time.sleep(0.001)                                  # every process saves once at least
+        time.sleep(draw.uniform(0, 0.15))
+        kill(pid)
+        kills += 1
+        for path in saved_states(out):
+            load_state(path)
+        assert load_state(out)["iteration"] > seen
+        seen = load_state(out)["iteration"]
+    a, b = state(str(tmp_path / "whole")), state(out)
+    for key in ("student", "teacher", "optimizer", "centers"):
+        assert_same(a[key], b[key])
+    assert [record["iteration"] for record in log(out)] == list(range(17)) and torch.equal(losses(log(out)), losses(whole))
+    assert kills >= 4
+
+
+def test_killed_while_saving(tmp_path):
+    """A process that does nothing but save is killed 40 times: the state is always one of its own, whole."""
+    def save_for_ever():
+        value = load_state(str(tmp_path))["iteration"] if saved_states(str(tmp_path)) else 0
+        while True:
+            value += 1
+            save_state(last, dict(iteration=value, config={}, student={"w": torch.full((300_000,), float(value))}))
+            link_state(last, str(tmp_path / "checkpoints" / "best"))
+    last, draw, seen, parts = str(tmp_path / "checkpoints" / "last"), random.Random(1), 0, 0
+    for _ in range(40):
+        pid = in_fork(save_for_ever)
+        time.sleep(0.02 + draw.uniform(0, 0.08))
+        kill(pid)
+        parts += os.path.exists(f"{last}/state.pt.part")
+        for path in saved_states(str(tmp_path)):
+            found = load_state(path)
+            assert torch.equal(found["student"]["w"], torch.full((300_000,), float(found["iteration"])))
+        if saved_states(str(tmp_path)):
+            found = load_state(str(tmp_path))["iteration"]
+            assert found >= seen
+            seen = found
+    assert seen >= 5 and parts >= 3                           # it did save, and was hit on the way
+
+
+# ---- a damaged checkpoint ----
+
+def test_a_truncated_last_falls_back_and_says_so(tmp_path, npz, capsys):  # noqa: F811
+    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK, "--max_iterations=5", "--saveckp_freq=2"]
+    whole, out = run(str(tmp_path / "run"), *extra), str(tmp_path / "run")
+    before, last = state(out), f"{out}/checkpoints/last/state.pt"
+    with open(last, "r+b") as file:                            # the link that best has, if any, is the same content
+        file.truncate(os.path.getsize(last) - 1000)
+    with pytest.raises(UserError, match=r"resume_from='.*checkpoints/last': .*state.pt is damaged"):
+        load_state(f"{out}/checkpoints/last")                  # asked for by name
+    capsys.readouterr()
+    again = run(out, *extra, "--resume_from=auto")
+    said = capsys.readouterr().out
+    assert "!!!! " + last + " is damaged or no checkpoint of ours" in said
+    assert "Going on from the checkpoint before it, of iteration 4" in said and torch.equal(losses(again), losses(whole))
+    assert_same(state(out)["student"], before["student"])
+    os.remove(last)
+    assert load_state(out)["iteration"] == max(load_state(path)["iteration"] for path in saved_states(out))
+    for path in saved_states(out):
+        open(path, "wb").write(b"not a checkpoint")
+    with pytest.raises(UserError, match="nor can the others there be read: move the folder away"):
+        run(out, *extra, "--resume_from=auto")
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state.pt is no checkpoint of ours"):
+        load_state(str(tmp_path))
+
+
+# ---- a full disk ----
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    yield str(disk)
+    subprocess.run(["umount", "-l", str(disk)])
+
+
+def big_state(iteration):
+    return dict(iteration=iteration, config={}, student={"w": torch.full((800_000,), float(iteration))})    # 3.2 MB
+
+
+def test_a_disk_that_is_full(small_disk):
+    last, keep = f"{small_disk}/checkpoints/last", f"{small_disk}/checkpoints/0000001"
+    save_state(last, big_state(1))
+    link_state(last, keep)
+    save_state(last, big_state(2))                             # 6.4 of 8 MB
+    with pytest.raises(UserError, match=r"last/state.pt.part cannot be written: .*make space, then"):
+        save_state(last, big_state(3))
+    assert load_state(small_disk)["iteration"] == 2 and os.listdir(last) == ["state.pt"]
+    shutil.rmtree(keep)
+    save_state(last, big_state(3))
+    assert load_state(small_disk)["iteration"] == 3
+
+
+def test_a_disk_that_takes_only_part_of_a_file(tmp_path, tiny_backbone):
+    """The kernel itself refuses in the middle, by a limit on the size of files: for state and export."""
+    save_state(str(tmp_path), big_state(1))
+    backbone = tiny_backbone("vit")
+    backbone.embeddings.register_parameter("large", torch.nn.Parameter(torch.zeros(800_000)))
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        for write in (lambda: save_state(str(tmp_path), big_state(2)),
+                      lambda: export_hf(str(tmp_path / "hf"), backbone, 32, (0, 1), (0.5,), (0.2,), "card")):
+            with pytest.raises(UserError, match=r"\.part cannot be written: .*make space, then"):
+                write()
+        return 7
+    assert os.waitstatus_to_exitcode(os.waitpid(in_fork(limited), 0)[1]) == 7
+    assert load_state(str(tmp_path))["iteration"] == 1 and os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_a_full_disk_under_the_log_is_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        with one_line_errors():
+            with open("/dev/full", "w") as file:
+                file.write("a line")
+    assert str(error.value).startswith("error: No space left on device: a log file cannot be written")
+
+
+# ---- a rank that dies ----
+
+def rank_1_below(pid):
+    """The pid of the worker with RANK=1 among the children of torchrun."""
+    for child in open(f"/proc/{pid}/task/{pid}/children").read().split():
+        if "\0RANK=1\0" in open(f"/proc/{child}/environ").read():
+            return int(child)
+
+
+def test_a_rank_that_dies_takes_the_others_down(tmp_path, npz):  # noqa: F811
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SHRUNK, *QUICK, f"--dataset_path={npz}",
+               f"--cache_dir={tmp_path}/cache", f"--out_dir={tmp_path}/run", "--distribution=fsdp", "--max_iterations=100000", "--saveckp_freq=1000"]
+    torchrun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    try:
+        while not (os.path.exists(tmp_path / "run/log.jsonl") and len(log(str(tmp_path / "run"))) > 3):
+            time.sleep(0.1)
+        os.kill(rank_1_below(torchrun.pid), signal.SIGKILL)
+        said = torchrun.communicate(timeout=60)[0]
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode == 1 and "exitcode  : -9" in said
+    assert "error: rank 0 has lost contact with another rank" in said and "[rank0]" not in said        # no page of traceback
