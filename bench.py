@@ -130,7 +130,7 @@ def bytes_of(tensors):
 
 
 def count_bytes(student):
-    """{what: (backbone, heads)} in bytes: weights, and gradients, AdamW's two moments and the EMA of what learns."""
+    """{item: (backbone, heads)} in bytes: weights, and gradients, AdamW's two moments and the EMA of what learns."""
     sizes = []
     for module in (student.backbone, student.dino_head):
         everything = bytes_of(module.parameters())
@@ -314,11 +314,11 @@ def print_tables(results):
               + f"{work(name, 'heads') / result['flops']['unit']:5.2f}")
     print("\nMB of memory; each of the four: tensors held / computed; ratios of their computed sum\n"
           f"{'':13} {'peak':>7} {'ratio':>6} {'at import':>9} | "
-          + " ".join(f"{what:>17}" for what in results[first]["held"]) + f" | {'ratio':>6} {'backbone':>9}")
+          + " ".join(f"{item:>17}" for item in results[first]["held"]) + f" | {'ratio':>6} {'backbone':>9}")
     for name, result in results.items():
         sums, firsts = ([sum(part) for part in zip(*results[which]["computed"].values())] for which in (name, first))
-        cells = [f"{held / 1e6:8.1f}/{sum(result['computed'][what]) / 1e6:8.1f}"
-                 for what, held in result["held"].items()]
+        cells = [f"{held / 1e6:8.1f}/{sum(result['computed'][item]) / 1e6:8.1f}"
+                 for item, held in result["held"].items()]
         print(f"{name:13} {result['peak'] / 1e6:7.0f} {result['peak'] / results[first]['peak']:6.2f} "
               f"{result['libraries'] / 1e6:9.0f} | {' '.join(cells)} | {sum(sums) / sum(firsts):6.2f} "
               f"{sums[0] / firsts[0]:9.2f}")
@@ -492,7 +492,7 @@ def bench_growth():
         features = torch.randn(n + 1000, hidden_size)
         knn = fastest(lambda: knn_classify(features[1000:], torch.arange(n) % 10, features[:1000]),
                       torch.device("cpu"), 1)
-        print(f"{n:8} {times[1] - times[0]:12.2f} {times[2] - times[1]:8.2f} {knn:13.3f}")
+        print(f"{n:8} {times[1] - times[0]:12.3f} {times[2] - times[1]:8.3f} {knn:13.3f}")
 
 
 # ---- loading ----
