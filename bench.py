@@ -1,27 +1,42 @@
-"""What an adaptation strategy costs: seconds and peak memory of a training step, beside what counting predicts.
+"""What things cost: adaptation strategies, augmentation, the parts of a step, loading, and how they grow.
 
     python bench.py --model_type=vit                                  # ViT-S/16, every strategy (paper Table 10)
     python bench.py --strategy=lora --model_type=facebook/dinov2-small --use_pretrained=true --local_crops_size=98
+    python bench.py --what=augment                                    # images/s of one core, beside torchvision on PIL
+    python bench.py --what=step                                       # DINO ViT-S/16, its share of the GEMM limit
+    python bench.py --what=step --model_type=dinov2 --patch_size=14 --local_crops_size=98 --ibot=true     # DINOv2
+    python bench.py --what=data --n_images=100000                     # a folder of JPEG files
+    python bench.py --what=growth                                     # time against batch, crops, K, number of images
 
-Random crops: no data is read. Every strategy runs in a process of its own, so that its peak memory is its own; rounds
-repeat them in turn, so that a slow minute of the machine hits all. Prints time against the count of matrix
+strategy: random crops, no data is read. Every strategy runs in a process of its own, so that its peak memory is its
+own; rounds repeat them in turn, so that a slow minute of the machine hits all. Prints time against the count of matrix
 multiplications, memory against the sum of tensors, and for a family the computed bytes of its S, B and L.
 """
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch.utils.data import DataLoader
 
+from augment import MultiCrop, Photometrics
 from configurator import UserError, list_keys, one_line_errors, override
-from distributed import autocast_for, memory_gb, setup
-from losses import dino_loss, softmax_center, update_center
+from data import BatchOrder, CropDataset, Dataset, load_dataset
+from distributed import autocast_for, loader_workers, memory_gb, setup
+from evaluate import knn_classify
+from losses import dino_loss, ibot_loss, koleo_loss, softmax_center, update_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, freeze_layers,
                    frozen_blocks, shared_blocks)
 from optim import clip_gradients, param_groups
 
 # ==== config ====
+what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'all'
 strategy = 'all'                 # 'all' | standard | lora | freeze | freeze_shared | lora_freeze
 model_type = 'vit'               # as in train.py: a hub id, a directory or a family
 use_pretrained = False           # True = the weights of model_type; a family has none
@@ -43,6 +58,10 @@ n_steps = 5                      # measured steps per round, after two for warmi
 rounds = 2                       # how often every strategy is run
 mixed_precision = 'bf16'         # 'bf16' | 'no' = fp32
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda'
+ibot = False                     # step: with masks, the iBOT loss by the shared head, and KoLeo, as in DINOv2
+compile = False                  # step: torch.compile the blocks; needs a C++ compiler on a CPU
+num_workers = -1                 # of the loader in step, the most of them in data; -1 = as train.py
+n_images = 10000                 # data, growth: files in the largest folder; they are links to a hundred
 config_keys = list_keys(globals())
 
 # use LoRA, freeze the first blocks, compute them once for student and teacher (train.py always does where it is exact)
@@ -70,13 +89,14 @@ def build(name, width=0, depth=0, n_heads=0):
 
 # ---- counting ----
 
-def count_matmuls(width, depth, patch, mlp_ratio, n_frozen, use_lora, shares, r=4, channels=3):
+def count_matmuls(width, depth, patch, mlp_ratio, n_frozen, use_lora, shares, r=4, channels=3, masked=0):
     """Multiplications of one step per image: dict with backbone and heads, each dict(teacher, student, activations,
     weights), the last two for the backward; and unit, one forward of all student tokens through the backbone.
 
     A forward is 1; its backward is 1 for the gradients of activations, down to the first thing that learns, and 1 for
-    those of weights, where they learn. The two products of attention are counted like a Linear and its weight; in truth
-    they have both gradients even where weights are frozen: LoRA's ratio is 0.01 low, a prediction on the strict side.
+    those of weights, where they learn. masked: patches per image that the iBOT head reads. The two products of
+    attention are counted like a Linear and its weight; in truth they have both gradients even where weights are frozen:
+    LoRA's ratio is 0.01 low, a prediction on the strict side.
     """
     def tokens_through(size, first, last):                     # blocks first..last, of one crop
         n = (size // patch) ** 2 + 1
@@ -99,7 +119,8 @@ def count_matmuls(width, depth, patch, mlp_ratio, n_frozen, use_lora, shares, r=
             backbone[key] += share * value
     head = width * head_hidden_dim + head_hidden_dim**2 + head_hidden_dim * head_bottleneck_dim \
         + head_bottleneck_dim * dino_head_out_dim
-    heads = dict(teacher=2 * head, student=len(crops) * head, activations=len(crops) * head, weights=len(crops) * head)
+    rows = len(crops) + masked
+    heads = dict(teacher=(2 + masked) * head, student=rows * head, activations=rows * head, weights=rows * head)
     return dict(backbone=backbone, heads=heads, unit=seen)
 
 
@@ -109,7 +130,7 @@ def bytes_of(tensors):
 
 
 def count_bytes(student):
-    """{what: (backbone, heads)} in bytes: weights, and gradients, AdamW's two moments and the EMA of what learns."""
+    """{item: (backbone, heads)} in bytes: weights, and gradients, AdamW's two moments and the EMA of what learns."""
     sizes = []
     for module in (student.backbone, student.dino_head):
         everything = bytes_of(module.parameters())
@@ -120,51 +141,143 @@ def count_bytes(student):
 
 # ---- measuring ----
 
-def measure(name):
-    """Build the strategy, run its steps. Returns a dict of numbers: seconds of every step, bytes."""
+class Laps:
+    """Seconds of the parts of a step: by the clock, on CUDA by events, so that nothing waits within the step."""
+
+    def __init__(self, run_device):
+        self.cuda, self.marks = run_device.type == "cuda", []
+        self("start")
+
+    def __call__(self, part):
+        """The part that ends here."""
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((part, now))
+
+    def seconds(self):
+        """{part: seconds}, parts of one name added up."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        parts = {}
+        for (_, before), (part, now) in zip(self.marks, self.marks[1:]):
+            parts[part] = parts.get(part, 0) + (before.elapsed_time(now) / 1000 if self.cuda else now - before)
+        return parts
+
+
+def make_batches(patch):
+    """(loader of native crops and masks, photometrics), as train.py makes them, from random images in memory."""
+    images = Dataset(example_images(64), name="random")
+    masks = {} if ibot else None                               # the defaults are DINOv2's
+    crops = CropDataset(images, multi_crop(), 0, batch_size, global_crops_size // patch, masks)
+    order = BatchOrder(len(images), batch_size, 1, 0, 1, 0, 2 + n_steps, 0)
+    loader = DataLoader(crops, batch_sampler=order, collate_fn=crops.collate, num_workers=loader_workers(num_workers))
+    return loader, Photometrics("rgb", (0.0, 255.0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def measure(name, with_data=False, **changes):
+    """Build the strategy, run its steps; changes: of the config. Returns a dict of numbers: seconds of every step and
+    of its parts, bytes, counts."""
+    globals().update(changes)                                  # of a process of its own
     run_device = setup(device)
     torch.manual_seed(0)
     libraries = peak_bytes(run_device)
     student = build(name).to(run_device)
     if run_device.type == "cpu":
         student.backbone.set_attn_implementation("eager")      # as train.py
+    for block in blocks(student.backbone) if compile else ():
+        block.compile()
     student.train()
-    computed, teacher = count_bytes(student), EMATeacher(student)
+    computed, teacher, config = count_bytes(student), EMATeacher(student), student.backbone.config
     optimizer = torch.optim.AdamW(param_groups(student, 1e-4, 0.04), fused=True)
     n_prefix = shared_blocks(student, teacher) if STRATEGIES[name][2] else 0
-    center, B, L = torch.zeros(1, dino_head_out_dim, device=run_device), batch_size, local_crops_number
+    B, L, masks = batch_size, local_crops_number, None
+    center, patch_center = torch.zeros(2, 1, dino_head_out_dim, device=run_device)
     global_crops = torch.randn(2 * B, 3, global_crops_size, global_crops_size, device=run_device)
     local_crops = torch.randn(L * B, 3, local_crops_size, local_crops_size, device=run_device)
+    if with_data:
+        batches, photometrics = make_batches(config.patch_size)
+        batches = iter(batches)
 
-    autocast, seconds = autocast_for(run_device, mixed_precision), []
-    for _ in range(2 + n_steps):                               # Steps 2, 3 and 5 of train.py's loop
-        began = time.perf_counter()
+    autocast, seconds, laps, masked = autocast_for(run_device, mixed_precision), [], [], 0
+    for _ in range(2 + n_steps):                               # Steps 1, 2, 3 and 5 of train.py's loop
+        lap = Laps(run_device)
+        if with_data:
+            batch = next(batches)
+            lap("data wait")
+            native, seeds = batch["global_crops"].to(run_device), batch["global_seeds"]
+            global_crops = torch.cat([photometrics(native[:B], seeds[:B], "global1"),
+                                      photometrics(native[B:], seeds[B:], "global2")])
+            local_crops = photometrics(batch["local_crops"].to(run_device), batch["local_seeds"], "local")
+            masks = batch["masks"].to(run_device) if ibot else None
+            lap("augmentation")
         with teacher.teacher_weights(student) as network, autocast():
-            teacher_out = network(global_crops, n_prefix=n_prefix)
+            teacher_out = network(global_crops, masks=masks, apply_masks=False, n_prefix=n_prefix)
+        lap("teacher")
         probs = softmax_center(teacher_out["global_logits"], center, 0.04).unflatten(0, (2, B))
+        lap("losses")
         with autocast():
-            out = student(global_crops, local_crops, prefix=teacher_out.get("prefix"))
+            out = student(global_crops, local_crops, masks, prefix=teacher_out.get("prefix"))
+        lap("student forward")
         loss = dino_loss(out["global_logits"].unflatten(0, (2, B)), probs) \
             + dino_loss(out["local_logits"].unflatten(0, (L, B)), probs, ignore_diagonal=False)
+        if masks is not None:
+            masked += len(out["masked_logits"]) / (2 + n_steps)
+            loss = loss + ibot_loss(out["masked_logits"], softmax_center(teacher_out["masked_logits"], patch_center,
+                                                                         0.04), masks)
+            loss = loss + 0.1 * sum(koleo_loss(cls) for cls in out["global_cls"].chunk(2))
+        lap("losses")
         loss.backward()
+        lap("backward")
         clip_gradients(student, 3.0, "parameter")
         gradients = bytes_of(param.grad for param in student.parameters() if param.grad is not None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         teacher.update(student, 0.996)
         center = update_center(center, teacher_out["global_logits"])
-        if run_device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        if masks is not None:
+            patch_center = update_center(patch_center, teacher_out["masked_logits"])
+        lap("optimizer + EMA")
+        laps.append(lap.seconds())
+        seconds.append(sum(laps[-1].values()))
     moments = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim]   # not the step
     held = dict(weights=bytes_of(student.parameters()), gradients=gradients, optimizer=bytes_of(moments),
                 teacher=bytes_of(teacher.values.values()))
-    config = student.backbone.config
     ratio = getattr(config, "mlp_ratio", None) or config.intermediate_size / config.hidden_size
     flops = count_matmuls(config.hidden_size, len(blocks(student.backbone)), config.patch_size, ratio,
-                          frozen_blocks(student.backbone), STRATEGIES[name][0], n_prefix > 0, lora_r)
-    return dict(seconds=seconds[2:], peak=peak_bytes(run_device), libraries=libraries, computed=computed, held=held,
-                flops=flops, loss=float(loss.detach()))
+                          frozen_blocks(student.backbone), STRATEGIES[name][0], n_prefix > 0, lora_r, masked=masked / B)
+    parts = {part: statistics.median(lap[part] for lap in laps[2:]) for part in laps[0]}
+    return dict(seconds=seconds[2:], parts=parts, peak=peak_bytes(run_device), libraries=libraries, computed=computed,
+                held=held, flops=flops, loss=float(loss.detach()))
+
+
+def alone(function, *args, **changes):
+    """function(...) in a process of its own: peak memory is its own, a changed config ends with it, and neither CUDA
+    nor threads were started before a further fork."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:              # fork: it has our config
+        return pool.submit(function, *args, **changes).result()
+
+
+def gemm_peak():
+    """Multiplications per second in the fastest of some square matrix products, in the dtype of a step."""
+    run_device, peak = setup(device), 0
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    for n in (512, 1024, 2048) if run_device.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, n, n, device=run_device, dtype=dtype)
+        peak = max(peak, n**3 / fastest(lambda: a @ b, run_device))
+    return peak
+
+
+def fastest(function, run_device, repeats=5, clock=time.perf_counter):
+    """Seconds of the fastest call after a first one; on CUDA until the device is done."""
+    times = []
+    for _ in range(1 + repeats):
+        began = clock()
+        function()
+        if run_device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - began)
+    return min(times[1:])
 
 
 def peak_bytes(run_device):
@@ -201,11 +314,11 @@ def print_tables(results):
               + f"{work(name, 'heads') / result['flops']['unit']:5.2f}")
     print("\nMB of memory; each of the four: tensors held / computed; ratios of their computed sum\n"
           f"{'':13} {'peak':>7} {'ratio':>6} {'at import':>9} | "
-          + " ".join(f"{what:>17}" for what in results[first]["held"]) + f" | {'ratio':>6} {'backbone':>9}")
+          + " ".join(f"{item:>17}" for item in results[first]["held"]) + f" | {'ratio':>6} {'backbone':>9}")
     for name, result in results.items():
         sums, firsts = ([sum(part) for part in zip(*results[which]["computed"].values())] for which in (name, first))
-        cells = [f"{held / 1e6:8.1f}/{sum(result['computed'][what]) / 1e6:8.1f}"
-                 for what, held in result["held"].items()]
+        cells = [f"{held / 1e6:8.1f}/{sum(result['computed'][item]) / 1e6:8.1f}"
+                 for item, held in result["held"].items()]
         print(f"{name:13} {result['peak'] / 1e6:7.0f} {result['peak'] / results[first]['peak']:6.2f} "
               f"{result['libraries'] / 1e6:9.0f} | {' '.join(cells)} | {sum(sums) / sum(firsts):6.2f} "
               f"{sums[0] / firsts[0]:9.2f}")
@@ -220,15 +333,12 @@ def bytes_of_sizes():
             for size, table in counts.items()}
 
 
-def main(sources):
-    """Measure the strategies of the config in this module's globals; sources: from configurator.override."""
-    if strategy not in ("all", *STRATEGIES):
-        raise UserError(f"strategy={strategy!r}: choose all or one of {', '.join(STRATEGIES)}")
+def bench_strategies():
+    """Time and memory of the strategies, each in a process of its own."""
     results = {}
     for round_number in range(rounds):
         for name in STRATEGIES if strategy == "all" else [strategy]:
-            with multiprocessing.get_context("fork").Pool(1) as pool:                      # fork: it has our config
-                result = pool.apply(measure, (name,))
+            result = alone(measure, name)
             print(f"round {round_number + 1}, {name}: {statistics.median(result['seconds']):.3f} s", flush=True)
             if name in results:
                 result["seconds"] += results[name]["seconds"]
@@ -242,6 +352,196 @@ def main(sources):
             everything, trunk = counts["standard"]
             print(f"{model_type} {size}: standard {everything / 1e6:.0f} MB; " + ", ".join(
                 f"{name} {a / everything:.2f} ({b / trunk:.2f})" for name, (a, b) in counts.items()))
+
+
+# ---- augmentation ----
+
+def example_images(n, size=256):
+    """[n,size,size,3] uint8: smooth random colours with edges and grain."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(n):
+        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        x = np.asarray(small.resize((size, size), Image.BICUBIC)).astype(float) + rng.normal(0, 8, (size, size, 3))
+        images.append(np.where(np.asarray(small.resize((size, size), Image.NEAREST)) > 200, 250 - x, x).clip(0, 255))
+    return np.stack(images).astype(np.uint8)
+
+
+def multi_crop():
+    """The crops of the DINO recipe at the config's sizes."""
+    return MultiCrop(global_crops_size, (0.4, 1.0), 2, local_crops_size, (0.05, 0.4), local_crops_number,
+                     vertical_flip=0.0)
+
+
+def our_crops(images, run_device, seed=0):
+    """(native crops by kind, {kind: seeds}) of all images, as a batch of the loader."""
+    crops = CropDataset(Dataset(images, name="random"), multi_crop(), seed, len(images), 1)
+    batch, n = crops.collate([crops[i, i] for i in range(len(images))]), len(images)
+    native = dict(global1=batch["global_crops"][:n], global2=batch["global_crops"][n:], local=batch["local_crops"])
+    seeds = dict(global1=batch["global_seeds"][:n], global2=batch["global_seeds"][n:], local=batch["local_seeds"])
+    return {kind: x.to(run_device) for kind, x in native.items()}, seeds
+
+
+def torchvision_crops():
+    """{kind: function from PIL image to [3,S,S] in 0..1}: DINO's augmentations as one writes them with torchvision."""
+    from torchvision import transforms as T
+
+    def pipeline(size, scale, blur, solarize):
+        return T.Compose([
+            T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(0.5), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0))))], blur),
+            T.RandomApply([T.Lambda(ImageOps.solarize)], solarize), T.ToTensor()])
+    return dict(global1=pipeline(global_crops_size, (0.4, 1.0), 1.0, 0.0),
+                global2=pipeline(global_crops_size, (0.4, 1.0), 0.1, 0.2),
+                local=pipeline(local_crops_size, (0.05, 0.4), 0.5, 0.0))
+
+
+def crop_statistics(x):
+    """Of crops [N,3,S,S] in 0..1, [12]: mean and std of each channel; correlations RG, RB, GB; difference of horizontal
+    neighbours (sharpness); std over the crops of their mean and of their std."""
+    flat = x.transpose(0, 1).flatten(1)                                                    # [3,N*S*S]
+    pairs = torch.corrcoef(flat)[[0, 0, 1], [1, 2, 2]]
+    return torch.cat([flat.mean(1), flat.std(1), pairs, torch.stack([
+        x.diff(dim=3).abs().mean(), x.mean((1, 2, 3)).std(), x.std((1, 2, 3)).std()])])
+
+
+def bench_augment(n=32):
+    """Images/s of one core: our crops and photometrics, the latter also on the device, and torchvision's pipeline.
+    By the time that the process has the core, so that others on it do not count."""
+    threads, run_device, cpu = torch.get_num_threads(), setup(device), torch.device("cpu")
+    torch.set_num_threads(1)
+    images, photometrics = example_images(n), make_batches(patch_size)[1]
+    native, seeds = our_crops(images, cpu)
+
+    def colour(crops):
+        for kind, x in crops.items():
+            photometrics(x, seeds[kind], kind)
+    rows = {"ours: crops, in a worker": fastest(lambda: our_crops(images, cpu), cpu, clock=time.process_time),
+            "ours: photometrics, one core": fastest(lambda: colour(native), cpu, clock=time.process_time)}
+    ours = sum(rows.values())
+    rows["ours: both"] = ours
+    if run_device.type == "cuda":
+        on_device = {kind: x.to(run_device) for kind, x in native.items()}
+        rows["ours: photometrics, CUDA"] = fastest(lambda: colour(on_device), run_device)
+    try:
+        pipelines, pictures = torchvision_crops(), [Image.fromarray(image) for image in images]
+        normalize = photometrics.normalize
+        rows["torchvision on PIL"] = fastest(lambda: [
+            [normalize(pipelines[kind](picture)) for kind in ["global1", "global2"] + ["local"] * local_crops_number]
+            for picture in pictures], cpu, clock=time.process_time)
+    except ImportError:
+        print("torchvision is not installed: pip install torchvision to compare with it")
+    torch.set_num_threads(threads)
+    print(f"\naugmentation of 256 px RGB: 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}\n"
+          f"{'':30} {'ms/image':>9} {'images/s':>9} {'of ours':>8}")
+    for row, value in rows.items():
+        print(f"{row:30} {value / n * 1000:9.2f} {n / value:9.0f} {value / ours:8.2f}")
+
+
+# ---- a step, and how things grow ----
+
+def bench_step():
+    """The parts of a step, and which share of the machine's matrix multiplications per second it reaches."""
+    peak = alone(gemm_peak)
+    result = alone(measure, "standard" if strategy == "all" else strategy, True)
+    peak = max(peak, alone(gemm_peak))                              # before and after: others may use the machine
+    total, work = sum(result["parts"].values()), batch_size * multiplications(result)
+    print(f"\n{model_type}, batch {batch_size}, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}, K "
+          f"{dino_head_out_dim}{', iBOT, KoLeo' if ibot else ''}, {mixed_precision}, {torch.get_num_threads()} threads")
+    for part, value in result["parts"].items():
+        print(f"{part:16} {value:8.3f} s {value / total:6.1%}")
+    network = total - result["parts"]["data wait"] - result["parts"]["augmentation"]
+    print(f"{'step':16} {total:8.3f} s; fastest {min(result['seconds']):.3f} s, peak memory "
+          f"{result['peak'] / 1e6:.0f} MB\n{work / 1e9:.0f} G multiplications; fastest matrix product "
+          f"{peak / 1e9:.0f} G/s, so the limit is {work / peak:.3f} s: {work / peak / total:.2f} of it reached, "
+          f"{work / peak / network:.2f} without data and augmentation")
+
+
+def multiplications(result):
+    """Of one step, per image, from the counts of measure."""
+    return sum(sum(result["flops"][part].values()) for part in ("backbone", "heads"))
+
+
+def bench_growth():
+    """Step time against batch, crop size, local crops and K beside its multiplications; k-NN and start-up against N."""
+    base = dict(batch_size=batch_size, global_crops_size=global_crops_size, local_crops_number=local_crops_number,
+                dino_head_out_dim=dino_head_out_dim)
+    print(f"\n{'step':>26} {'seconds':>8} {'ratio':>6} {'counted':>8} {'off by':>7} {'peak MB':>8}")
+    for key, value in base.items():
+        first = None                                           # the numbers of the smallest, for the ratios
+        for factor in (1, 2, 4):                               # quarter, half, all of the config's
+            unit = patch_size if key == "global_crops_size" else 1
+            changed = max(unit, value * factor // 4 // unit * unit)
+            result = alone(measure, "standard", **{key: changed})
+            now = min(result["seconds"]), multiplications(result) * (changed if key == "batch_size" else 1)
+            first = first or now
+            ratio, counted = now[0] / first[0], now[1] / first[1]
+            print(f"{key:>19} {changed:6} {now[0]:8.3f} {ratio:6.2f} {counted:8.2f} {ratio / counted:7.2f} "
+                  f"{result['peak'] / 1e6:8.0f}")
+    sizes = [n for n in (1000, 10000, 100000, 1000000) if n <= max(1000, n_images)]
+    print(f"\n{'images':>8} {'first start':>12} {'later':>8} {'k-NN of 1000':>13}   seconds")
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            make_folder(f"{folder}/images", n, 8)
+            time.sleep(2.1)                                    # what is younger is not kept, see data.py
+            times = [time.perf_counter()]
+            for _ in range(2):
+                load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
+                times.append(time.perf_counter())
+        features = torch.randn(n + 1000, hidden_size)
+        knn = fastest(lambda: knn_classify(features[1000:], torch.arange(n) % 10, features[:1000]),
+                      torch.device("cpu"), 1)
+        print(f"{n:8} {times[1] - times[0]:12.3f} {times[2] - times[1]:8.3f} {knn:13.3f}")
+
+
+# ---- loading ----
+
+def make_folder(folder, n, size):
+    """n JPEG files of size x size pixels in ten classes, 1000 a directory: links to at most a hundred pictures."""
+    os.makedirs(f"{folder}.source")
+    for i, image in enumerate(example_images(min(n, 100), size)):
+        Image.fromarray(image).save(f"{folder}.source/{i}.jpg", quality=90)
+    for i in range(n):
+        place = f"{folder}/{i // 1000 % 10}/{i // 1000}"
+        if i % 1000 == 0:
+            os.makedirs(place)
+        os.link(f"{folder}.source/{i % 100}.jpg", f"{place}/{i}.jpg")
+
+
+def bench_data(size=512, n_batches=8):
+    """Images/s of the loader from a folder of JPEG files, by number of workers and of files; the share of decoding."""
+    print(f"\nloader, {size} px JPEG, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}\n"
+          f"{'files':>8} {'workers':>8} {'images/s':>9} {'decoding, one core':>20} {'crops, one core':>16}   ms/image")
+    cpu = torch.device("cpu")
+    for n in (max(10, n_images // 10), n_images):
+        with tempfile.TemporaryDirectory() as folder:
+            make_folder(f"{folder}/images", n, size)
+            files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
+            crops = CropDataset(files, multi_crop(), 0, batch_size, 1)
+            decode, both = (fastest(lambda: [item(i) for i in range(8)], cpu, clock=time.process_time) / 8
+                            for item in (files.__getitem__, lambda i: crops[i, i]))
+            for workers in range(loader_workers(num_workers) + 1):
+                order = BatchOrder(len(files), batch_size, 1, 0, 1, 0, n_batches + workers + 1, 0)
+                batches = iter(DataLoader(crops, batch_sampler=order, collate_fn=crops.collate, num_workers=workers))
+                for _ in range(workers + 1):                   # they start together and have one ready each
+                    next(batches)
+                began = time.perf_counter()
+                for _ in batches:
+                    pass
+                print(f"{n:8} {workers:8} {n_batches * batch_size / (time.perf_counter() - began):9.0f} "
+                      f"{decode * 1000:20.2f} {(both - decode) * 1000:16.2f}")
+
+
+def main(sources):
+    """Measure what the config in this module's globals asks for; sources: from configurator.override."""
+    benches = dict(strategy=bench_strategies, augment=bench_augment, step=bench_step, data=bench_data,
+                   growth=bench_growth)
+    for key, choices in (("what", benches), ("strategy", STRATEGIES)):
+        if globals()[key] not in ("all", *choices):
+            raise UserError(f"{key}={globals()[key]!r}: choose all or one of {', '.join(choices)}")
+    for name in benches if what == "all" else [what]:
+        alone(benches[name])
 
 
 if __name__ == "__main__":

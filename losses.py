@@ -21,7 +21,7 @@ def softmax_center(teacher_logits, center, teacher_temp):
     The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
     Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
     """
-    return F.softmax((teacher_logits.float() - center) / teacher_temp, dim=-1)
+    return F.softmax((teacher_logits.float() - center).div_(teacher_temp), dim=-1)
 
 
 def update_center(center, teacher_logits, momentum=0.9):
