@@ -218,8 +218,11 @@ def tabulate(networks):
     ratios_, counts = (("Precision", "precision"), ("Recall", "recall"), ("F1-score", "f1"),
                        ("Localization score", "localization")), \
         (("True positives", "tp"), ("False positives", "fp"), ("False negatives", "fn"))
-    names = [os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group]).rstrip("-_")
-             + (f", {len(group)} seeds" if len(group) > 1 else "") for group in groups.values()]
+    names = []
+    for group in groups.values():
+        name = os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group]).rstrip("-_")
+        names.append("start of " * group[0]["name"].startswith("start of ") + name
+                     + (f", {len(group)} seeds" if len(group) > 1 else ""))
     text = ""
     for which, title in (("lesions", "Images with a lesion"), ("all", "All images")):
         text += f"\n## {title}\n\n" + markdown(

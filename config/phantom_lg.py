@@ -1,5 +1,5 @@
 """Label-guided crops on the embedded phantom: small calcifications, with a mask each, on bright vessels between bright
-bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them?
+bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them? Not yet: a first version.
 
     python train.py config/phantom_lg.py
     python attention.py --run=out/phantom_lg --split=test --detection=true
@@ -7,6 +7,10 @@ bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them?
 The same budget with random local crops only:
 
     python train.py config/phantom_lg.py --label_guided_crops_number=0 --local_crops_number=10 --model_name=phantom_random
+
+Seed 0, stopped after 219 of 300 iterations, val, calcified patches: best head AUROC 0.73, pointing game 0.14; the
+brightest patch 0.85 and 0.34. Attention is then on vessels and bones; whether a slice has a calcification cannot be
+read from CLS (probe AUC 0.55).
 """
 model_name = 'phantom_lg'
 dataset_path = 'phantom'
