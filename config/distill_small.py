@@ -15,7 +15,7 @@ model_type = 'dinov2'
 hidden_size = 192
 num_hidden_layers = 6
 num_attention_heads = 3
-patch_size = 28                   # 16 patches: three times the images of patch 14 in the same time, and learned more in it
+patch_size = 28                   # 16 patches: three times the images of patch 14 in the time, and learned more
 
 global_crops_size = 112
 distilled_crops_size = 112        # DINOv2's features of images of 64 to 96 pixels; its own 224 costs four times as much
