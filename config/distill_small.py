@@ -2,6 +2,10 @@
 
     python distill.py config/distill_small.py --dataset_path=my_images/ --distilled_model_type=facebook/dinov2-small
 
+On one CPU core: 141 s with --fixed_views=2 and a teacher_cache that was there, on brain MRI (1905 images of 64 pixels),
+teacher DINOv2-small. One seed, val: 5-NN 0.652 (untrained 0.592), linear probe 0.700. Two views of an image are few:
+the feature loss falls to 0.35 and the probe was 0.708 after 500 iterations already.
+
 A pretrained student brings its own shape: --use_pretrained=true --model_type=facebook/dino-vits16 --lr=1e-4, and crops
 that are a multiple of its patch size.
 """
@@ -11,7 +15,7 @@ model_type = 'dinov2'
 hidden_size = 192
 num_hidden_layers = 6
 num_attention_heads = 3
-patch_size = 28                   # 16 patches: on images of 64 pixels four times the images of patch 14 in the same time
+patch_size = 28                   # 16 patches: three times the images of patch 14 in the time, and learned more
 
 global_crops_size = 112
 distilled_crops_size = 112        # DINOv2's features of images of 64 to 96 pixels; its own 224 costs four times as much
@@ -27,8 +31,8 @@ head_hidden_dim = 512
 head_bottleneck_dim = 128
 
 global_batch_size = 64
-max_iterations = 500
-warmup_iterations = max_iterations // 10
+max_iterations = 1000
+warmup_iterations = max_iterations // 20
 lr = 1e-3
 min_lr = 1e-5
 weight_decay_end = 0.04

@@ -151,7 +151,7 @@ def test_a_student_learns_what_the_teacher_says(tmp_path, npz, teachers):
                   "--eval_interval=0", "--log_interval=20", "--global_batch_size=20", "--weight_decay_end=0.04", "--momentum_teacher=0.9", "--teacher_temp=0.03",
                   "--horizontal_flip=0", "--vertical_flip=0")
     assert records[-1]["feature_cls_loss"] < 0.6 and records[-1]["feature_patch_loss"] < 0.8
-    assert records[-1]["dino_global_loss"] < 0.9 * np.log(16)
+    assert records[-1]["dino_global_loss"] < 0.93 * np.log(16)
 
 
 # ---- one process against two, resumed against uninterrupted, cached against computed ----
