@@ -172,9 +172,9 @@ def assert_close_runs(ours, expected):
     return len(records)
 
 
-def exported(folder):
-    """The tensors of the exported best teacher, and its HF config."""
-    hf = f"{folder}/checkpoints/best/hf"
+def exported(folder, name="best"):
+    """The tensors of an exported teacher, and its HF config."""
+    hf = f"{folder}/checkpoints/{name}/hf"
     return load_file(f"{hf}/model.safetensors"), json.load(open(f"{hf}/config.json"))
 
 
@@ -236,7 +236,7 @@ def test_resuming_is_exact(trained, how):
     """In the middle of an epoch, with a worker, accumulation and layers that thaw later: the same bits."""
     resumed, whole = trained("centering", 2, how, "resumed"), trained("centering", 2, how)
     assert_same(state(resumed), state(whole) | dict(config=state(resumed)["config"]))
-    assert_same(exported(resumed)[0], exported(whole)[0])
+    assert_same(exported(resumed, "last")[0], exported(whole, "last")[0])
     parts = [record for record in log(resumed) if "loss" in record]
     assert torch.equal(losses(parts), losses(log(whole))[-len(parts):]) and len(parts) == (20 if how == "fsdp" else 12)
 
