@@ -174,7 +174,7 @@ def place(student, blocks, distribution, device):
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in (*blocks, student):
         fully_shard(module, mesh=mesh)
-    student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, and stays
+    student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, stays
     register_fsdp_forward_method(student, "gather_root")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # no in-place operation follows
     return student
@@ -188,6 +188,11 @@ def wrap(student, distribution, device):
         return student
     return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def is_sharded(student):
+    """True where every rank holds a share of the weights, and of their gradients."""
+    return isinstance(student, FSDPModule)
 
 
 def unwrap(student):
@@ -207,11 +212,6 @@ def no_sync(student, last):
 def _groups(student):
     """The sharded groups of a student: the root, then its blocks; [] without FSDP."""
     return [module for module in student.modules() if isinstance(module, FSDPModule)]
-
-
-def is_sharded(student):
-    """True where every rank holds a share of the weights, and of their gradients."""
-    return isinstance(student, FSDPModule)
 
 
 def swap(param, other):
@@ -291,8 +291,10 @@ def accumulation_steps(global_batch_size, given=0):
 
 
 def loader_workers(num_workers):
-    """How many processes a rank's loader starts: num_workers, or for -1 its share of the cores less one, up to 8."""
-    return num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world_size() - 1))
+    """How many processes a rank's loader starts: num_workers, or for -1 its share of this machine's cores less one, up
+    to 8."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return num_workers if num_workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // ranks_here - 1))
 
 
 def autocast_for(device, mixed_precision):

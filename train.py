@@ -448,6 +448,9 @@ def main(sources):
         truncate_log(jsonl, iteration)
     barrier()
     run_is_open = True
+    stop_signals, handlers = [], {}
+    for number in (signal.SIGTERM, signal.SIGINT):             # preemption, Ctrl-C: finish the step, save, exit 0
+        handlers[number] = signal.signal(number, lambda number, _: stop_signals.append(number))
     wandb = None
     if wandb_log and is_main():
         try:
@@ -520,9 +523,6 @@ def main(sources):
         save(best=True)                                        # if training only harms, best stays where it started
 
     # ---- the loop ----
-    stop_signals, handlers = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):             # preemption, Ctrl-C: finish the step, save, exit 0
-        handlers[number] = signal.signal(number, lambda number, _: stop_signals.append(number))
     bad_images, batches = set(), iter(loader)
     began = last_time = time.time()
     began_at = last_logged = iteration
@@ -655,7 +655,8 @@ def main(sources):
             + "\n  ".join(bad_images))
     if iteration < max_iterations:
         save()
-        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world_size() > 1 else "python"
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        start = f"torchrun --nnodes={world_size() // local} --nproc_per_node={local}" if world_size() > 1 else "python"
         say(f"stopped by a signal after iteration {iteration}, saved. To go on:\n"
             f"  {start} train.py {run_dir}/config.py --resume_from={run_dir}")
         return cleanup()

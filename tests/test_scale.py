@@ -9,9 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -26,13 +23,13 @@ from configurator import UserError, override
 from test_train import SHRUNK, assert_same, load_train, log, losses, npz, state  # noqa: F401
 from tests_support import ROOT
 
-COMMON = [*SHRUNK, "--koleo_loss_weight=0", "--saveckp_freq=8", "--eval_interval=10", "--generate_samples=false", "--warmup_iterations=2", "--freeze_last_layer=5",
+COMMON = [*SHRUNK, "--koleo_loss_weight=0", "--saveckp_freq=8", "--eval_interval=10", "--eval_max_images=12", "--generate_samples=false", "--warmup_iterations=2", "--freeze_last_layer=5",
           "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2", "--drop_path_rate=0", "--lora_dropout=0"]
 # everything at once, three times: what one leaves out, another has
 MODES = {
     "centering": ["config/dinov2.py", "--centering=centering", "--gradient_accumulation_steps=2", "--activation_checkpointing=true",
                   "--clip_grad_by=parameter", "--clip_grad=0.05", "--freeze_last_layer_by=grad", "--dino_head_norm_last_layer=false",
-                  "--freeze_backbone_layers=1", "--freeze_backbone_until=12", "--freeze_backbone_iterations=4", "--max_iterations=20", "--num_workers=1"],
+                  "--freeze_backbone_layers=1", "--freeze_backbone_until=12", "--freeze_backbone_iterations=4", "--max_iterations=20"],
     "sinkhorn": ["config/dinov3.py", "--model_type=dinov3_vit", "--gradient_accumulation_steps=1", "--pos_embed_rescale=0", "--clip_grad_by=module",
                  "--clip_grad=0.05", "--gram_loss_weight=1", "--gram_teacher=start", "--gram_crops_size=48", "--max_iterations=12"],
     "lora": ["config/dinov1.py", "--use_lora=true", "--freeze_backbone_layers=1", "--num_hidden_layers=3", "--gram_loss_weight=1",
@@ -106,6 +103,29 @@ def full_disk(rank, module):
     return calls(torch, "save", save)
 
 
+def weigh(rank, module):
+    """A change: how many numbers this rank holds in weights, gradients, EMA and moments after the second step."""
+    def update(original, n, teacher, student, momentum):
+        original(teacher, student, momentum)
+        if n == 2:
+            moments = [entry[key] for entry in found["optimizer"].state.values() for key in ("exp_avg", "exp_avg_sq")]
+            parts = dict(weights=student.parameters(), ema=teacher.values.values(), moments=moments)
+            numbers = {name: sum(distributed.local(tensor.detach()).numel() for tensor in part) for name, part in parts.items()}
+            print("HELD", json.dumps(dict(numbers, gradients=found["gradients"])))
+
+    def clip(original, n, student, *args):
+        found["gradients"] = sum(distributed.local(param.grad).numel() for param in student.parameters() if param.grad is not None)
+        return original(student, *args)
+
+    def groups(original, n, *args, **kwargs):
+        found["optimizer"] = original(*args, **kwargs)
+        return found["optimizer"]
+    found, stack = {}, contextlib.ExitStack()
+    for owner, name, instead in ((module.EMATeacher, "update", update), (module, "clip_gradients", clip), (torch.optim, "AdamW", groups)):
+        stack.enter_context(calls(owner, name, instead))
+    return stack
+
+
 FAULTS = {"nan": (nan_on_one_rank, ["--saveckp_freq=1"]), "full disk": (full_disk, ["--saveckp_freq=1"]),
           "bad image": (None, ["--dataset_path={images}"]), "skipped": (None, ["--dataset_path={images}", "--on_bad_image=skip"])}
 
@@ -122,12 +142,11 @@ def trained(tmp_path_factory, npz):  # noqa: F811
         distribution = "none" if names[0] == 1 else next(name for name in names if name in ("ddp", "fsdp"))
         return folder(mode, *names), [*MODES[mode], f"--dataset_path={npz}", f"--cache_dir={root}/cache",
                                       f"--distribution={distribution}", *more], change
-    train(1, *(job(mode, 1, "none") for mode in MODES))
-    two = [job(mode, 2, how) for mode in MODES for how in ("ddp", "fsdp")]
-    for how in ("ddp", "fsdp"):                                # in the middle of an epoch, of 5 iterations
-        two += [job("centering", 2, how, "stopped", change=stop_after(8)),
-                job("centering", 2, how, "stopped", more=[f"--resume_from={folder('centering', 2, how, 'stopped')}"])]
-    start = f"--resume_from={folder('lora', 1, 'none')}/checkpoints/0000008"
+    train(1, *(job(mode, 1, "none", change=weigh) for mode in MODES))
+    two = [job(mode, 2, how, change=weigh) for mode in MODES for how in ("ddp", "fsdp")]
+    two += [job("centering", 2, "ddp", "resumed", more=[f"--resume_from={folder('centering', 2, 'ddp')}/checkpoints/0000008", "--num_workers=1"]),
+            job("centering", 2, "fsdp", "resumed", more=["--num_workers=1"], change=stop_after(8)),    # in the middle of an epoch, of 5 iterations
+            job("centering", 2, "fsdp", "resumed", more=[f"--resume_from={folder('centering', 2, 'fsdp', 'resumed')}"])]
     os.mkdir(f"{root}/images")
     for i in range(8):
         Image.fromarray(np.full((40, 40), 20 * i, np.uint8)).save(f"{root}/images/{i}.png")
@@ -135,9 +154,9 @@ def trained(tmp_path_factory, npz):  # noqa: F811
     two += [(folder("fault", name), ["--distribution=fsdp", f"--dataset_path={npz}", "--max_iterations=3", "--intensity_range=0,255",
                                      *(flag.format(images=f"{root}/images") for flag in flags)], change)
             for name, (change, flags) in FAULTS.items()]
-    two += [job("lora", 2, how, "from 1", more=[start]) for how in ("ddp", "fsdp")]
+    two.append(job("lora", 2, "fsdp", "from 1", more=[f"--resume_from={folder('lora', 1, 'none')}/checkpoints/0000008"]))
     train(2, *two)
-    train(1, *(job(mode, 1, "from fsdp", more=[f"--resume_from={folder(mode, 2, 'fsdp')}/checkpoints/0000008"]) for mode in ("lora", "sinkhorn")))
+    train(1, job("lora", 1, "from fsdp", more=[f"--resume_from={folder('lora', 2, 'fsdp')}/checkpoints/0000008"]))
     return folder
 
 
@@ -153,9 +172,9 @@ def assert_close_runs(ours, expected):
     return len(records)
 
 
-def exported(folder):
-    """The tensors of the exported best teacher, and its HF config."""
-    hf = f"{folder}/checkpoints/best/hf"
+def exported(folder, name="best"):
+    """The tensors of an exported teacher, and its HF config."""
+    hf = f"{folder}/checkpoints/{name}/hf"
     return load_file(f"{hf}/model.safetensors"), json.load(open(f"{hf}/config.json"))
 
 
@@ -166,6 +185,25 @@ both = pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @both
 def test_two_processes_equal_one(trained, mode, how):
     assert assert_close_runs(trained(mode, 2, how), trained(mode, 1, "none")) == (20 if mode == "centering" else 12)
+
+
+def test_four_processes_equal_one(trained, npz, tmp_path):  # noqa: F811
+    """And a signal to the last of them stops all."""
+    out = f"{tmp_path}/four"
+    train(4, (out, [*MODES["sinkhorn"], f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", "--distribution=fsdp"], stop_after(3, on=3)))
+    assert assert_close_runs(out, trained("sinkhorn", 1, "none")) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp_shards_all_that_training_holds(trained, mode):
+    """Half of the weights, gradients, moments and EMA values on each of two ranks; the shares add up to the whole."""
+    def held(rank, *names):
+        text = open(f"{trained(mode, *names)}-{rank}.txt").read()
+        return json.loads(text.split("HELD ")[1].splitlines()[0])
+    alone, ddp, shares = held(0, 1, "none"), held(1, 2, "ddp"), [held(rank, 2, "fsdp") for rank in (0, 1)]
+    assert alone == ddp and 2 * alone["ema"] >= alone["moments"] > 0 and alone["weights"] > 0
+    for part, whole in alone.items():
+        assert shares[0][part] + shares[1][part] == whole and abs(shares[0][part] / whole - 0.5) < 0.1, part
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -187,29 +225,29 @@ def test_checkpoint_and_export_are_whole(trained, mode, how):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["sinkhorn", "lora"])
-def test_saved_under_fsdp_on_two_goes_on_alone(trained, mode):
-    assert assert_close_runs(trained(mode, 1, "from fsdp"), trained(mode, 1, "none")) == 4
-    text = open(trained(mode, 1, "from fsdp") + "-0.txt").read()
-    assert "changed since: distribution: 'fsdp' -> 'none'" in text
+def test_saved_under_fsdp_on_two_goes_on_alone_and_back(trained):
+    for there in ((1, "from fsdp"), (2, "fsdp", "from 1")):
+        assert assert_close_runs(trained("lora", *there), trained("lora", 1, "none")) == 4
+    assert "changed since: distribution: 'fsdp' -> 'none'" in open(trained("lora", 1, "from fsdp") + "-0.txt").read()
 
 
 @both
-def test_saved_alone_goes_on_on_two(trained, how):
-    assert assert_close_runs(trained("lora", 2, how, "from 1"), trained("lora", 1, "none")) == 4
+def test_resuming_is_exact(trained, how):
+    """In the middle of an epoch, with a worker, accumulation and layers that thaw later: the same bits."""
+    resumed, whole = trained("centering", 2, how, "resumed"), trained("centering", 2, how)
+    assert_same(state(resumed), state(whole) | dict(config=state(resumed)["config"]))
+    assert_same(exported(resumed, "last")[0], exported(whole, "last")[0])
+    parts = [record for record in log(resumed) if "loss" in record]
+    assert torch.equal(losses(parts), losses(log(whole))[-len(parts):]) and len(parts) == (20 if how == "fsdp" else 12)
 
 
-@both
-def test_a_signal_to_one_rank_stops_all_and_resuming_is_exact(trained, how):
-    """In the middle of an epoch, with workers, accumulation and layers that thaw later."""
-    stopped, whole = trained("centering", 2, how, "stopped"), trained("centering", 2, how)
+def test_a_signal_to_one_rank_stops_all(trained):
+    """Rank 1 alone got it; rank 0 says how to go on, with the numbers of torchrun."""
+    stopped = trained("centering", 2, "fsdp", "resumed")
     said = [open(f"{stopped}-{rank}.txt").read() for rank in (0, 1)]
-    assert "stopped by a signal after iteration 8, saved" in said[0] and "\nerror:" not in said[0] and said[1] == ""
-    assert f"torchrun --nproc_per_node=2 train.py {stopped}/config.py --resume_from={stopped}\n" in said[0]
-    assert_same(state(stopped), state(whole) | dict(config=state(stopped)["config"]))
-    assert [record["iteration"] for record in log(stopped)] == [record["iteration"] for record in log(whole)]
-    assert torch.equal(losses(log(stopped)), losses(log(whole)))
-    assert_same(*(exported(folder)[0] for folder in (stopped, whole)))
+    assert "stopped by a signal after iteration 8, saved" in said[0] and "\nerror:" not in said[0]
+    assert "error" not in said[1] and "resuming" in said[0]
+    assert f"torchrun --nnodes=1 --nproc_per_node=2 train.py {stopped}/config.py --resume_from={stopped}\n" in said[0]
 
 
 # ---- what goes wrong on one rank stops all of them ----
