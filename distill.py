@@ -27,13 +27,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import PRESETS, MultiCrop, Photometrics, save_samples
-from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
-                        truncate_log)
+from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer, load_state, model_card,
+                        open_run, save_state, saved_states, truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
-from distributed import (accumulation_steps, all_reduce_max, all_reduce_mean, autocast_for, barrier, cleanup,
-                         gather_objects, is_main, loader_workers, main_first, memory_gb, no_sync, rank, setup, unwrap,
-                         world_size, wrap)
+from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full,
+                         gather_objects, gathered, is_main, loader_workers, lost_ranks, main_first, main_writes,
+                         memory_gb, no_sync, place, rank, setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
 from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, backbone_from_config, blocks, freeze_layers,
@@ -142,7 +142,7 @@ clip_grad_by = 'parameter'       # 'parameter' = every tensor (DINO) | 'module' 
 freeze_backbone_iterations = -1  # it waits while random heads learn, then ramps up as long; -1 = 10 % if pretrained
 
 # ---- system ----
-distribution = 'ddp'             # how processes share the work under torchrun: 'ddp'; 'none' refuses more than one
+distribution = 'ddp'             # processes of torchrun: 'ddp' | 'fsdp' = both networks sharded | 'none' = only one
 mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32; the teacher's weights are bf16, with 'no' fp32
 activation_checkpointing = False # recompute the student's activations in backward: less memory, a third more time
 compile = False                  # torch.compile the student: minutes at the start, faster steps
@@ -160,7 +160,7 @@ def check_config():
     for key, choices in (("objective", ("feature", "prototype", "both")), ("on_bad_image", ("error", "skip")),
                          ("feature_loss_kind", ("cosine", "smooth_l1")), ("augmentation", ("auto", *PRESETS)),
                          ("centering", ("centering", "sinkhorn_knopp")), ("clip_grad_by", ("parameter", "module")),
-                         ("mixed_precision", ("bf16", "fp16", "no")), ("distribution", ("ddp", "none")),
+                         ("mixed_precision", ("bf16", "fp16", "no")), ("distribution", ("ddp", "fsdp", "none")),
                          ("lora_targets", ("qv", "all"))):
         need(now[key] in choices, f"{key}={now[key]!r}: choose one of {', '.join(choices)}")
     for key in ("max_iterations", "log_interval", "saveckp_freq", "global_batch_size", "global_crops_number",
@@ -275,8 +275,7 @@ def main(sources):
     run_dir = out_dir or os.path.join("out", model_name)
     resume = resume_from
     if resume == "auto":
-        resume = run_dir if os.path.isfile(f"{run_dir}/checkpoints/last/state.pt") else ""
-    state = load_state(resume) if resume else None
+        resume = run_dir if saved_states(run_dir) else ""
     told, run_is_open = [], False                              # nothing is written before all input is found good
 
     def say(text):
@@ -290,6 +289,10 @@ def main(sources):
 
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
+    state = load_state(resume, say) if resume else None
+    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
+        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
+                        f"{run_dir} must lie on a disk that they share")
     if state:
         say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
             f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
@@ -306,7 +309,9 @@ def main(sources):
         labelled = train_set.labels is not None and train_set.labels.ndim == 1
         wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if labelled else []
         measured = {split: open_split(split) for split in wanted}
-    teacher, channels = teacher.to(run_device), train_set.num_channels
+    # a sharded teacher answers all ranks or none; with a cache each asks when it must, so there the teacher stays whole
+    teacher = place(teacher, teacher.blocks(), "none" if teacher_cache else distribution, run_device)
+    channels = train_set.num_channels
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range, mean, std, stats_from = input_settings(
         train_set, expected, teacher.intensity_range if teacher.intensity_range and intensity_range == (0.0, 0.0)
@@ -349,7 +354,16 @@ def main(sources):
         projectors = nn.ModuleDict(dict(cls=nn.Linear(width, teacher.cls_width)))
         if feature_patch_weight > 0:
             projectors["patches"] = nn.Linear(width, teacher.patch_width)
-    student = Student(backbone, dino_head, projectors=projectors).to(run_device).train()
+    student = Student(backbone, dino_head, projectors=projectors)
+    if state:
+        for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
+            if state["config"][key] != config[key]:
+                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} "
+                                "now; what the student learnt to match is that teacher's: take its value, or start a "
+                                "new run")
+        check_fits(state, student, config)
+        student.load_state_dict(state["student"])
+    student = place(student, blocks(backbone), distribution, run_device).train()
     statistics = FeatureStatistics(teacher.cls_width, teacher.patch_width,
                                    dino_head_out_dim if dino_head is not None else 0).to(run_device)
 
@@ -370,14 +384,7 @@ def main(sources):
     scaler = torch.amp.GradScaler(run_device.type, enabled=mixed_precision == "fp16")
     iteration, knn = 0, {}                                     # finished iterations; k-NN: start, best, best_iteration
     if state:
-        for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
-            if state["config"][key] != config[key]:
-                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} "
-                                "now; what the student learnt to match is that teacher's: take its value, or start a "
-                                "new run")
-        check_fits(state, student, config)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         statistics.load_state_dict(state["statistics"])
         iteration, knn = state["iteration"], state["knn"]
@@ -406,17 +413,12 @@ def main(sources):
                            fixed_views=fixed_views)
     workers = loader_workers(num_workers)
 
-    def good(batch):
-        if problem := next(filter(None, gather_objects(batch.get("error"))), None):
-            raise UserError(problem)
-        return batch
-
     def batches(start, stop):
         """An iterator. It starts the loader at once: that draws from torch's generator, whose seed is set later on."""
         order = BatchOrder(len(train_set), global_batch_size, micro_batches, rank(), world_size(), start, stop, seed,
                            shuffle)
-        return map(good, DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
-                                    pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c))
+        return iter(DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate, num_workers=workers,
+                               pin_memory=run_device.type == "cuda", worker_init_fn=ignore_ctrl_c))
     preset = augmentation if augmentation != "auto" else "rgb" if channels == 3 else "medical"
     photometrics = Photometrics(preset, value_range, mean, std, window_jitter, blur_probability)
     say(f"batch: {global_batch_size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x {batch_size}; "
@@ -454,7 +456,12 @@ def main(sources):
     if not state:                                              # of the views of the first iterations
         began = time.time()
         n_batches = math.ceil(distilled_statistics_views / global_batch_size / V)
-        statistics.measure(((batch["n"], *look(batch, views(batch))) for batch in batches(0, n_batches)), seed)
+
+        def looked_at():
+            for batch in batches(0, n_batches):
+                stop_together(batch.get("error"))
+                yield batch["n"], *look(batch, views(batch))
+        statistics.measure(looked_at(), seed)
         say(f"measured the teacher's features on {n_batches * global_batch_size * V} views in "
             f"{time.time() - began:.0f} s" + (f", {dino_head_out_dim} prototypes" if dino_head else ""))
 
@@ -494,7 +501,7 @@ def main(sources):
                          on_bad_image=on_bad_image)
 
     def shadow_knn(queries):
-        with shadow.teacher_weights(student) as network:
+        with shadow.teacher_weights(student) as network, gathered(network):
             return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
 
     def record_eval(accuracy):
@@ -511,23 +518,25 @@ def main(sources):
         return best
 
     def save(best=False, keep=False, done=False):
-        if not is_main():
-            return
-        last = f"{run_dir}/checkpoints/last"
-        save_state(last, dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
-                              teacher=shadow.state_dict(), optimizer=optimizer.state_dict(),
-                              scaler=scaler.state_dict(), statistics=statistics.state_dict(), knn=knn))
-        if keep:
-            link_state(last, f"{run_dir}/checkpoints/{iteration:07d}")
-        if best:
-            link_state(last, f"{run_dir}/checkpoints/best")
-        card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
-        for folder in ["best"] * best + ["last"] * done:       # the finished run's last shadow beside its best
+        last, weights = f"{run_dir}/checkpoints/last", None
+        snapshot = full(dict(iteration=iteration, config=config, student=unwrap(student).state_dict(),
+                             teacher=shadow.state_dict(), optimizer=optimizer.state_dict(),
+                             scaler=scaler.state_dict(), statistics=statistics.state_dict(), knn=knn))
+        if best or done:
             with shadow.teacher_weights(student) as network:
-                export_hf(f"{run_dir}/checkpoints/{folder}/hf", network.backbone, global_crops_size, value_range, mean,
-                          std, card)
+                weights = full(network.backbone.state_dict())
 
-    if measured and iteration == 0:
+        def write():
+            save_state(last, snapshot)
+            for folder in [f"{iteration:07d}"] * keep + ["best"] * best:
+                link_state(last, f"{run_dir}/checkpoints/{folder}")
+            card = model_card(model_name, iteration, knn, config, dump(globals(), config_keys))
+            for folder in ["best"] * best + ["last"] * done:   # the finished run's last shadow beside its best
+                export_hf(f"{run_dir}/checkpoints/{folder}/hf", backbone, global_crops_size, value_range, mean, std,
+                          card, weights)
+        main_writes(write)
+
+    if measured and iteration == 0 and not knn:
         knn["pixels"] = knn_accuracy(None, bank, measured, size=min(32, global_crops_size), **eval_settings)
         knn["untrained"] = shadow_knn(measured)
         say("raw pixels, k-NN (k=5): " + ", ".join(f"{split} {value:.4f}" for split, value in knn["pixels"].items()))
@@ -542,7 +551,7 @@ def main(sources):
     bad_images, stream = set(), batches(iteration, max_iterations)
     began = last_time = time.time()
     began_at = last_logged = iteration
-    while iteration < max_iterations and not all_reduce_max(torch.tensor(len(stop_signals), device=run_device)):
+    while iteration < max_iterations:
         torch.manual_seed(hash((seed, iteration, rank())) % 2**63)   # dropout and drop path repeat on resume, too
         lr_now = cosine_schedule(lr, min_lr, iteration, max_iterations, warmup_iterations)
         weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, iteration, max_iterations)
@@ -553,6 +562,11 @@ def main(sources):
 
         for micro in range(micro_batches):
             batch = next(stream)
+            stop, failed = any_rank(micro == 0 and stop_signals, "error" in batch)       # one message for both
+            if failed:
+                stop_together(batch.get("error"))
+            if stop:
+                break
             indices += batch["index"]
             bad_images.update(batch["bad"])
 
@@ -576,6 +590,9 @@ def main(sources):
                 scaler.scale(total / micro_batches).backward()
             for name, value in dict(terms, loss=total).items():
                 logged[name] = logged.get(name, 0) + value.detach() / micro_batches
+
+        if stop:
+            break
 
         # Step 4. Stop before anything is touched if the loss is not a number
         names = sorted(logged)
@@ -633,8 +650,9 @@ def main(sources):
             + "\n  ".join(bad_images))
     if iteration < max_iterations:
         save()
+        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world_size() > 1 else "python"
         say(f"stopped by a signal after iteration {iteration}, saved. To go on:\n"
-            f"  python distill.py {run_dir}/config.py --resume_from={run_dir}")
+            f"  {start} distill.py {run_dir}/config.py --resume_from={run_dir}")
         return cleanup()
     final, minutes = shadow_knn(measured), (time.time() - began) / 60
     if is_main():
@@ -653,5 +671,5 @@ def main(sources):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), lost_ranks():
         main(override(globals(), config_keys, sys.argv[1:]))

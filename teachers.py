@@ -15,7 +15,7 @@ from torch import nn
 
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects
-from model import build_backbone, forward_features, gated, pretrained_input
+from model import blocks, build_backbone, forward_features, gated, pretrained_input
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its arguments (so that a
 # weights file loads without a hub), what is not ImageNet's mean and std, all 224 pixels; cls_mean: their image feature
@@ -167,6 +167,10 @@ class FrozenTeacher(nn.Module):
     def train(self, mode=True):
         """It stays in eval mode: drop path and DINOv3's random positions follow the mode."""
         return super().train(False)
+
+    def blocks(self):
+        """Its transformer blocks, which FSDP shards one by one."""
+        return self.network.blocks if self.n_prefix else blocks(self.network)
 
     @torch.no_grad()
     def forward(self, pixels):

@@ -156,8 +156,9 @@ def test_a_student_learns_what_the_teacher_says(tmp_path, npz, teachers):
 
 # ---- one process against two, resumed against uninterrupted, cached against computed ----
 
-def test_two_processes_equal_one(tmp_path, npz, teachers):
-    extra = [*BOTH, "--max_iterations=4", "--eval_interval=0", "--generate_samples=false", "--centering=sinkhorn_knopp"]
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_processes_equal_one(tmp_path, npz, teachers, distribution):
+    extra = [*BOTH, "--max_iterations=4", "--generate_samples=false", "--centering=sinkhorn_knopp", f"--distribution={distribution}"]
     alone = losses(run(str(tmp_path / "one"), npz, teachers["dinov3_vit"], *extra))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distill.py", *SHRUNK, *extra,
                f"--dataset_path={npz}", f"--distilled_model_type={teachers['dinov3_vit']}", f"--out_dir={tmp_path}/two", f"--cache_dir={tmp_path}/cache"]
@@ -165,6 +166,8 @@ def test_two_processes_equal_one(tmp_path, npz, teachers):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     two = losses(log(str(tmp_path / "two")))
     assert ((alone - two).abs() <= 1e-5 * alone.abs()).all(), (alone - two).abs().max()
+    a, b = (state(str(tmp_path / name))["teacher"] for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a), "the exported EMA"
 
 
 def test_resumed_equals_uninterrupted_bitwise(tmp_path, npz, teachers):
