@@ -120,12 +120,13 @@ def gather_objects(item):
 
 def any_rank(*flags):
     """[whether some rank has it] for every flag: one small message over all ranks."""
-    return [found > 0 for found in all_reduce_max(torch.tensor([bool(flag) for flag in flags], dtype=torch.int)).tolist()]
+    found = all_reduce_max(torch.tensor([bool(flag) for flag in flags], dtype=torch.int))
+    return [flag > 0 for flag in found.tolist()]
 
 
 def stop_together(problem):
-    """UserError on all ranks where one of them has a problem, a text ('' or None = none). A rank that raised alone would
-    leave the others waiting in their next collective call."""
+    """UserError on all ranks where one of them has a problem, a text ('' or None = none). A rank that raised alone
+    would leave the others waiting in their next collective call."""
     if any_rank(problem)[0]:
         raise UserError(next(filter(None, gather_objects(problem))))
 
