@@ -167,6 +167,7 @@ def place(student, blocks, distribution, device):
     alone and under DDP, so losses are equal. FSDP's MixedPrecisionPolicy would gather bf16, half the bytes, but round
     norms, layer scales and positions as well. The bf16 copies that a forward made live until its backward;
     activation_checkpointing frees those.
+    # assumption: fp16 works as under DDP, because DTensor takes GradScaler's found_inf over all ranks; run it on CUDA
     """
     if distribution != "fsdp" or world_size() == 1:
         return student.to(device)
