@@ -41,8 +41,8 @@ def _beside(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         elif os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{temporary} cannot be written: {str(error).splitlines()[0]}. Is the disk full? What was saved "
-                        "before is untouched; make space, then --resume_from=auto goes on from there") from None
+        raise UserError(f"{temporary} cannot be written: {str(error).splitlines()[0]}. Is the disk full? What was "
+                        "saved before is untouched; make space, then --resume_from=auto goes on from there") from None
 
 
 def save_state(folder, state):
@@ -221,8 +221,8 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
         low, high = intensity_range
         factor = 1 / (high - low)
-        processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size}, resample=3,
-                         do_center_crop=True, crop_size={"height": size, "width": size},
+        processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size},
+                         resample=3, do_center_crop=True, crop_size={"height": size, "width": size},
                          do_rescale=True, rescale_factor=factor, do_normalize=True,
                          image_mean=[m + low * factor for m in mean], image_std=list(std),
                          do_convert_rgb=False, intensity_range=[low, high])

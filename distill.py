@@ -32,7 +32,7 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
 from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full,
-                         gather_objects, gathered, is_main, loader_workers, lost_ranks, main_first, main_writes,
+                         gather_objects, is_main, loader_workers, lost_ranks, main_first, main_writes,
                          memory_gb, no_sync, place, rank, setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
@@ -501,7 +501,7 @@ def main(sources):
                          on_bad_image=on_bad_image)
 
     def shadow_knn(queries):
-        with shadow.teacher_weights(student) as network, gathered(network):
+        with shadow.teacher_weights(student) as network:
             return knn_accuracy(network.backbone, bank, queries, size=global_crops_size, **eval_settings)
 
     def record_eval(accuracy):

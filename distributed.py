@@ -27,7 +27,7 @@ def setup(device="auto"):
 
     Args: device: 'auto' (cuda where there is one, else cpu), 'cpu', 'cuda' or 'cuda:1'.
     Returns: torch.device. nccl carries CUDA tensors, gloo those of the CPU: flags travel there without waiting for the
-    device. A rank that waits for half an hour gives up: so long may a download or the k-NN of rank 0 take.
+    device. A rank that waits for half an hour gives up: so long may a download take.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,12 +122,13 @@ def gather_objects(item):
 
 def any_rank(*flags):
     """[whether some rank has it] for every flag: one small message over all ranks."""
-    return [found > 0 for found in all_reduce_max(torch.tensor([bool(flag) for flag in flags], dtype=torch.int)).tolist()]
+    found = all_reduce_max(torch.tensor([bool(flag) for flag in flags], dtype=torch.int))
+    return [flag > 0 for flag in found.tolist()]
 
 
 def stop_together(problem):
-    """UserError on all ranks where one of them has a problem, a text ('' or None = none). A rank that raised alone would
-    leave the others waiting in their next collective call."""
+    """UserError on all ranks where one of them has a problem, a text ('' or None = none). A rank that raised alone
+    would leave the others waiting in their next collective call."""
     if any_rank(problem)[0]:
         raise UserError(next(filter(None, gather_objects(problem))))
 
@@ -168,6 +169,7 @@ def place(student, blocks, distribution, device):
     alone and under DDP, so losses are equal. FSDP's MixedPrecisionPolicy would gather bf16, half the bytes, but round
     norms, layer scales and positions as well. The bf16 copies that a forward made live until its backward;
     activation_checkpointing frees those.
+    # assumption: fp16 works as under DDP, because DTensor takes GradScaler's found_inf over all ranks; run it on CUDA
     """
     if distribution != "fsdp" or world_size() == 1:
         return student.to(device)
@@ -240,22 +242,6 @@ def regathered(student):
         yield
     finally:
         for group in groups:
-            group.reshard()
-
-
-@contextlib.contextmanager
-def gathered(student):
-    """Inside, every rank holds all weights whole, so that one rank may compute alone: a sharded block would wait for
-    the others at its door. All ranks enter and leave together."""
-    groups = _groups(student)
-    for group in groups:
-        group.set_reshard_after_forward(False, recurse=False)
-        group.unshard()
-    try:
-        yield
-    finally:
-        for group in groups:
-            group.set_reshard_after_forward(group is not student, recurse=False)
             group.reshard()
 
 

@@ -29,7 +29,7 @@ import pictures
 from augment import Photometrics, center_square, resize_center
 from configurator import UserError, describe, list_keys, one_line_errors, override
 from data import cut_tenth, input_settings, load_dataset
-from distributed import autocast_for, gather_objects, is_main, loader_workers, setup
+from distributed import autocast_for, gather_objects, loader_workers, rank, setup, world_size
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
 from probes import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
                     linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
@@ -157,17 +157,29 @@ def extract_features(backbone, dataset, **settings):
     return found["features"], found["labels"]
 
 
+def shared_features(backbone, dataset, **settings):
+    """As extract_features, every rank computing its share. The shares are equally long, the last one starts again at the
+    first image: a sharded network has to be called equally often on all ranks."""
+    n = math.ceil(len(dataset) / world_size())
+    share = np.arange(rank() * n, (rank() + 1) * n) % len(dataset)
+    found = gather(backbone, dataset.subset(share, dataset.split), **settings)
+    rows, features, labels = zip(*gather_objects((share[found["rows"]], found["features"].cpu(), found["labels"])))
+    _, first = np.unique(np.concatenate(rows), return_index=True)
+    return torch.cat(features)[first].to(found["features"].device), torch.cat(labels)[first]
+
+
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
     """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`;
-    settings: of `stream`; backbone None = raw pixels. Rank 0 measures, the others wait for its dict."""
+    settings: of `stream`; backbone None = raw pixels. All ranks work and have the same dict."""
+    if not queries:
+        return {}
+    train_features, train_labels = shared_features(backbone, bank, **settings)
     result = {}
-    if is_main() and queries:
-        train_features, train_labels = extract_features(backbone, bank, **settings)
-        for name, dataset in queries.items():
-            features, labels = extract_features(backbone, dataset, **settings)
-            predictions = knn_classify(train_features, train_labels, features, k).cpu()
-            result[name] = float((predictions == labels).float().mean())
-    return gather_objects(result)[0]
+    for name, dataset in queries.items():
+        features, labels = shared_features(backbone, dataset, **settings)
+        predictions = knn_classify(train_features, train_labels, features, k).cpu()
+        result[name] = float((predictions == labels).float().mean())
+    return result
 
 
 # ---- patch probe: a linear layer on patch tokens, for sets with masks ----

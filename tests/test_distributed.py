@@ -9,8 +9,9 @@ import torch
 import torch.multiprocessing
 
 import distributed
-from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, gather_objects, main_first, memory_gb,
-                         no_sync, unwrap, wrap)
+from configurator import UserError
+from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, full, gather_objects, local, lost_ranks,
+                         main_first, main_writes, memory_gb, no_sync, shard_like, stop_together, unwrap, wrap)
 from losses import dino_loss, ibot_loss, sinkhorn_knopp, softmax_center, update_center
 from model import DINOHead, EMATeacher, Student, build_backbone
 
@@ -202,7 +203,17 @@ def test_helpers_vanish_alone():
     x = torch.tensor([1.0, 5.0])
     assert all_reduce_sum(x) is x and all_reduce_max(x) is x and torch.equal(all_reduce_mean(x), x)
     assert distributed.rank() == 0 and distributed.world_size() == 1 and distributed.is_main()
-    assert gather_objects("me") == ["me"]
+    assert gather_objects("me") == ["me"] and any_rank(0, ["x"], None) == [False, True, False]
+    tree = dict(a=[x, 3], b=(x,))
+    assert full(tree)["a"][0] is x and full(tree) == tree and local(x) is x
+    copy = shard_like(x, x)
+    assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
+    with pytest.raises(UserError, match="a full disk"):
+        main_writes(lambda: stop_together("a full disk"))
+    with pytest.raises(UserError, match="rank 0 has lost contact"), lost_ranks():
+        raise RuntimeError("[x/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="a bug"), lost_ranks():     # keeps its traceback
+        raise RuntimeError("a bug")
     student = torch.nn.Linear(2, 2)
     assert wrap(student, "ddp", torch.device("cpu")) is student and unwrap(student) is student
     with main_first(), no_sync(student, last=False):

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, resize_grid, sinkhorn_knopp, softmax_center,
-                    update_center)
+from losses import (dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, move_center, resize_grid, sinkhorn_knopp,
+                    softmax_center, sum_rows, update_center)
 
 
 def normal(*shape, seed=0):
@@ -36,6 +36,13 @@ def test_softmax_center_subtracts_the_centre_and_divides_by_the_temperature():
 def test_update_center_is_an_average_of_batch_means():
     logits, center = normal(5, 7), normal(1, 7, seed=3)
     assert_close(update_center(center, logits, momentum=0.8), 0.8 * center + 0.2 * logits.mean(dim=0, keepdim=True))
+
+
+def test_center_of_micro_batches_is_that_of_all_their_rows():
+    """As many masked patches as there are: 5, 0 and 2 rows count as 7, none as a mean of its own."""
+    center, logits = normal(1, 7), normal(7, 7, seed=1)
+    sums = sum(sum_rows(part) for part in logits.split([5, 0, 2]))
+    assert_close(move_center(center, sums, momentum=0.8), update_center(center, logits, momentum=0.8))
 
 
 def test_update_center_without_rows_changes_nothing():
