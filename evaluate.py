@@ -163,9 +163,10 @@ def shared_features(backbone, dataset, **settings):
     n = math.ceil(len(dataset) / world_size())
     share = np.arange(rank() * n, (rank() + 1) * n) % len(dataset)
     found = gather(backbone, dataset.subset(share, dataset.split), **settings)
-    rows, features, labels = zip(*gather_objects((share[found["rows"]], found["features"].cpu(), found["labels"])))
-    _, first = np.unique(np.concatenate(rows), return_index=True)
-    return torch.cat(features)[first].to(found["features"].device), torch.cat(labels)[first]
+    mine = (share[found["rows"]], found["features"].cpu().numpy(), found["labels"].numpy())
+    rows, features, labels = (np.concatenate(parts) for parts in zip(*gather_objects(mine)))
+    _, first = np.unique(rows, return_index=True)
+    return torch.from_numpy(features[first]).to(found["features"].device), torch.from_numpy(labels[first])
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
