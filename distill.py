@@ -302,17 +302,17 @@ def main(sources):
     def open_split(split):
         return load_dataset(dataset_path, split, dataset_size, cache_dir, download_url, num_channels, seed)
 
-    with main_first():                                         # one process per machine downloads and unpacks
-        train_set = open_split("train")
-        labelled = train_set.labels is not None and train_set.labels.ndim == 1
-        wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if labelled else []
-        measured = {split: open_split(split) for split in wanted}
     # a sharded teacher answers all ranks or none; with a cache each asks when it must, so there the teacher stays whole
     teacher_distribution = "none" if teacher_cache else distribution
     with built_by_main(teacher_distribution), main_first():
         teacher = build_teacher(distilled_model_type, distilled_model_weights, load_from_disk, distilled_crops_size,
                                 global_crops_size, torch.float32 if mixed_precision == "no" else torch.bfloat16)
     teacher = place(teacher, teacher.blocks(), teacher_distribution, run_device)
+    with main_first():                                         # one process per machine downloads and unpacks
+        train_set = open_split("train")
+        labelled = train_set.labels is not None and train_set.labels.ndim == 1
+        wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if labelled else []
+        measured = {split: open_split(split) for split in wanted}
     channels = train_set.num_channels
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range, mean, std, stats_from = input_settings(
@@ -400,6 +400,7 @@ def main(sources):
     shadow = EMATeacher(student)                               # before DDP: parameter names without its prefix
     if state:                          # `|`: by a changed config the checkpoint may have none: then where it stands
         shadow.load_state_dict(shadow.state_dict() | state["teacher"])
+    state = None                       # every tensor of it, whole, would stay in memory on every rank
     if compile:                                                # by block: all share their graphs
         for block in blocks(backbone):
             block.compile()
@@ -458,7 +459,7 @@ def main(sources):
         rows = [index * fixed_views + view for index, view in zip(batch["index"], batch["view"])]
         return cache(rows, compute, run_device)
 
-    if not state:                                              # of the views of the first iterations
+    if not resume:                                             # of the views of the first iterations
         began = time.time()
         n_batches = math.ceil(distilled_statistics_views / global_batch_size / V)
 

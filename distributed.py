@@ -161,7 +161,7 @@ def lost_ranks():
 @contextlib.contextmanager
 def built_by_main(distribution):
     """Around the building of a network that `place` takes next. Under 'fsdp' rank 0 alone makes or reads values: the
-    other ranks get the same modules on the meta device, shapes without memory, so a machine holds the network once and
+    other ranks get the same modules on the meta device, shapes without memory, so the network is whole in one place and
     not once per rank. Yields whether this rank's network has values. What is wrong on one rank raises on all, and
     torch's generator goes on as rank 0 left it."""
     holds_values, problem = distribution != "fsdp" or is_main(), ""
@@ -198,7 +198,8 @@ def place(student, blocks, distribution, device):
     student.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-            whole = values[name].to(device) if is_main() else torch.empty_like(values[name], device=device)
+            whole = values.pop(name)                           # out of the dict: rank 0 frees what it has sent
+            whole = whole.to(device) if is_main() else torch.empty_like(whole, device=device)
             placements = tensor.placements if isinstance(tensor, DTensor) else [Replicate()]
             local(tensor).copy_(distribute_tensor(whole, mesh, placements).to_local())     # scatter or broadcast
     student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, stays

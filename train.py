@@ -403,6 +403,7 @@ def main(sources):
     for name, values in (("teacher", teacher), ("anchor", anchor)):
         if state and values:           # `|`: by a changed config the checkpoint may have none: then where it stands
             values.load_state_dict(values.state_dict() | (state.get(name) or {}))
+    state = None                       # every tensor of it, whole, would stay in memory on every rank
     if compile:                        # by block: all share their graphs, one for each crop size, mode and place
         torch._dynamo.config.recompile_limit = 64              # at 8 it would go on without compiling
         for block in blocks(backbone):
