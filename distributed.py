@@ -187,6 +187,7 @@ def place(student, blocks, distribution, device):
     norms, layer scales and positions as well. The bf16 copies that a forward made live until its backward;
     activation_checkpointing frees those.
     # assumption: fp16 works as under DDP, because DTensor takes GradScaler's found_inf over all ranks; run it on CUDA
+    # assumption: nccl scatters shares as gloo does (tests/test_distributed.py); two GPUs settle it
     """
     if distribution != "fsdp" or world_size() == 1:
         return student.to(device)
