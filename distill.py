@@ -31,8 +31,8 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
                         open_run, save_state, saved_states, truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
-from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full,
-                         gather_objects, is_main, loader_workers, lost_ranks, main_first, main_writes,
+from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, built_by_main,
+                         cleanup, full, gather_objects, is_main, loader_workers, lost_ranks, main_first, main_writes,
                          memory_gb, no_sync, place, rank, setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
@@ -302,15 +302,17 @@ def main(sources):
     def open_split(split):
         return load_dataset(dataset_path, split, dataset_size, cache_dir, download_url, num_channels, seed)
 
-    with main_first():                                         # one process per machine downloads and unpacks
+    # a sharded teacher answers all ranks or none; with a cache each asks when it must, so there the teacher stays whole
+    teacher_distribution = "none" if teacher_cache else distribution
+    with built_by_main(teacher_distribution), main_first():
         teacher = build_teacher(distilled_model_type, distilled_model_weights, load_from_disk, distilled_crops_size,
                                 global_crops_size, torch.float32 if mixed_precision == "no" else torch.bfloat16)
+    teacher = place(teacher, teacher.blocks(), teacher_distribution, run_device)
+    with main_first():                                         # one process per machine downloads and unpacks
         train_set = open_split("train")
         labelled = train_set.labels is not None and train_set.labels.ndim == 1
         wanted = [eval_split] + ["test"] * (eval_split != "test" and "test" in train_set.splits) if labelled else []
         measured = {split: open_split(split) for split in wanted}
-    # a sharded teacher answers all ranks or none; with a cache each asks when it must, so there the teacher stays whole
-    teacher = place(teacher, teacher.blocks(), "none" if teacher_cache else distribution, run_device)
     channels = train_set.num_channels
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range, mean, std, stats_from = input_settings(
@@ -330,39 +332,42 @@ def main(sources):
 
     # ---- student ----
     torch.manual_seed(seed)                                    # the same initial weights on every rank
-    backbone = backbone_from_config(config, channels)
-    family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
-    inflated = getattr(backbone, "patch_embed_inflated", False)
-    if run_device.type == "cpu":                               # the fused kernel is slow backward on CPUs
-        backbone.set_attn_implementation("eager")
-    for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
-        if size % patch and (key[0] == "g" or local_crops_number):
-            raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
-                            f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
-    for name, param in backbone.named_parameters():            # nothing is masked: DDP would wait for its gradient
-        if "mask_token" in name:
-            param.requires_grad_(False)
-    if use_lora:                                               # none in blocks that stay frozen: they would not move
-        backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets, freeze_backbone_layers)
-    freeze_layers(backbone, freeze_backbone_layers)
-    if activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    dino_head = projectors = None
-    if objective != "feature":
-        dino_head = DINOHead(width, dino_head_out_dim, head_hidden_dim, head_bottleneck_dim, dino_head_norm_last_layer)
-    if objective != "prototype":                               # linear: a linear probe then finds what they find
-        projectors = nn.ModuleDict(dict(cls=nn.Linear(width, teacher.cls_width)))
-        if feature_patch_weight > 0:
-            projectors["patches"] = nn.Linear(width, teacher.patch_width)
-    student = Student(backbone, dino_head, projectors=projectors)
-    if state:
-        for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
-            if state["config"][key] != config[key]:
-                raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} "
-                                "now; what the student learnt to match is that teacher's: take its value, or start a "
-                                "new run")
-        check_fits(state, student, config)
-        student.load_state_dict(state["student"])
+    with built_by_main(distribution) as holds_values:
+        backbone = backbone_from_config(config, channels)
+        family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
+        inflated = getattr(backbone, "patch_embed_inflated", False)
+        if run_device.type == "cpu":                           # the fused kernel is slow backward on CPUs
+            backbone.set_attn_implementation("eager")
+        for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
+            if size % patch and (key[0] == "g" or local_crops_number):
+                raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
+                                f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
+        for name, param in backbone.named_parameters():        # nothing is masked: DDP would wait for its gradient
+            if "mask_token" in name:
+                param.requires_grad_(False)
+        if use_lora:                                           # none in blocks that stay frozen: they would not move
+            backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets, freeze_backbone_layers)
+        freeze_layers(backbone, freeze_backbone_layers)
+        if activation_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        dino_head = projectors = None
+        if objective != "feature":
+            dino_head = DINOHead(width, dino_head_out_dim, head_hidden_dim, head_bottleneck_dim,
+                                 dino_head_norm_last_layer)
+        if objective != "prototype":                           # linear: a linear probe then finds what they find
+            projectors = nn.ModuleDict(dict(cls=nn.Linear(width, teacher.cls_width)))
+            if feature_patch_weight > 0:
+                projectors["patches"] = nn.Linear(width, teacher.patch_width)
+        student = Student(backbone, dino_head, projectors=projectors)
+        if state:
+            for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
+                if state["config"][key] != config[key]:
+                    raise UserError(f"resume_from={resume!r}: {key} is {state['config'][key]!r} there, {config[key]!r} "
+                                    "now; what the student learnt to match is that teacher's: take its value, or start "
+                                    "a new run")
+            check_fits(state, student, config)
+            if holds_values:
+                student.load_state_dict(state["student"])
     student = place(student, blocks(backbone), distribution, run_device).train()
     statistics = FeatureStatistics(teacher.cls_width, teacher.patch_width,
                                    dino_head_out_dim if dino_head is not None else 0).to(run_device)
@@ -395,6 +400,7 @@ def main(sources):
     shadow = EMATeacher(student)                               # before DDP: parameter names without its prefix
     if state:                          # `|`: by a changed config the checkpoint may have none: then where it stands
         shadow.load_state_dict(shadow.state_dict() | state["teacher"])
+    state = None                       # every tensor of it, whole, would stay in memory on every rank
     if compile:                                                # by block: all share their graphs
         for block in blocks(backbone):
             block.compile()
@@ -453,7 +459,7 @@ def main(sources):
         rows = [index * fixed_views + view for index, view in zip(batch["index"], batch["view"])]
         return cache(rows, compute, run_device)
 
-    if not state:                                              # of the views of the first iterations
+    if not resume:                                             # of the views of the first iterations
         began = time.time()
         n_batches = math.ceil(distilled_statistics_views / global_batch_size / V)
 

@@ -14,7 +14,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
@@ -158,24 +158,51 @@ def lost_ranks():
 
 # ---- DDP and FSDP ----
 
+@contextlib.contextmanager
+def built_by_main(distribution):
+    """Around the building of a network that `place` takes next. Under 'fsdp' rank 0 alone makes or reads values: the
+    other ranks get the same modules on the meta device, shapes without memory, so the network is whole in one place and
+    not once per rank. Yields whether this rank's network has values. What is wrong on one rank raises on all, and
+    torch's generator goes on as rank 0 left it."""
+    holds_values, problem = distribution != "fsdp" or is_main(), ""
+    try:
+        with contextlib.nullcontext() if holds_values else torch.device("meta"):
+            yield holds_values
+    except UserError as error:
+        problem = str(error)
+    stop_together(problem)
+    torch.set_rng_state(torch.from_numpy(gather_objects(torch.get_rng_state().numpy())[0]))
+
+
 def place(student, blocks, distribution, device):
     """The student on its device, in place: whole, or with 'fsdp' this rank's share of every parameter.
 
     Call it before the optimizer is built: sharded parameters are new ones (DTensors, split along dimension 0). Every
     transformer block is a group, gathered and freed by itself; the root holds the rest, heads included, and stays whole
-    from its forward to its backward. The student comes whole on the CPU of every rank, the same everywhere by its seed,
-    and goes to the device one group at a time: the device never holds all of it.
+    from its forward to its backward. Values are those of rank 0, which holds them on its CPU (built_by_main); they
+    travel one parameter at a time, each rank is sent its share, and no device ever holds all of them. Buffers, also
+    those that no state_dict has, are whole on every rank.
     Precision: weights are gathered, gradients averaged and weights kept in fp32, autocast computes in bf16 as it does
     alone and under DDP, so losses are equal. FSDP's MixedPrecisionPolicy would gather bf16, half the bytes, but round
     norms, layer scales and positions as well. The bf16 copies that a forward made live until its backward;
     activation_checkpointing frees those.
     # assumption: fp16 works as under DDP, because DTensor takes GradScaler's found_inf over all ranks; run it on CUDA
+    # assumption: nccl scatters shares as gloo does (tests/test_distributed.py); two GPUs settle it
     """
     if distribution != "fsdp" or world_size() == 1:
         return student.to(device)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
+    values = dict(student.named_parameters()) | dict(student.named_buffers())
+    student.to("meta")
     for module in (*blocks, student):
         fully_shard(module, mesh=mesh)
+    student.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+            whole = values.pop(name)                           # out of the dict: rank 0 frees what it has sent
+            whole = whole.to(device) if is_main() else torch.empty_like(whole, device=device)
+            placements = tensor.placements if isinstance(tensor, DTensor) else [Replicate()]
+            local(tensor).copy_(distribute_tensor(whole, mesh, placements).to_local())     # scatter or broadcast
     student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, stays
     register_fsdp_forward_method(student, "gather_root")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # no in-place operation follows

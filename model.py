@@ -61,14 +61,17 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     extra = dict(add_pooling_layer=False, use_mask_token=True) if config.model_type == "vit" else {}
     if not use_pretrained:
         config.num_channels = num_channels
-        return transformers.AutoModel.from_config(config, **extra).float()
-    with quiet_transformers():
-        backbone, info = transformers.AutoModel.from_pretrained(
-            model_type, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **extra)
-    missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
-    if missing or info["mismatched_keys"]:
-        raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; missing {missing[:3]}, "
-                        f"of other shape {sorted(info['mismatched_keys'])[:3]}")
+    if not use_pretrained or torch.get_default_device().type == "meta":        # there only shapes count: built_by_main
+        backbone = transformers.AutoModel.from_config(config, **extra).float()
+    else:
+        with quiet_transformers():
+            backbone, info = transformers.AutoModel.from_pretrained(
+                model_type, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+                **extra)
+        missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
+        if missing or info["mismatched_keys"]:
+            raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; missing "
+                            f"{missing[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}")
     if config.num_channels != num_channels:
         _set_channels(backbone, num_channels)
     return backbone

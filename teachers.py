@@ -93,7 +93,7 @@ def _build_timm(name, weights, size_keys):
     for key, home in (("mlp_layer", timm.layers), ("act_layer", nn)):
         if key in arguments:
             arguments[key] = getattr(home, arguments[key])
-    pretrained = not (weights or size_keys)
+    pretrained = not (weights or size_keys) and torch.get_default_device().type != "meta"      # see load_weights
     try:
         network = timm.create_model(known["architecture"] if known and not pretrained else name, pretrained=pretrained,
                                     **arguments | size_keys)
@@ -116,7 +116,10 @@ def load_weights(network, path):
 
     Found are the tensors at the top, or below 'teacher', 'state_dict' or 'model'; wrappers' prefixes ('module.',
     'backbone.') are taken off. A classifier ('head.', 'fc.') and heads of self-distillation are left out.
+    Inside torch.device('meta') nothing is read: distributed.place will send the values.
     """
+    if torch.get_default_device().type == "meta":
+        return
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file

@@ -25,8 +25,8 @@ from checkpoint import (check_fits, config_changes, export_hf, link_state, load_
                         open_run, save_state, saved_states, truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
-from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, cleanup, full,
-                         gather_objects, is_main, loader_workers, lost_ranks, main_first, main_writes,
+from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, built_by_main,
+                         cleanup, full, gather_objects, is_main, loader_workers, lost_ranks, main_first, main_writes,
                          memory_gb, no_sync, place, rank, setup, stop_together, unwrap, world_size, wrap)
 from evaluate import knn_accuracy
 from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp, softmax_center,
@@ -330,38 +330,41 @@ def main(sources):
 
     # ---- student and teacher ----
     torch.manual_seed(seed)                                    # the same initial weights on every rank
-    backbone = backbone_from_config(config, channels)
-    family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
-    inflated = getattr(backbone, "patch_embed_inflated", False)
-    if run_device.type == "cpu":       # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
-        backbone.set_attn_implementation("eager")
-    for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size),
-                      ("gram_crops_size", gram_crops_size)):
-        if size % patch:
-            raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
-                            f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
-    if drop_path_rate > 0 and not hasattr(backbone.config, "drop_path_rate"):
-        say(f"note: {family} has no stochastic depth in transformers; drop_path_rate={drop_path_rate} has no effect")
-    if ibot_loss_weight == 0:                                  # never used: DDP would wait for its gradient
-        for name, param in backbone.named_parameters():
-            if "mask_token" in name:
-                param.requires_grad_(False)
-    if use_lora:                                               # none in blocks that stay frozen: they would not move
-        backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets,
-                            skip_blocks=0 if freeze_backbone_until else freeze_backbone_layers)
-    if freeze_backbone_until == 0:
-        freeze_layers(backbone, freeze_backbone_layers)
-    if activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
-    dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer, **head)
-    ibot_head = None
-    if ibot_loss_weight > 0 and ibot_separate_head:
-        ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
-    student = Student(backbone, dino_head, ibot_head)
-    if state:
-        check_fits(state, student, config)
-        student.load_state_dict(state["student"])
+    with built_by_main(distribution) as holds_values:
+        backbone = backbone_from_config(config, channels)
+        family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
+        inflated = getattr(backbone, "patch_embed_inflated", False)
+        if run_device.type == "cpu":   # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
+            backbone.set_attn_implementation("eager")
+        for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size),
+                          ("gram_crops_size", gram_crops_size)):
+            if size % patch:
+                raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "
+                                f"{size // patch * patch or patch} or {(size // patch + 1) * patch}")
+        if drop_path_rate > 0 and not hasattr(backbone.config, "drop_path_rate"):
+            say(f"note: {family} has no stochastic depth in transformers; drop_path_rate={drop_path_rate} has no "
+                "effect")
+        if ibot_loss_weight == 0:                              # never used: DDP would wait for its gradient
+            for name, param in backbone.named_parameters():
+                if "mask_token" in name:
+                    param.requires_grad_(False)
+        if use_lora:                                           # none in blocks that stay frozen: they would not move
+            backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets,
+                                skip_blocks=0 if freeze_backbone_until else freeze_backbone_layers)
+        if freeze_backbone_until == 0:
+            freeze_layers(backbone, freeze_backbone_layers)
+        if activation_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
+        dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer, **head)
+        ibot_head = None
+        if ibot_loss_weight > 0 and ibot_separate_head:
+            ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
+        student = Student(backbone, dino_head, ibot_head)
+        if state:
+            check_fits(state, student, config)
+            if holds_values:
+                student.load_state_dict(state["student"])
     student = place(student, blocks(backbone), distribution, run_device).train()
     centers = dict(dino=torch.zeros(1, dino_head_out_dim, device=run_device),
                    ibot=torch.zeros(1, ibot_out_dim, device=run_device))
@@ -400,6 +403,7 @@ def main(sources):
     for name, values in (("teacher", teacher), ("anchor", anchor)):
         if state and values:           # `|`: by a changed config the checkpoint may have none: then where it stands
             values.load_state_dict(values.state_dict() | (state.get(name) or {}))
+    state = None                       # every tensor of it, whole, would stay in memory on every rank
     if compile:                        # by block: all share their graphs, one for each crop size, mode and place
         torch._dynamo.config.recompile_limit = 64              # at 8 it would go on without compiling
         for block in blocks(backbone):

@@ -10,16 +10,21 @@ import torch.multiprocessing
 
 import distributed
 from configurator import UserError
-from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, full, gather_objects, local, lost_ranks,
-                         main_first, main_writes, memory_gb, no_sync, shard_like, stop_together, unwrap, wrap)
+from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, built_by_main, full, gather_objects,
+                         local, lost_ranks, main_first, main_writes, memory_gb, no_sync, place, shard_like,
+                         stop_together, unwrap, wrap)
 from losses import dino_loss, ibot_loss, sinkhorn_knopp, softmax_center, update_center
-from model import DINOHead, EMATeacher, Student, build_backbone
+from model import FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, freeze_layers
+from teachers import build_teacher
+from test_train import assert_same
 
 WORLD = 2
 ROWS = {"equal": (4, 4), "unequal": (6, 2), "rank 1 empty": (8, 0), "rank 0 empty": (0, 8), "no rows": (0, 0)}
 V, L, B, P = 2, 2, 4, 16                                      # B images over both ranks, P patches of 8 pixels
 TARGETS = {"centering": lambda logits, center: softmax_center(logits, center, 0.05),
            "sinkhorn_knopp": lambda logits, center: sinkhorn_knopp(logits, 0.05)}
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, num_register_tokens=2)
+BUILT = [(what, family) for what in ("scratch", "pretrained", "teacher") for family in FAMILIES]
 
 
 # ---- what one process computes, on its share or on everything ----
@@ -121,19 +126,73 @@ def helpers(rank, folder):
     return found
 
 
+def build(what, family, folder):
+    """(network, its blocks, whether its patch embedding was inflated): a student from scratch, or with LoRA on weights
+    of three channels for one; or a teacher in bf16."""
+    if what == "teacher":
+        teacher = build_teacher(f"{folder}/{family}", dtype=torch.bfloat16)
+        return teacher, teacher.blocks(), False
+    backbone = build_backbone(f"{folder}/{family}", num_channels=1) if what == "pretrained" else \
+        build_backbone(family, False, **SIZES, drop_path_rate=0.1)
+    inflated = getattr(backbone, "patch_embed_inflated", False)
+    if what == "pretrained":
+        backbone = add_lora(backbone)
+    else:
+        freeze_layers(backbone, 1)
+    student = Student(backbone, DINOHead(16, 12, 20, 8, norm_last_layer=True), DINOHead(16, 11, 20, 8, weight_norm=False))
+    return student, blocks(backbone), inflated
+
+
+def buildings(rank, folder):
+    """{(what, family): values of a network before and after place, and what else the ranks must agree on}."""
+    found, how = {}, "none" if rank is None else "fsdp"
+    for what, family in BUILT:
+        torch.manual_seed(3)
+        with built_by_main(how):
+            network, parts, inflated = build(what, family, folder)
+        held = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()) if not tensor.is_meta)
+        network = place(network, parts, how, torch.device("cpu"))
+        params = dict(network.named_parameters())
+        found[what, family] = dict(
+            held=held, kept=sum(local(param).numel() for param in params.values()),
+            whole=full({name: param.detach() for name, param in params.items()}),
+            same=dict(buffers=dict(network.named_buffers()), state=list(network.state_dict()), inflated=inflated,
+                      learns=[name for name, param in params.items() if param.requires_grad], drawn=torch.rand(3)))
+    return found
+
+
+def fails_on_main(rank):
+    try:
+        with built_by_main("fsdp"):
+            if rank == 0:
+                raise UserError("its weights do not fit")
+    except UserError as error:
+        return {"failed": str(error)}
+
+
 def worker(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    found = {"device": str(distributed.setup("cpu"))} | targets(rank) | training(rank) | helpers(rank, folder)
+    found = {"device": str(distributed.setup("cpu"))} | targets(rank) | training(rank) | helpers(rank, folder) \
+        | buildings(rank, folder) | fails_on_main(rank)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     distributed.cleanup()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two processes found: started once, for all tests."""
+def folder(tmp_path_factory):
+    """Where the ranks write, and pretrained weights of every family."""
     folder = str(tmp_path_factory.mktemp("ranks"))
+    for family in FAMILIES:
+        torch.manual_seed(1)
+        build_backbone(family, False, **SIZES).save_pretrained(f"{folder}/{family}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each of two processes found: started once, for all tests."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -142,9 +201,9 @@ def ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(folder):
     """What one process finds with the joined batch."""
-    return targets(None) | training(None)
+    return targets(None) | training(None) | buildings(None, folder)
 
 
 # ---- two against one ----
@@ -182,6 +241,25 @@ def test_ranks_have_the_same_gradients_bitwise(ranks):
             assert all(torch.equal(first[name], second[name]) for name in first)
         first, second = (found["not yet shared", centering] for found in ranks)  # nothing is sent before the last
         assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- FSDP: one rank builds, all get their share ----
+
+@pytest.mark.parametrize("what, family", BUILT)
+def test_rank_0_alone_builds_and_the_values_are_those_of_one_process(ranks, alone, what, family):
+    """Bit by bit, with buffers that no state_dict has (DINOv3's frequencies); rank 1 never held more than its share."""
+    first, second, expected = (found[what, family] for found in (*ranks, alone))
+    assert (first["held"], second["held"]) == (expected["held"], 0) and first["kept"] + second["kept"] == expected["kept"]
+    assert 0.4 < second["kept"] / expected["kept"] < 0.6
+    assert_same(first["whole"], expected["whole"])
+    assert_same(first["same"], expected["same"])
+    assert_same(second["same"], expected["same"])
+    assert expected["same"]["inflated"] == (what == "pretrained") and len(first["whole"]) > 20
+    assert family != "dinov3_vit" or any("inv_freq" in name for name in second["same"]["buffers"])
+
+
+def test_what_rank_0_cannot_load_stops_all(ranks):
+    assert [found["failed"] for found in ranks] == ["its weights do not fit"] * 2
 
 
 # ---- helpers ----

@@ -104,24 +104,30 @@ def full_disk(rank, module):
 
 
 def weigh(rank, module):
-    """A change: how many numbers this rank holds in weights, gradients, EMA and moments after the second step."""
+    """A change: how many numbers this rank holds in weights as built, and after the second step in weights, gradients,
+    EMA and moments."""
     def update(original, n, teacher, student, momentum):
         original(teacher, student, momentum)
         if n == 2:
             moments = [entry[key] for entry in found["optimizer"].state.values() for key in ("exp_avg", "exp_avg_sq")]
             parts = dict(weights=student.parameters(), ema=teacher.values.values(), moments=moments)
             numbers = {name: sum(distributed.local(tensor.detach()).numel() for tensor in part) for name, part in parts.items()}
-            print("HELD", json.dumps(dict(numbers, gradients=found["gradients"])))
+            print("HELD", json.dumps(dict(numbers, gradients=found["gradients"], built=found["built"])))
 
     def clip(original, n, student, *args):
         found["gradients"] = sum(distributed.local(param.grad).numel() for param in student.parameters() if param.grad is not None)
+        return original(student, *args)
+
+    def place(original, n, student, *args):
+        found["built"] = sum(param.numel() for param in student.parameters() if not param.is_meta)
         return original(student, *args)
 
     def groups(original, n, *args, **kwargs):
         found["optimizer"] = original(*args, **kwargs)
         return found["optimizer"]
     found, stack = {}, contextlib.ExitStack()
-    for owner, name, instead in ((module.EMATeacher, "update", update), (module, "clip_gradients", clip), (torch.optim, "AdamW", groups)):
+    for owner, name, instead in ((module.EMATeacher, "update", update), (module, "clip_gradients", clip), (torch.optim, "AdamW", groups),
+                                 (module, "place", place)):
         stack.enter_context(calls(owner, name, instead))
     return stack
 
@@ -196,12 +202,15 @@ def test_four_processes_equal_one(trained, npz, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fsdp_shards_all_that_training_holds(trained, mode):
-    """Half of the weights, gradients, moments and EMA values on each of two ranks; the shares add up to the whole."""
+    """Rank 0 alone builds all weights. Then half of the weights, gradients, moments and EMA values are on each of two
+    ranks; the shares add up to the whole."""
     def held(rank, *names):
         text = open(f"{trained(mode, *names)}-{rank}.txt").read()
         return json.loads(text.split("HELD ")[1].splitlines()[0])
     alone, ddp, shares = held(0, 1, "none"), held(1, 2, "ddp"), [held(rank, 2, "fsdp") for rank in (0, 1)]
     assert alone == ddp and 2 * alone["ema"] >= alone["moments"] > 0 and alone["weights"] > 0
+    built = [numbers.pop("built") for numbers in (ddp, *shares, alone)]
+    assert built == [alone["weights"], alone["weights"], 0, alone["weights"]]
     for part, whole in alone.items():
         assert shares[0][part] + shares[1][part] == whole and abs(shares[0][part] / whole - 0.5) < 0.1, part
 
