@@ -235,7 +235,7 @@ def test_evaluate_takes_a_timm_teacher(tmp_path, npz, monkeypatch):
     timm = pytest.importorskip("timm")
     honest = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **keys: honest(name, pretrained=False, **keys))
-    networks = evaluate.find_networks(["timm:vit_tiny_patch16_224"])
+    networks = evaluate.find_networks(["timm:vit_tiny_patch16_224"], "last")
     assert networks[0]["loads"] == "timm:vit_tiny_patch16_224" and networks[0]["adaptation"] == "pretrained"
     module = load_script("evaluate")
     module.main(override(vars(module), module.config_keys, [
