@@ -8,7 +8,7 @@ uniform targets: the log says NOT LEARNING.
 
 2 CPU cores, DINOv2-small: 3.4 minutes. 3 seeds, last teacher, start -> end: brain MRI (1905 images of 64 pixels,
 test_iid) 5-NN 0.686 -> 0.766 (0.015), linear probe 0.871 -> 0.847 (0.016); white blood cells (179 images of 96) 5-NN
-0.820 -> 0.933 (0.019), linear probe 0.910 -> 0.963 (0.006). Another set was harmed: README, Results.
+0.820 -> 0.933 (0.019), linear probe 0.910 -> 0.963 (0.006). Another set was harmed: README, Adapting.
 """
 # crops of 112 and 56 pixels suit images of 64 to 160; larger ones want more: 224 and 98 for patch 14
 global_crops_size = 112
