@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import UserError
-from distributed import shard_like
+from distributed import gather_objects, shard_like
 from model import core, quiet_transformers
 
 
@@ -113,6 +113,23 @@ def load_state(path, say=print):
 def saved_states(run_dir):
     """Every state.pt in the checkpoints of a run."""
     return sorted(glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*", "state.pt")))
+
+
+def find_state(resume_from, run_dir, config, say):
+    """(where a run goes on, its state) by its key resume_from; ('', None) where it starts anew. Says what it found and
+    how the config has changed since. Raises UserError, also where the machines find different checkpoints."""
+    resume = resume_from
+    if resume == "auto":
+        resume = run_dir if saved_states(run_dir) else ""
+    state = load_state(resume, say) if resume else None
+    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
+        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
+                        f"{run_dir} must lie on a disk that they share")
+    if state:
+        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
+            f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
+            if key != "resume_from"))
+    return resume, state
 
 
 def check_fits(state, student, config):

@@ -216,6 +216,12 @@ class Dataset(Sendable, torch.utils.data.Dataset):
             images, row = images.items, images.rows[row]
         return images.path(row) if isinstance(images, ImageFiles) else f"{self.name}, {self.split} image {row}"
 
+    def limited(self, n, seed):
+        """At most n of the images, drawn by seed, in their order; n = 0: all."""
+        if n == 0 or len(self) <= n:
+            return self
+        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]), self.split)
+
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
         images = Rows(self.images, rows, self.num_channels)

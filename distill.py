@@ -21,14 +21,13 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import PRESETS, MultiCrop, Photometrics, save_samples
-from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer, load_state, model_card,
-                        open_run, save_state, saved_states, truncate_log)
+from checkpoint import (check_fits, export_hf, find_state, link_state, load_optimizer, model_card, open_run, save_state,
+                        truncate_log)
 from configurator import UserError, describe, dump, list_keys, one_line_errors, override
 from data import BatchOrder, CropDataset, ignore_ctrl_c, input_settings, load_dataset
 from distributed import (accumulation_steps, all_reduce_mean, any_rank, autocast_for, barrier, built_by_main,
@@ -273,9 +272,6 @@ def main(sources):
     check_config()
     config = {key: globals()[key] for key in config_keys}
     run_dir = out_dir or os.path.join("out", model_name)
-    resume = resume_from
-    if resume == "auto":
-        resume = run_dir if saved_states(run_dir) else ""
     told, run_is_open = [], False                              # nothing is written before all input is found good
 
     def say(text):
@@ -289,14 +285,7 @@ def main(sources):
 
     if is_main():
         print(describe(globals(), config_keys, sources) + "\n")
-    state = load_state(resume, say) if resume else None
-    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
-        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
-                        f"{run_dir} must lie on a disk that they share")
-    if state:
-        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
-            f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
-            if key != "resume_from"))
+    resume, state = find_state(resume_from, run_dir, config, say)
 
     # ---- teacher, data ----
     def open_split(split):
@@ -496,13 +485,8 @@ def main(sources):
 
     autocast = autocast_for(run_device, mixed_precision)
 
-    def limited(data):
-        if eval_max_images == 0 or len(data) <= eval_max_images:
-            return data
-        rows = np.random.default_rng(seed).permutation(len(data))[:eval_max_images]
-        return data.subset(np.sort(rows), data.split)
-
-    bank, measured = limited(train_set), {split: limited(data) for split, data in measured.items()}
+    bank = train_set.limited(eval_max_images, seed)
+    measured = {split: data.limited(eval_max_images, seed) for split, data in measured.items()}
     eval_settings = dict(intensity_range=value_range, mean=mean, std=std, num_workers=workers, autocast=autocast,
                          on_bad_image=on_bad_image)
 
