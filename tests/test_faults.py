@@ -1,4 +1,5 @@
 """What a machine does to a run: kills at any moment, a damaged checkpoint, a full disk, a rank that dies."""
+import functools
 import os
 import random
 import resource
@@ -44,15 +45,22 @@ def test_killed_at_random_moments_until_it_is_done(tmp_path, npz):  # noqa: F811
     """A run that saves in every iteration is killed again and again, goes on with auto, and ends bit for bit where an
     undisturbed one ends, log included. After every kill whatever is called a checkpoint can be read."""
     extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK, "--max_iterations=16"]
-    out, draw, kills, seen = str(tmp_path / "killed"), random.Random(0), 0, -1
+    out, draw, kills, seen, pace = str(tmp_path / "killed"), random.Random(0), 0, -1, 0.05
     last = f"{out}/checkpoints/last/state.pt"
+
+    def written():
+        return os.path.exists(last) and os.stat(last).st_ino
     whole = run(str(tmp_path / "whole"), *extra, "--saveckp_freq=16")
     while seen < 16:
         pid = in_fork(lambda: run(out, *extra, "--saveckp_freq=1", "--resume_from=auto") and 0)
-        before, until = os.path.exists(last) and os.stat(last).st_ino, time.time() + 60
-        while time.time() < until and (os.path.exists(last) and os.stat(last).st_ino) == before:
-            time.sleep(0.001)                                  # every process saves once at least
-        time.sleep(draw.uniform(0, 0.15))
+        ended, saves = functools.partial(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), [time.time()]
+        before, wanted, until = written(), draw.randint(1, 2), time.time() + 60
+        while time.time() < until and len(saves) <= wanted and not ended():
+            if written() != before:
+                before, saves = written(), [*saves, time.time()]
+            time.sleep(0.001)
+        pace = saves[-1] - saves[-2] if len(saves) > 2 else pace
+        time.sleep(draw.uniform(0, pace))                      # up to the next save, about
         kill(pid)
         kills += 1
         for path in saved_states(out):
@@ -63,7 +71,7 @@ def test_killed_at_random_moments_until_it_is_done(tmp_path, npz):  # noqa: F811
     for key in ("student", "teacher", "optimizer", "centers"):
         assert_same(a[key], b[key])
     assert [record["iteration"] for record in log(out)] == list(range(17)) and torch.equal(losses(log(out)), losses(whole))
-    assert kills >= 4
+    assert kills >= 4, kills
 
 
 def test_killed_while_saving(tmp_path):
