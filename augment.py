@@ -187,7 +187,7 @@ def to_unit(crops, intensity_range, seeds=None, window_jitter=0.0):
     if window_jitter > 0:
         ends += torch.from_numpy(uniforms(seeds, 2, stream=1) * 2 - 1).float() * window_jitter * (high - low)
     low, high = ends.to(crops.device)[:, :, None, None, None].unbind(1)                    # [N,1,1,1] each
-    return (crops.float() - low).div_(high - low).clamp_(0, 1)  # in place, here and below: fresh memory costs a CPU more
+    return (crops.float() - low).div_(high - low).clamp_(0, 1)  # in place, here and below: fresh memory costs more
 
 
 def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)):

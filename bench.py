@@ -297,9 +297,6 @@ def print_tables(results):
     """Time and memory of the strategies, and their ratios to the first one. off by: measured ratio over counted one."""
     first = next(iter(results))
 
-    def work(name, *parts):
-        return sum(sum(results[name]["flops"][part].values()) for part in parts)
-
     def middle(name):
         return statistics.median(results[name]["seconds"])
     print("\nseconds per step; counted: matrix multiplications, in forwards of all student tokens\n"
@@ -307,11 +304,12 @@ def print_tables(results):
           "teacher student activations weights | heads")
     for name, result in results.items():
         ratio, parts = middle(name) / middle(first), result["flops"]["backbone"].values()
-        counted = work(name, "backbone", "heads") / work(first, "backbone", "heads")
+        counted, apart = (multiplications(result, *which) / multiplications(results[first], *which)
+                          for which in ((), ("backbone",)))
         print(f"{name:13} {middle(name):8.3f} {min(result['seconds']):8.3f} {ratio:6.2f} {counted:8.2f} "
-              f"{ratio / counted:7.2f} {work(name, 'backbone') / work(first, 'backbone'):12.2f} | "
+              f"{ratio / counted:7.2f} {apart:12.2f} | "
               + "{:7.2f} {:7.2f} {:11.2f} {:7.2f} | ".format(*(part / result["flops"]["unit"] for part in parts))
-              + f"{work(name, 'heads') / result['flops']['unit']:5.2f}")
+              + f"{multiplications(result, 'heads') / result['flops']['unit']:5.2f}")
     print("\nMB of memory; each of the four: tensors held / computed; ratios of their computed sum\n"
           f"{'':13} {'peak':>7} {'ratio':>6} {'at import':>9} | "
           + " ".join(f"{item:>17}" for item in results[first]["held"]) + f" | {'ratio':>6} {'backbone':>9}")
@@ -458,9 +456,9 @@ def bench_step():
           f"{work / peak / network:.2f} without data and augmentation")
 
 
-def multiplications(result):
-    """Of one step, per image, from the counts of measure."""
-    return sum(sum(result["flops"][part].values()) for part in ("backbone", "heads"))
+def multiplications(result, *parts):
+    """Of one step, per image, from the counts of measure: of backbone and heads, or of the parts that are named."""
+    return sum(sum(result["flops"][part].values()) for part in parts or ("backbone", "heads"))
 
 
 def bench_growth():

@@ -174,6 +174,11 @@ def built_by_main(distribution):
     torch.set_rng_state(torch.from_numpy(gather_objects(torch.get_rng_state().numpy())[0]))
 
 
+def only_shapes():
+    """True inside built_by_main on a rank whose values come later: there is nothing to read and nothing to fill."""
+    return torch.get_default_device().type == "meta"
+
+
 def place(student, blocks, distribution, device):
     """The student on its device, in place: whole, or with 'fsdp' this rank's share of every parameter.
 

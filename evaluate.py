@@ -158,7 +158,7 @@ def extract_features(backbone, dataset, **settings):
 
 
 def shared_features(backbone, dataset, **settings):
-    """As extract_features, every rank computing its share. The shares are equally long, the last one starts again at the
+    """As extract_features, every rank computing its share. The shares are equally long, the last one goes on at the
     first image: a sharded network has to be called equally often on all ranks."""
     n = math.ceil(len(dataset) / world_size())
     share = np.arange(rank() * n, (rank() + 1) * n) % len(dataset)

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from configurator import UserError
-from distributed import local, regathered, shard_like, swap, unwrap
+from distributed import local, only_shapes, regathered, shard_like, swap, unwrap
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -61,7 +61,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     extra = dict(add_pooling_layer=False, use_mask_token=True) if config.model_type == "vit" else {}
     if not use_pretrained:
         config.num_channels = num_channels
-    if not use_pretrained or torch.get_default_device().type == "meta":        # there only shapes count: built_by_main
+    if not use_pretrained or only_shapes():
         backbone = transformers.AutoModel.from_config(config, **extra).float()
     else:
         with quiet_transformers():

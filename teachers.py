@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configurator import UserError
-from distributed import all_reduce_sum, gather_objects
+from distributed import all_reduce_sum, gather_objects, only_shapes
 from model import blocks, build_backbone, forward_features, gated, pretrained_input
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its arguments (so that a
@@ -93,7 +93,7 @@ def _build_timm(name, weights, size_keys):
     for key, home in (("mlp_layer", timm.layers), ("act_layer", nn)):
         if key in arguments:
             arguments[key] = getattr(home, arguments[key])
-    pretrained = not (weights or size_keys) and torch.get_default_device().type != "meta"      # see load_weights
+    pretrained = not (weights or size_keys or only_shapes())
     try:
         network = timm.create_model(known["architecture"] if known and not pretrained else name, pretrained=pretrained,
                                     **arguments | size_keys)
@@ -116,9 +116,9 @@ def load_weights(network, path):
 
     Found are the tensors at the top, or below 'teacher', 'state_dict' or 'model'; wrappers' prefixes ('module.',
     'backbone.') are taken off. A classifier ('head.', 'fc.') and heads of self-distillation are left out.
-    Inside torch.device('meta') nothing is read: distributed.place will send the values.
+    Where only shapes count nothing is read: distributed.place will send the values.
     """
-    if torch.get_default_device().type == "meta":
+    if only_shapes():
         return
     try:
         if path.endswith(".safetensors"):
