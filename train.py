@@ -74,6 +74,7 @@ local_crops_size = 96            # pixels; a multiple of the patch size, so 98 f
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: 0.05 up to the lower end of the global scale
 label_guided_crops_number = 0    # further local crops centred on labelled pixels (paper section 2.2.4); needs masks
 label_guided_crops_scale = (0.02, 0.1)  # their share of the image area
+label_guided_loss_weight = 0.0   # > 0: the teacher sees guided crops, too, and attention learns to find labels; paper: 0
 label_guided_classes = ()        # mask values that count as label, like (2,); () = all but 0
 horizontal_flip = 0.5            # probability; 0 where left and right must not be confused
 vertical_flip = 0.5              # probability; paper Table 3 flips both ways, DINO only horizontally
@@ -191,6 +192,8 @@ def check_config():
          f"multiple of num_attention_heads={num_attention_heads}")
     need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, f"freeze_backbone_until={freeze_backbone_until} "
          "with freeze_backbone_layers=0: nothing is frozen that could thaw; set both")
+    need(label_guided_loss_weight == 0 or label_guided_crops_number > 0, f"label_guided_loss_weight="
+         f"{label_guided_loss_weight} with label_guided_crops_number=0: there is no guided crop; use 4")
     need(gram_refresh_iterations == 0 or gram_teacher == "snapshot", f"gram_refresh_iterations="
          f"{gram_refresh_iterations} with gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
     if errors:
@@ -202,14 +205,17 @@ def check_config():
 def make_targets(teacher_out, centers, teacher_temp):
     """Teacher logits -> what the student should say.
 
-    Args: teacher_out: of Student.forward; centers: {'dino': [1,K], 'ibot': [1,K]}. Returns dict: 'dino' [V,B,K] and,
-    with masks, 'ibot' [M,K]; rows sum to 1, no gradient.
+    Args: teacher_out: of Student.forward, its local crops the G guided ones; centers: {'dino': [1,K], 'ibot': [1,K]}.
+    Returns dict: 'dino' [V,B,K], with guided crops 'guided' [G,B,K], with masks 'ibot' [M,K]; rows sum to 1, no gradient.
     """
     def to_probs(name, logits):
         if centering == "sinkhorn_knopp":
             return sinkhorn_knopp(logits, teacher_temp)
         return softmax_center(logits, centers[name], teacher_temp)
     targets = dict(dino=to_probs("dino", teacher_out["global_logits"]).unflatten(0, (global_crops_number, -1)))
+    if "local_logits" in teacher_out:                          # Sinkhorn by itself: small crops use all prototypes, too
+        guided = to_probs("dino", teacher_out["local_logits"])
+        targets["guided"] = guided.unflatten(0, (label_guided_crops_number, -1))
     if "masked_logits" in teacher_out:
         targets["ibot"] = to_probs("ibot", teacher_out["masked_logits"])
     return targets
@@ -221,17 +227,25 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
     The DINO loss is the mean over all pairs of a teacher crop and another student crop. It is shown in two parts, each
     the mean over its pairs times their share of all pairs: V * (V - 1) pairs of global crops, V * L with a local crop
     (DINOv2 and DINOv3; together the same as DINO's). koleo is the sum over the global crops, as in DINOv2.
+
+    label_guided is the mean over all pairs of a teacher's guided crop and a student's global or other guided crop; it is
+    not in the paper. DINO's targets are what the teacher says of global crops, so a guided crop that only the student
+    sees never asks that a global crop show the lesion. Here it has to: to say what is at the label, find the label.
     """
     V, global_logits = global_crops_number, student_out["global_logits"]
     L = len(student_out.get("local_logits", ())) * V // len(global_logits)
     n_global, n_local = V * (V - 1), V * L
     zero = global_logits.new_zeros((), dtype=torch.float32)
-    terms = dict(dino_local_loss=zero, ibot_loss=zero, koleo_loss=zero, gram_loss=zero)
+    terms = dict(dino_local_loss=zero, label_guided_loss=zero, ibot_loss=zero, koleo_loss=zero, gram_loss=zero)
     terms["dino_global_loss"] = n_global / (n_global + n_local) * dino_loss(
         global_logits.unflatten(0, (V, -1)), targets["dino"], student_temp)                # [V,B,K] against [V,B,K]
     if L > 0:
         terms["dino_local_loss"] = n_local / (n_global + n_local) * dino_loss(
             student_out["local_logits"].unflatten(0, (L, -1)), targets["dino"], student_temp, ignore_diagonal=False)
+    if label_guided_loss_weight > 0:       # guided crops first: the diagonal is a crop and itself
+        guided = student_out["local_logits"].unflatten(0, (L, -1))[-label_guided_crops_number:]
+        terms["label_guided_loss"] = dino_loss(torch.cat([guided, global_logits.unflatten(0, (V, -1))]),
+                                               targets["guided"], student_temp)            # [G+V,B,K] against [G,B,K]
     if ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, student_temp)
     if koleo_loss_weight > 0:              # before the head, each view by itself: views of an image may be near
@@ -240,7 +254,7 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
         terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
     total = dino_head_loss_weight * (dino_local_loss_weight * terms["dino_local_loss"] + terms["dino_global_loss"]) \
         + ibot_loss_weight * terms["ibot_loss"] + koleo_loss_weight * terms["koleo_loss"] \
-        + gram_loss_weight * terms["gram_loss"]
+        + gram_loss_weight * terms["gram_loss"] + label_guided_loss_weight * terms["label_guided_loss"]
     return total, terms
 
 
@@ -257,6 +271,8 @@ def log_line(record, run_device):
             line += f"{name}: {record[key]:.4f} (ln K: {chance:.4f}) "
         else:
             line += f"{name}: off "
+    line += f"Guided: {record['label_guided_loss']:.4f} (ln K: {math.log(dino_head_out_dim):.4f}) " \
+        if label_guided_loss_weight > 0 else ""
     line += f"KoLeo: {record['koleo_loss']:.4f} " if koleo_loss_weight > 0 else ""
     line += f"Gram: {record['gram_loss']:.4f} " if gram_loss_weight > 0 else ""
     return (f"Total Loss: {record['loss']:.4f} {line}LR: {record['lr']:.6f} Weight Decay: {record['weight_decay']:.6f} "
@@ -543,10 +559,12 @@ def main(sources):
             native, seeds = batch["global_crops"].to(run_device, non_blocking=True), batch["global_seeds"]
             global_crops = torch.cat([photometrics(native[:batch_size], seeds[:batch_size], "global1"),
                                       photometrics(native[batch_size:], seeds[batch_size:], "global2")])   # [V*B,C,S,S]
-            local_crops = masks = None
+            local_crops = guided_crops = masks = None
             if L > 0:
                 native = batch["local_crops"].to(run_device, non_blocking=True)
                 local_crops = photometrics(native, batch["local_seeds"], "local")          # [L*B,C,s,s]
+            if label_guided_loss_weight > 0:
+                guided_crops = local_crops[-label_guided_crops_number * batch_size:]       # [G*B,C,s,s], the last ones
             if ibot_loss_weight > 0:
                 masks = batch["masks"].to(run_device, non_blocking=True)                   # [V*B,P]
             if iteration == 0 and micro == 0 and generate_samples and is_main():
@@ -554,9 +572,9 @@ def main(sources):
                 save_samples(f"{run_dir}/samples/crops.png", global_crops, local_crops, masks, batch_size, photometrics,
                              labels=labels, n_guided=label_guided_crops_number)
 
-            # Step 2. The teacher sees the global crops, unmasked, and makes the targets
+            # Step 2. The teacher sees the global crops, unmasked, and the guided ones if asked; it makes the targets
             with teacher.teacher_weights(student) as network, autocast():
-                teacher_out = network(global_crops, masks=masks, apply_masks=False, n_prefix=n_prefix)
+                teacher_out = network(global_crops, guided_crops, masks, apply_masks=False, n_prefix=n_prefix)
             targets = make_targets(teacher_out, centers, teacher_temp_now)
             for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
                 if key in teacher_out and centering == "centering":

@@ -31,7 +31,8 @@ MODES = {
                   "--clip_grad_by=parameter", "--clip_grad=0.05", "--freeze_last_layer_by=grad", "--dino_head_norm_last_layer=false",
                   "--freeze_backbone_layers=1", "--freeze_backbone_until=12", "--freeze_backbone_iterations=4", "--max_iterations=20"],
     "sinkhorn": ["config/dinov3.py", "--model_type=dinov3_vit", "--gradient_accumulation_steps=1", "--pos_embed_rescale=0", "--clip_grad_by=module",
-                 "--clip_grad=0.05", "--gram_loss_weight=1", "--gram_teacher=start", "--gram_crops_size=48", "--max_iterations=12"],
+                 "--clip_grad=0.05", "--gram_loss_weight=1", "--gram_teacher=start", "--gram_crops_size=48", "--label_guided_crops_number=2",
+                 "--label_guided_loss_weight=1", "--max_iterations=12"],
     "lora": ["config/dinov1.py", "--use_lora=true", "--freeze_backbone_layers=1", "--num_hidden_layers=3", "--gram_loss_weight=1",
              "--gram_teacher=snapshot", "--gram_refresh_iterations=7", "--freeze_backbone_iterations=3", "--max_iterations=12"]}
 

@@ -44,7 +44,7 @@ def log(out):
 
 
 def losses(records):
-    names = ("loss", "dino_local_loss", "dino_global_loss", "ibot_loss", "koleo_loss", "gram_loss")
+    names = ("loss", "dino_local_loss", "dino_global_loss", "label_guided_loss", "ibot_loss", "koleo_loss", "gram_loss")
     return torch.tensor([[record[name] for name in names] for record in records if "loss" in record], dtype=torch.float64)
 
 
@@ -91,9 +91,10 @@ def test_every_recipe_trains_every_family(tmp_path, npz, recipe, family):
     table = losses(records)
     assert len(table) == 3 and torch.isfinite(table).all()
     dino = module.dino_head_loss_weight
-    weights = torch.tensor([dino * module.dino_local_loss_weight, dino, module.ibot_loss_weight, module.koleo_loss_weight, module.gram_loss_weight])
+    weights = torch.tensor([dino * module.dino_local_loss_weight, dino, module.label_guided_loss_weight, module.ibot_loss_weight, module.koleo_loss_weight,
+                            module.gram_loss_weight])
     assert torch.allclose(table[:, 0], table[:, 1:] @ weights.double(), rtol=1e-5)         # total = the logged terms, weighed
-    assert (table[:, 3] > 0).all() == (recipe != "dinov1.py")
+    assert (table[:, 4] > 0).all() == (recipe != "dinov1.py")
     assert [record["iteration"] for record in records if "knn_accuracy" in record] == [0, 2, 3]
     # the export gives the features of the best teacher, exactly
     best = state(out, "best")
@@ -249,7 +250,47 @@ def test_folders_rgb_and_flat(tmp_path, capsys):
 
 def test_label_guided_crops_are_further_local_crops(tmp_path, npz):
     records = run(str(tmp_path / "run"), f"--dataset_path={npz}", "--label_guided_crops_number=2")
-    assert torch.isfinite(losses(records)).all()
+    assert torch.isfinite(losses(records)).all() and all(record["label_guided_loss"] == 0 for record in records if "loss" in record)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_guided_crops_that_the_teacher_sees_are_said_by_global_and_other_guided_crops(centering):
+    """Against the plain double loop; the random local crops have no part in it, and global targets stay what they were."""
+    module, generator, (V, L, G, B, K) = load_train(), torch.Generator().manual_seed(0), (2, 5, 3, 4, 7)
+    vars(module).update(global_crops_number=V, label_guided_crops_number=G, label_guided_loss_weight=0.7, centering=centering, dino_head_loss_weight=0.0)
+    teacher_out = dict(global_logits=torch.randn(V * B, K, generator=generator), local_logits=torch.randn(G * B, K, generator=generator))
+    centers = dict(dino=torch.randn(1, K, generator=generator))
+    targets = module.make_targets(teacher_out, centers, 0.1)
+    alone = module.make_targets(dict(global_logits=teacher_out["global_logits"]), centers, 0.1)
+    assert torch.equal(targets["dino"], alone["dino"]) and "guided" not in alone
+    if centering == "centering":
+        torch.testing.assert_close(targets["guided"].flatten(0, 1), ((teacher_out["local_logits"] - centers["dino"]) / 0.1).softmax(dim=-1))
+    student_out = dict(global_logits=torch.randn(V * B, K, generator=generator), local_logits=torch.randn(L * B, K, generator=generator))
+    crops = [*student_out["local_logits"].view(L, B, K)[-G:], *student_out["global_logits"].view(V, B, K)]
+    pairs = [-(targets["guided"][t] * (crops[s] / module.student_temp).log_softmax(dim=-1)).sum(dim=-1).mean()
+             for t in range(G) for s in range(G + V) if s != t]
+    total, terms = module.compute_losses(student_out, targets, None)
+    torch.testing.assert_close(terms["label_guided_loss"], torch.stack(pairs).mean())
+    torch.testing.assert_close(total, 0.7 * terms["label_guided_loss"])
+
+
+def test_what_the_teacher_sees_of_guided_crops_is_the_last_of_the_local_crops(tmp_path, npz):
+    """The teacher gets the global crops and the guided ones and no others; the run is finite and differs from one without."""
+    module, seen, shapes = load_train(), [], ("--local_crops_number=1", "--label_guided_crops_number=2")
+    forward = module.Student.forward
+
+    def watch(self, global_crops, local_crops=None, *args, **kwargs):
+        seen.append(local_crops)
+        return forward(self, global_crops, local_crops, *args, **kwargs)
+    module.Student.forward = watch
+    try:
+        records = run(str(tmp_path / "run"), f"--dataset_path={npz}", *shapes, "--label_guided_loss_weight=1", module=module)
+    finally:
+        module.Student.forward = forward
+    teacher_saw, student_saw = seen[0], seen[1]
+    B = len(student_saw) // 3
+    assert len(teacher_saw) == 2 * B and torch.equal(teacher_saw, student_saw[B:])
+    assert all(record["label_guided_loss"] > 0 for record in records if "loss" in record)
 
 
 def test_unreadable_image_is_named_or_skipped(tmp_path, capsys):
@@ -277,6 +318,7 @@ def test_unreadable_image_is_named_or_skipped(tmp_path, capsys):
     (["--resume_from=nowhere"], r"resume_from='nowhere': no checkpoint there"),
     (["--mixed_precision=fp16"], r"mixed_precision='fp16' on cpu"),
     (["--image_mean=0.1,0.2"], r"image_mean=\(0.1, 0.2\): the images have 1 channel\(s\)"),
+    (["--label_guided_loss_weight=1"], r"label_guided_loss_weight=1.0 with label_guided_crops_number=0"),
     (["--koleo_loss_weight=0.1", "--gradient_accumulation_steps=8"], r"koleo_loss_weight=0.1 needs 2 images"),
 ])
 def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):
