@@ -29,9 +29,10 @@ global_crops_size = 96
 global_crops_scale = (0.7, 1.0)   # what a guided crop shows has to be in what the teacher sees
 local_crops_size = 24
 local_crops_scale = (0.05, 0.3)
-local_crops_number = 2
-label_guided_crops_number = 8
-label_guided_crops_scale = (0.05, 0.1)  # squares of 21 to 30 pixels: as large as in the global crops, patches match
+local_crops_number = 0            # further ones are welcome; here all are guided
+label_guided_crops_number = 4
+label_guided_crops_scale = (0.05, 0.07)  # squares of 21 to 25 pixels: close to the lesion, and as large as in the whole slice
+label_guided_loss_weight = 4.0    # the teacher sees them, too; with 0, as in the paper, attention finds nothing
 
 # as config/phantom.py
 dino_head_out_dim = 512
@@ -46,11 +47,11 @@ momentum_teacher = 0.9
 
 global_batch_size = 64
 gradient_accumulation_steps = 1
-max_iterations = 700
+max_iterations = 500
 warmup_iterations = 20
 freeze_last_layer = 0
 lr = 1e-3
 min_lr = 1e-5
 weight_decay_end = 0.04
-eval_interval = 350
-saveckp_freq = 350
+eval_interval = 250
+saveckp_freq = 250
