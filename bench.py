@@ -184,7 +184,7 @@ def measure(name, with_data=False, **changes):
     libraries = peak_bytes(run_device)
     student = build(name).to(run_device)
     if run_device.type == "cpu":
-        student.backbone.set_attn_implementation("eager")      # as train.py
+        student.backbone.set_attn_implementation("plain")      # as train.py
     for block in blocks(student.backbone) if compile else ():
         block.compile()
     student.train()
