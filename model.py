@@ -74,7 +74,16 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                             f"{missing[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}")
     if config.num_channels != num_channels:
         _set_channels(backbone, num_channels)
+    for norm in (module for block in blocks(backbone) for module in block.modules() if isinstance(module, nn.LayerNorm)):
+        norm.register_forward_hook(round_once)
     return backbone
+
+
+def round_once(_, inputs, tokens):
+    """Forward hook of a block's norms: their fp32 output in the dtype of autocast. Query, key and value projections
+    would each make, and keep until the backward, a copy of their own."""
+    device = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
 
 
 def gated(repository, error):
