@@ -21,7 +21,13 @@ def softmax_center(teacher_logits, center, teacher_temp):
     The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
     Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
     """
-    return F.softmax((teacher_logits.float() - center).div_(teacher_temp), dim=-1)
+    scaled = own_copy(teacher_logits).sub_(center).div_(teacher_temp)
+    return F.softmax(scaled, dim=-1)
+
+
+def own_copy(logits):
+    """[N,K] logits in fp32 to go on with in place: of thousands of rows every further tensor counts."""
+    return logits.to(torch.float32, copy=True)
 
 
 def update_center(center, teacher_logits, momentum=0.9):
@@ -37,7 +43,7 @@ def update_center(center, teacher_logits, momentum=0.9):
 def sum_rows(teacher_logits):
     """[1,K+1] fp32: the sum of the rows of [N,K] logits, and their number N. Sums of micro-batches add up."""
     rows = torch.full((1, 1), float(len(teacher_logits)), device=teacher_logits.device)
-    return torch.cat([teacher_logits.float().sum(dim=0, keepdim=True), rows], dim=1)
+    return torch.cat([teacher_logits.sum(dim=0, keepdim=True, dtype=torch.float32), rows], dim=1)
 
 
 def move_center(center, row_sums, momentum=0.9):
@@ -55,17 +61,17 @@ def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
     Args: teacher_logits [N,K], N may be 0 and may differ by rank.
     Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
-    logits = teacher_logits.float() / teacher_temp
-    largest = logits.max() if logits.numel() else torch.tensor(float("-inf"), device=logits.device)
+    q = own_copy(teacher_logits).div_(teacher_temp)                                        # [N,K], from here on in place
+    largest = q.max() if q.numel() else torch.tensor(float("-inf"), device=q.device)
     # below exp(-60) nothing counts in its row; were it 0, a row far below the others would have no target at all
-    q = (logits - all_reduce_max(largest)).clamp_(min=-60).exp_()                          # [N,K]
+    q.sub_(all_reduce_max(largest)).clamp_(min=-60).exp_()
     n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
     n_prototypes = q.shape[1]
     q /= all_reduce_sum(q.sum()).clamp_min(TINY)
     for _ in range(n_iterations):
         q /= (all_reduce_sum(q.sum(dim=0, keepdim=True)) * n_prototypes).clamp_min(TINY)   # columns sum to 1/K
         q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)                         # rows sum to 1/N
-    return q * n_rows
+    return q.mul_(n_rows)
 
 
 # ---- losses ----
@@ -114,9 +120,41 @@ def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
     """
     per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)                                 # [n_crops,1]
     weight = (1.0 / per_crop).expand_as(masks)[masks]                                      # [M]
-    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [M,K]
-    cross_entropy = -(teacher_probs.float() * log_probs).sum(dim=-1)                       # [M]
+    cross_entropy = CrossEntropy.apply(student_logits, teacher_probs, student_temp)        # [M]
     return (cross_entropy * weight).sum() / len(masks)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-sum_k probs[n,k] * log_softmax(logits[n] / temp)[k] of every row n, [N,K], [N,K] -> [N] fp32.
+
+    Written out, gradient included, to go by few rows at a time: with M masked patches autograd would make and keep five
+    [M,K] tensors in fp32, 160 MB each for 8 images, and the time would go into fetching fresh memory.
+        d / d logits[n] = (softmax(logits[n] / temp) * sum_k probs[n,k] - probs[n]) / temp; none for probs
+    """
+    CHUNK = 2**22                # elements at a time: a few of them fit into a CPU's cache, and fill a GPU
+
+    @staticmethod
+    def chunks(logits, probs, temp):
+        rows = max(1, CrossEntropy.CHUNK // logits.shape[1])
+        for x, p in zip(logits.split(rows), probs.split(rows)):
+            yield x.float() / temp, p.float()                                              # [rows,K]
+
+    @staticmethod
+    def forward(ctx, logits, probs, temp):
+        ctx.save_for_backward(logits, probs)
+        ctx.temp = temp
+        parts = [-(F.log_softmax(x, dim=-1) * p).sum(dim=-1) for x, p in CrossEntropy.chunks(logits, probs, temp)]
+        return torch.cat(parts)                                                            # [N]
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, probs = ctx.saved_tensors
+        result, done = torch.empty_like(logits), 0
+        for x, p in CrossEntropy.chunks(logits, probs, ctx.temp):
+            here = slice(done, done := done + len(x))
+            x = F.softmax(x, dim=-1).mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
+            result[here] = x.mul_(grad[here, None] / ctx.temp)
+        return result, None, None
 
 
 def koleo_loss(features, eps=1e-8):
