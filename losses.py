@@ -15,19 +15,30 @@ TINY = torch.finfo(torch.float32).tiny    # keeps 0/0 away where a whole row or 
 
 # ---- teacher logits -> targets ----
 
+@torch.no_grad()
 def softmax_center(teacher_logits, center, teacher_temp):
     """Targets by centering and sharpening: softmax((t - c) / temp). DINO (arXiv 2104.14294) section 3.1.
 
     The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
     Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
     """
-    scaled = own_copy(teacher_logits).sub_(center).div_(teacher_temp)
-    return F.softmax(scaled, dim=-1)
+    probs = own_copy(teacher_logits).sub_(center).div_(teacher_temp)                       # [N,K]
+    for part in few_rows(probs):
+        part.copy_(F.softmax(part, dim=-1))
+    return probs
 
+
+# [N,K] of the masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. What is made of it is made in
+# place or by few rows at a time: fresh memory costs more time than the maths, and stays with the process.
 
 def own_copy(logits):
-    """[N,K] logits in fp32 to go on with in place: of thousands of rows every further tensor counts."""
+    """[N,K] logits in fp32, to go on with in place."""
     return logits.to(torch.float32, copy=True)
+
+
+def few_rows(x, elements=2**22):
+    """Views of some rows of [N,K] each, of about so many elements: they fit into a CPU's cache, and fill a GPU."""
+    return x.split(max(1, elements // x.shape[1]))
 
 
 def update_center(center, teacher_logits, momentum=0.9):
@@ -127,33 +138,25 @@ def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
 class CrossEntropy(torch.autograd.Function):
     """-sum_k probs[n,k] * log_softmax(logits[n] / temp)[k] of every row n, [N,K], [N,K] -> [N] fp32.
 
-    Written out, gradient included, to go by few rows at a time: with M masked patches autograd would make and keep five
-    [M,K] tensors in fp32, 160 MB each for 8 images, and the time would go into fetching fresh memory.
+    Written out, gradient included: autograd would make and keep five tensors like probs.
         d / d logits[n] = (softmax(logits[n] / temp) * sum_k probs[n,k] - probs[n]) / temp; none for probs
     """
-    CHUNK = 2**22                # elements at a time: a few of them fit into a CPU's cache, and fill a GPU
-
-    @staticmethod
-    def chunks(logits, probs, temp):
-        rows = max(1, CrossEntropy.CHUNK // logits.shape[1])
-        for x, p in zip(logits.split(rows), probs.split(rows)):
-            yield x.float() / temp, p.float()                                              # [rows,K]
 
     @staticmethod
     def forward(ctx, logits, probs, temp):
         ctx.save_for_backward(logits, probs)
         ctx.temp = temp
-        parts = [-(F.log_softmax(x, dim=-1) * p).sum(dim=-1) for x, p in CrossEntropy.chunks(logits, probs, temp)]
-        return torch.cat(parts)                                                            # [N]
+        return torch.cat([-(F.log_softmax(x.float() / temp, dim=-1) * p).sum(dim=-1)
+                          for x, p in zip(few_rows(logits), few_rows(probs))])             # [N]
 
     @staticmethod
     def backward(ctx, grad):
         logits, probs = ctx.saved_tensors
-        result, done = torch.empty_like(logits), 0
-        for x, p in CrossEntropy.chunks(logits, probs, ctx.temp):
-            here = slice(done, done := done + len(x))
-            x = F.softmax(x, dim=-1).mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
-            result[here] = x.mul_(grad[here, None] / ctx.temp)
+        result = torch.empty_like(logits)                                                  # [N,K]
+        grad = (grad / ctx.temp)[:, None].expand_as(logits)                                # no memory of its own
+        for out, x, p, g in zip(*map(few_rows, (result, logits, probs, grad))):
+            q = F.softmax(x.float() / ctx.temp, dim=-1).mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
+            out.copy_(q.mul_(g))
         return result, None, None
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
 from losses import (CrossEntropy, dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, move_center, resize_grid, sinkhorn_knopp,
                     softmax_center, sum_rows, update_center)
 
@@ -329,11 +330,13 @@ def test_cross_entropy_by_few_rows_is_that_of_autograd(monkeypatch):
     wanted = -(probs * F.log_softmax(expected / 0.1, dim=-1)).sum(-1)
     (wanted * weight).sum().backward()
     for chunk in (1, 6 * 3, 6 * 4, 2**22):
-        monkeypatch.setattr(CrossEntropy, "CHUNK", chunk)
+        monkeypatch.setattr(losses.few_rows, "__defaults__", (chunk,))
         x = logits.clone().requires_grad_()
         found = CrossEntropy.apply(x, probs, 0.1)
         (found * weight).sum().backward()
         torch.testing.assert_close(found, wanted)
+        targets = softmax_center(logits, probs[:1], 0.05)
+        torch.testing.assert_close(targets, F.softmax((logits - probs[:1]) / 0.05, dim=-1))
         torch.testing.assert_close(x.grad, expected.grad, rtol=1e-5, atol=1e-5)
     half = logits.bfloat16().requires_grad_()
     CrossEntropy.apply(half, probs, 0.1).sum().backward()
