@@ -7,7 +7,7 @@
     python bench.py --what=step --model_type=dinov2 --patch_size=14 --local_crops_size=98 --ibot=true     # DINOv2
     python bench.py --what=data --n_images=100000                     # a folder of JPEG files
     python bench.py --what=growth                                     # time against batch, crops, K, number of images
-    python bench.py --what=all --n_images=100000                      # all of these: the README's tables, 15 minutes
+    python bench.py --what=all --n_images=100000                      # all of these, for the README's tables
 
 strategy: random crops, no data is read. Every strategy runs in a process of its own, so that its peak memory is its
 own; rounds repeat them in turn, so that a slow minute of the machine hits all. Prints time against the count of matrix
