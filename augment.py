@@ -123,7 +123,7 @@ class MultiCrop:
         return crops
 
     def least_side(self):
-        """Pixels that the shorter side of an image needs, so that even the smallest box, of the narrowest aspect, has as
+        """Pixels that the shorter side of an image needs, so that the smallest box, of the narrowest aspect, has as
         many as its crop: an image decoded smaller would be enlarged. A box of area s H W and aspect 4/3 is at least
         sqrt(3/4 s) min(H, W) wide and high."""
         kinds = [self.globals, self.locals, self.guided, (self.gram_crops_size, self.gram_crops_size, self.globals[2])]

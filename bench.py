@@ -463,7 +463,7 @@ def bench_augment(n=32):
 # ---- a step, and how things grow ----
 
 def bench_step(**changes):
-    """The parts of a step, which share of the machine's matrix multiplications per second it reaches, and its memory."""
+    """The parts of a step, which share of the machine's matrix multiplications per second it reaches, its memory."""
     globals().update(changes)                                  # of a process of its own
     peak = alone(gemm_peak)
     result = alone(measure, "standard" if strategy == "all" else strategy, True)
@@ -471,8 +471,8 @@ def bench_step(**changes):
     total, work = sum(result["parts"].values()), batch_size * multiplications(result)
     own = alone(products_alone, result["products"]) or float("nan")
     print(f"\n{model_type}, batch {batch_size}, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}, K "
-          f"{dino_head_out_dim}{', iBOT, KoLeo' if ibot else ''}, {mixed_precision}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
+          f"{dino_head_out_dim}{', iBOT, KoLeo' if ibot else ''}, {mixed_precision}, {torch.get_num_threads()} threads"
+          f", torch {torch.__version__}")
     for part, value in result["parts"].items():
         print(f"{part:16} {value:8.3f} s {value / total:6.1%}")
     print(f"{'step':16} {total:8.3f} s; fastest {min(result['seconds']):.3f} s, {batch_size / total:.1f} images/s\n"

@@ -28,7 +28,7 @@ def softmax_center(teacher_logits, center, teacher_temp):
     return probs
 
 
-# [N,K] of the masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. What is made of it is made in
+# [N,K] of masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. What is made of it is made in
 # place or by few rows at a time: fresh memory costs more time than the maths, and stays with the process.
 
 def own_copy(logits):
@@ -72,7 +72,7 @@ def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
     Args: teacher_logits [N,K], N may be 0 and may differ by rank.
     Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
-    q = own_copy(teacher_logits).div_(teacher_temp)                                        # [N,K], from here on in place
+    q = own_copy(teacher_logits).div_(teacher_temp)                                        # [N,K], now in place
     largest = q.max() if q.numel() else torch.tensor(float("-inf"), device=q.device)
     # below exp(-60) nothing counts in its row; were it 0, a row far below the others would have no target at all
     q.sub_(all_reduce_max(largest)).clamp_(min=-60).exp_()

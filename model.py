@@ -74,7 +74,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                             f"{missing[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}")
     if config.num_channels != num_channels:
         _set_channels(backbone, num_channels)
-    for norm in (module for block in blocks(backbone) for module in block.modules() if isinstance(module, nn.LayerNorm)):
+    for norm in (part for block in blocks(backbone) for part in block.modules() if isinstance(part, nn.LayerNorm)):
         norm.register_forward_hook(round_once)
     return backbone
 
@@ -403,7 +403,7 @@ class Student(nn.Module):
             cls = torch.cat([cls, out["local_cls"]])
         masked = patches[masks] if masks is not None else cls[:0]      # [M,D]; of all patches: [V*B,P,K] would be GBs
         shared = masked if self.ibot_head is None else cls[:0]
-        # the head once, on all of its tokens: to normalise K prototypes and round them to bf16 costs more than a product
+        # the head once, on all of its tokens: normalising and rounding K prototypes costs more than a product
         global_logits, local_logits, masked_logits = self.dino_head(torch.cat([cls, shared])).split(
             [n_global, len(cls) - n_global, len(shared)])     # [V*B,K], [L*B,K], [M,K]; split: one copy backward
         out["global_logits"] = global_logits
