@@ -122,6 +122,13 @@ class MultiCrop:
             crops["gram_crops"] = cut(views, self.gram_crops_size)
         return crops
 
+    def least_side(self):
+        """Pixels that the shorter side of an image needs, so that the smallest box, of the narrowest aspect, has as
+        many as its crop: an image decoded smaller would be enlarged. A box of area s H W and aspect 4/3 is at least
+        sqrt(3/4 s) min(H, W) wide and high."""
+        kinds = [self.globals, self.locals, self.guided, (self.gram_crops_size, self.gram_crops_size, self.globals[2])]
+        return max(math.ceil(size / math.sqrt(3 / 4 * scale[0])) for number, size, scale in kinds if number)
+
     def of_label(self, shape, mask, generator):
         """The crops of what an image's label shows (255, else 0): with the boxes and flips that __call__ draws from the
         same generator, as they depend on the shape (H, W) and the mask alone. Args, returns: as __call__."""

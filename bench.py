@@ -7,6 +7,7 @@
     python bench.py --what=step --model_type=dinov2 --patch_size=14 --local_crops_size=98 --ibot=true     # DINOv2
     python bench.py --what=data --n_images=100000                     # a folder of JPEG files
     python bench.py --what=growth                                     # time against batch, crops, K, number of images
+    python bench.py --what=all --n_images=100000                      # all of these, for the README's tables
 
 strategy: random crops, no data is read. Every strategy runs in a process of its own, so that its peak memory is its
 own; rounds repeat them in turn, so that a slow minute of the machine hits all. Prints time against the count of matrix
@@ -23,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from augment import MultiCrop, Photometrics
@@ -67,6 +69,7 @@ config_keys = list_keys(globals())
 # use LoRA, freeze the first blocks, compute them once for student and teacher (train.py always does where it is exact)
 STRATEGIES = dict(standard=(False, False, False), lora=(True, False, False), freeze=(False, True, False),
                   freeze_shared=(False, True, True), lora_freeze=(True, True, True))
+DINOV2 = dict(model_type="dinov2", patch_size=14, local_crops_size=98, ibot=True)          # the second step of what=all
 SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16))        # width, blocks, attention heads
 
 
@@ -165,6 +168,30 @@ class Laps:
         return parts
 
 
+class Products(TorchDispatchMode):
+    """Inside, .counts collects the matrix products: {(name, (shape, strides, dtype) of each operand): times}."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) in ("mm", "addmm", "bmm"):
+            key = name, tuple((tuple(x.shape), x.stride(), x.dtype) for x in args)
+            self.counts[key] = self.counts.get(key, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def products_alone(counts):
+    """Seconds that the products of a step take by themselves, each kind the fastest of three: what its shapes allow."""
+    run_device, total = setup(device), 0
+    for (name, operands), times in counts.items():
+        tensors = [torch.randn(1 + sum((n - 1) * stride for n, stride in zip(shape, strides)), device=run_device)
+                   .to(dtype).as_strided(shape, strides) for shape, strides, dtype in operands]
+        total += times * fastest(lambda: getattr(torch, name)(*tensors), run_device, 3)
+    return total
+
+
 def make_batches(patch):
     """(loader of native crops and masks, photometrics), as train.py makes them, from random images in memory."""
     images = Dataset(example_images(64), name="random")
@@ -184,7 +211,7 @@ def measure(name, with_data=False, **changes):
     libraries = peak_bytes(run_device)
     student = build(name).to(run_device)
     if run_device.type == "cpu":
-        student.backbone.set_attn_implementation("eager")      # as train.py
+        student.backbone.set_attn_implementation("plain")      # as train.py
     for block in blocks(student.backbone) if compile else ():
         block.compile()
     student.train()
@@ -200,7 +227,10 @@ def measure(name, with_data=False, **changes):
         batches = iter(batches)
 
     autocast, seconds, laps, masked = autocast_for(run_device, mixed_precision), [], [], 0
-    for _ in range(2 + n_steps):                               # Steps 1, 2, 3 and 5 of train.py's loop
+    products = Products()
+    for step in range(2 + n_steps):                            # Steps 1, 2, 3 and 5 of train.py's loop
+        if step == 1 and not compile:                          # a compiled step calls no products to collect
+            products.__enter__()
         lap = Laps(run_device)
         if with_data:
             batch = next(batches)
@@ -238,6 +268,8 @@ def measure(name, with_data=False, **changes):
         if masks is not None:
             patch_center = update_center(patch_center, teacher_out["masked_logits"])
         lap("optimizer + EMA")
+        if step == 1 and not compile:
+            products.__exit__(None, None, None)
         laps.append(lap.seconds())
         seconds.append(sum(laps[-1].values()))
     moments = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim]   # not the step
@@ -248,7 +280,7 @@ def measure(name, with_data=False, **changes):
                           frozen_blocks(student.backbone), STRATEGIES[name][0], n_prefix > 0, lora_r, masked=masked / B)
     parts = {part: statistics.median(lap[part] for lap in laps[2:]) for part in laps[0]}
     return dict(seconds=seconds[2:], parts=parts, peak=peak_bytes(run_device), libraries=libraries, computed=computed,
-                held=held, flops=flops, loss=float(loss.detach()))
+                held=held, flops=flops, loss=float(loss.detach()), products=products.counts)
 
 
 def alone(function, *args, **changes):
@@ -395,15 +427,6 @@ def torchvision_crops():
                 local=pipeline(local_crops_size, (0.05, 0.4), 0.5, 0.0))
 
 
-def crop_statistics(x):
-    """Of crops [N,3,S,S] in 0..1, [12]: mean and std of each channel; correlations RG, RB, GB; difference of horizontal
-    neighbours (sharpness); std over the crops of their mean and of their std."""
-    flat = x.transpose(0, 1).flatten(1)                                                    # [3,N*S*S]
-    pairs = torch.corrcoef(flat)[[0, 0, 1], [1, 2, 2]]
-    return torch.cat([flat.mean(1), flat.std(1), pairs, torch.stack([
-        x.diff(dim=3).abs().mean(), x.mean((1, 2, 3)).std(), x.std((1, 2, 3)).std()])])
-
-
 def bench_augment(n=32):
     """Images/s of one core: our crops and photometrics, the latter also on the device, and torchvision's pipeline.
     By the time that the process has the core, so that others on it do not count."""
@@ -439,21 +462,27 @@ def bench_augment(n=32):
 
 # ---- a step, and how things grow ----
 
-def bench_step():
-    """The parts of a step, and which share of the machine's matrix multiplications per second it reaches."""
+def bench_step(**changes):
+    """The parts of a step, which share of the machine's matrix multiplications per second it reaches, its memory."""
+    globals().update(changes)                                  # of a process of its own
     peak = alone(gemm_peak)
     result = alone(measure, "standard" if strategy == "all" else strategy, True)
-    peak = max(peak, alone(gemm_peak))                              # before and after: others may use the machine
+    peak = max(peak, alone(gemm_peak))                         # before and after: others may use the machine
     total, work = sum(result["parts"].values()), batch_size * multiplications(result)
+    own = alone(products_alone, result["products"]) or float("nan")
     print(f"\n{model_type}, batch {batch_size}, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}, K "
-          f"{dino_head_out_dim}{', iBOT, KoLeo' if ibot else ''}, {mixed_precision}, {torch.get_num_threads()} threads")
+          f"{dino_head_out_dim}{', iBOT, KoLeo' if ibot else ''}, {mixed_precision}, {torch.get_num_threads()} threads"
+          f", torch {torch.__version__}")
     for part, value in result["parts"].items():
         print(f"{part:16} {value:8.3f} s {value / total:6.1%}")
-    network = total - result["parts"]["data wait"] - result["parts"]["augmentation"]
-    print(f"{'step':16} {total:8.3f} s; fastest {min(result['seconds']):.3f} s, peak memory "
-          f"{result['peak'] / 1e6:.0f} MB\n{work / 1e9:.0f} G multiplications; fastest matrix product "
-          f"{peak / 1e9:.0f} G/s, so the limit is {work / peak:.3f} s: {work / peak / total:.2f} of it reached, "
-          f"{work / peak / network:.2f} without data and augmentation")
+    print(f"{'step':16} {total:8.3f} s; fastest {min(result['seconds']):.3f} s, {batch_size / total:.1f} images/s\n"
+          f"{work / 1e9:.0f} G multiplications; fastest matrix product {peak / 1e9:.0f} G/s, so the limit is "
+          f"{work / peak:.3f} s: {work / peak / total:.2f} of it reached\nits own products, each kind by itself: "
+          f"{own:.3f} s, {work / peak / own:.2f} of the limit; the rest of the step: {total - own:.3f} s")
+    held, start = sum(result["held"].values()), result["libraries"]
+    print(f"peak memory {result['peak'] / 1e6:.0f} MB = libraries {start / 1e6:.0f} + " + " + ".join(
+        f"{item} {n / 1e6:.0f}" for item, n in result["held"].items()) + f" + activations, data and what the allocator "
+        f"keeps {(result['peak'] - start - held) / 1e6:.0f}")
 
 
 def multiplications(result, *parts):
@@ -512,7 +541,7 @@ def bench_data(size=512, n_batches=8):
     print(f"\nloader, {size} px JPEG, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}\n"
           f"{'files':>8} {'workers':>8} {'images/s':>9} {'decoding, one core':>20} {'crops, one core':>16}   ms/image")
     cpu = torch.device("cpu")
-    for n in (max(10, n_images // 10), n_images):
+    for n in (max(10, n_images // 100), max(10, n_images // 10), n_images):
         with tempfile.TemporaryDirectory() as folder:
             make_folder(f"{folder}/images", n, size)
             files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
@@ -540,6 +569,8 @@ def main(sources):
             raise UserError(f"{key}={globals()[key]!r}: choose all or one of {', '.join(choices)}")
     for name in benches if what == "all" else [what]:
         alone(benches[name])
+        if what == "all" and name == "step":
+            alone(bench_step, **DINOV2)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,14 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)      #
 
 # ---- one image ----
 
-def load_image(path, num_channels=0, as_mask=False):
+def load_image(path, num_channels=0, as_mask=False, least_side=0):
     """One image file as an [H,W,C] array in its own dtype.
 
     png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope
     and intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are
     converted (a grey jpg in an RGB folder), everything else must have it. as_mask: palette numbers stay numbers, of
-    colours the largest channel counts. Raises UserError that names the file.
+    colours the largest channel counts. least_side: pixels; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both of
+    its sides keep so many, for a fraction of the time; 0 = whole. Raises UserError that names the file.
     """
     try:
         if path.lower().endswith(".npy"):
@@ -55,6 +56,8 @@ def load_image(path, num_channels=0, as_mask=False):
             image = _load_dicom(path)
         else:
             with Image.open(path) as picture:
+                if least_side:
+                    picture.draft(None, (least_side, least_side))              # of formats other than JPEG: nothing
                 if as_mask:
                     image = np.asarray(picture if picture.mode in ("1", "L", "P") else picture.convert("RGB"))
                     image = image.max(axis=2) if image.ndim == 3 else image.astype(np.uint8)
@@ -104,10 +107,12 @@ class ImageFiles(Sendable):
 
     names: [N] of bytes, relative to root, b"" for no file (a list of strings will do for a few). A million strings are
     100 MB, in every worker, for python counts references inside each one that it touches; an array is only read.
+    least_side: of load_image.
     """
 
-    def __init__(self, root, names, num_channels=0, as_mask=False):
+    def __init__(self, root, names, num_channels=0, as_mask=False, least_side=0):
         self.root, self.names, self.num_channels, self.as_mask = root, names, num_channels, as_mask
+        self.least_side = least_side
 
     def __len__(self):
         return len(self.names)
@@ -116,7 +121,11 @@ class ImageFiles(Sendable):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, i):
-        return load_image(self.path(i), self.num_channels, self.as_mask) if self.names[i] else None
+        return load_image(self.path(i), self.num_channels, self.as_mask, self.least_side) if self.names[i] else None
+
+    def at_least(self, side):
+        """The same files, decoded only as large as it takes to have `side` pixels on both sides."""
+        return ImageFiles(self.root, self.names, self.num_channels, self.as_mask, side)
 
 
 class BoxMasks(Sendable):
@@ -179,6 +188,14 @@ class Rows(Sendable):
     def __getitem__(self, i):
         return self.items[self.rows[i]]
 
+    def at_least(self, side):
+        return Rows(at_least(self.items, side), self.rows, self.num_channels)
+
+
+def at_least(images, side):
+    """Images of a Dataset, whose files are decoded only as large as it takes for `side` pixels; arrays stay."""
+    return images.at_least(side) if hasattr(images, "at_least") else images
+
 
 # ---- one split ----
 
@@ -221,6 +238,13 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         if n == 0 or len(self) <= n:
             return self
         return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]), self.split)
+
+    def at_least(self, side):
+        """Another view, for a use that needs `side` pixels on the shorter side: JPEG files are decoded no larger than
+        that takes. With masks the data set itself: they must fit their images."""
+        return self if self.masks is not None else Dataset(
+            at_least(self.images, side), self.labels, None, self.class_names, self.name, self.split, self.splits,
+            self.mask_names)
 
     def subset(self, rows, split):
         """Another view of the same images: rows [n] int."""
@@ -646,7 +670,8 @@ class CropDataset(torch.utils.data.Dataset):
                  fixed_views=0):
         """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks;
         fixed_views: an image is cropped in so many ways, by turns from epoch to epoch; 0 = anew every time."""
-        self.dataset, self.multi_crop, self.seed, self.on_bad_image = dataset, multi_crop, seed, on_bad_image
+        self.dataset = dataset.at_least(multi_crop.least_side())
+        self.multi_crop, self.seed, self.on_bad_image = multi_crop, seed, on_bad_image
         self.fixed_views = fixed_views
         self.global_batch_size, self.grid, self.mask_settings = global_batch_size, grid, mask_settings
 

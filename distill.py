@@ -325,8 +325,8 @@ def main(sources):
         backbone = backbone_from_config(config, channels)
         family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
         inflated = getattr(backbone, "patch_embed_inflated", False)
-        if run_device.type == "cpu":                           # the fused kernel is slow backward on CPUs
-            backbone.set_attn_implementation("eager")
+        if run_device.type == "cpu":
+            backbone.set_attn_implementation("plain")          # model.plain_attention: torch's is slow backward on CPUs
         for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
             if size % patch and (key[0] == "g" or local_crops_number):
                 raise UserError(f"{key}={size} is not a multiple of patch_size={patch} of {model_type}; use "

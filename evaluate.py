@@ -73,10 +73,10 @@ MAP_IMAGES = 1000                # images on a map: t-SNE needs their square in 
 
 class WholeImages(torch.utils.data.Dataset):
     """The images of a data set at one size: item i -> dict with i, pixels [C,size,size] in native dtype, mask
-    [size,size] or None, and digest, a hash of the image as it lies on disk; or with i and error, a text."""
+    [size,size] or None, and digest, a hash of the image as it was read; or with i and error, a text."""
 
     def __init__(self, dataset, size, with_masks=False):
-        self.dataset, self.size, self.with_masks = dataset, size, with_masks
+        self.dataset, self.size, self.with_masks = dataset.at_least(size), size, with_masks
 
     def __len__(self):
         return len(self.dataset)

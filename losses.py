@@ -15,13 +15,30 @@ TINY = torch.finfo(torch.float32).tiny    # keeps 0/0 away where a whole row or 
 
 # ---- teacher logits -> targets ----
 
+@torch.no_grad()
 def softmax_center(teacher_logits, center, teacher_temp):
     """Targets by centering and sharpening: softmax((t - c) / temp). DINO (arXiv 2104.14294) section 3.1.
 
     The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
     Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
     """
-    return F.softmax((teacher_logits.float() - center).div_(teacher_temp), dim=-1)
+    probs = own_copy(teacher_logits).sub_(center).div_(teacher_temp)                       # [N,K]
+    for part in few_rows(probs):
+        part.copy_(F.softmax(part, dim=-1))
+    return probs
+
+
+# [N,K] of masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. What is made of it is made in
+# place or by few rows at a time: fresh memory costs more time than the maths, and stays with the process.
+
+def own_copy(logits):
+    """[N,K] logits in fp32, to go on with in place."""
+    return logits.to(torch.float32, copy=True)
+
+
+def few_rows(x, elements=2**22):
+    """Views of some rows of [N,K] each, of about so many elements: they fit into a CPU's cache, and fill a GPU."""
+    return x.split(max(1, elements // x.shape[1]))
 
 
 def update_center(center, teacher_logits, momentum=0.9):
@@ -37,7 +54,7 @@ def update_center(center, teacher_logits, momentum=0.9):
 def sum_rows(teacher_logits):
     """[1,K+1] fp32: the sum of the rows of [N,K] logits, and their number N. Sums of micro-batches add up."""
     rows = torch.full((1, 1), float(len(teacher_logits)), device=teacher_logits.device)
-    return torch.cat([teacher_logits.float().sum(dim=0, keepdim=True), rows], dim=1)
+    return torch.cat([teacher_logits.sum(dim=0, keepdim=True, dtype=torch.float32), rows], dim=1)
 
 
 def move_center(center, row_sums, momentum=0.9):
@@ -55,17 +72,17 @@ def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
     Args: teacher_logits [N,K], N may be 0 and may differ by rank.
     Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
-    logits = teacher_logits.float() / teacher_temp
-    largest = logits.max() if logits.numel() else torch.tensor(float("-inf"), device=logits.device)
+    q = own_copy(teacher_logits).div_(teacher_temp)                                        # [N,K], now in place
+    largest = q.max() if q.numel() else torch.tensor(float("-inf"), device=q.device)
     # below exp(-60) nothing counts in its row; were it 0, a row far below the others would have no target at all
-    q = (logits - all_reduce_max(largest)).clamp_(min=-60).exp_()                          # [N,K]
+    q.sub_(all_reduce_max(largest)).clamp_(min=-60).exp_()
     n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
     n_prototypes = q.shape[1]
     q /= all_reduce_sum(q.sum()).clamp_min(TINY)
     for _ in range(n_iterations):
         q /= (all_reduce_sum(q.sum(dim=0, keepdim=True)) * n_prototypes).clamp_min(TINY)   # columns sum to 1/K
         q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)                         # rows sum to 1/N
-    return q * n_rows
+    return q.mul_(n_rows)
 
 
 # ---- losses ----
@@ -114,9 +131,33 @@ def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
     """
     per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)                                 # [n_crops,1]
     weight = (1.0 / per_crop).expand_as(masks)[masks]                                      # [M]
-    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [M,K]
-    cross_entropy = -(teacher_probs.float() * log_probs).sum(dim=-1)                       # [M]
+    cross_entropy = CrossEntropy.apply(student_logits, teacher_probs, student_temp)        # [M]
     return (cross_entropy * weight).sum() / len(masks)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-sum_k probs[n,k] * log_softmax(logits[n] / temp)[k] of every row n, [N,K], [N,K] -> [N] fp32.
+
+    Written out, gradient included: autograd would make and keep five tensors like probs.
+        d / d logits[n] = (softmax(logits[n] / temp) * sum_k probs[n,k] - probs[n]) / temp; none for probs
+    """
+
+    @staticmethod
+    def forward(ctx, logits, probs, temp):
+        ctx.save_for_backward(logits, probs)
+        ctx.temp = temp
+        return torch.cat([-(F.log_softmax(x.float() / temp, dim=-1) * p).sum(dim=-1)
+                          for x, p in zip(few_rows(logits), few_rows(probs))])             # [N]
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, probs = ctx.saved_tensors
+        result = torch.empty_like(logits)                                                  # [N,K]
+        grad = (grad / ctx.temp)[:, None].expand_as(logits)                                # no memory of its own
+        for out, x, p, g in zip(*map(few_rows, (result, logits, probs, grad))):
+            q = F.softmax(x.float() / ctx.temp, dim=-1).mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
+            out.copy_(q.mul_(g))
+        return result, None, None
 
 
 def koleo_loss(features, eps=1e-8):

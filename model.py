@@ -74,7 +74,16 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                             f"{missing[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}")
     if config.num_channels != num_channels:
         _set_channels(backbone, num_channels)
+    for norm in (part for block in blocks(backbone) for part in block.modules() if isinstance(part, nn.LayerNorm)):
+        norm.register_forward_hook(round_once)
     return backbone
+
+
+def round_once(_, inputs, tokens):
+    """Forward hook of a block's norms: their fp32 output in the dtype of autocast. Query, key and value projections
+    would each make, and keep until the backward, a copy of their own."""
+    device = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
 
 
 def gated(repository, error):
@@ -221,6 +230,23 @@ def forward_features(backbone, pixels, masks=None):
     out). Raises UserError for a size that transformers would floor without a word.
     """
     return final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels, masks)))
+
+
+def plain_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **_):
+    """softmax(q k^T * scaling) v, for transformers under the name 'plain': what training on a CPU uses.
+
+    torch's fused kernel is slow backward on CPUs (ViT-S, 16 crops of 197 tokens: 51 ms a block, this 17 ms), and
+    transformers' own eager one scales the scores, not the queries, and under autocast copies them to fp32 and back for
+    the softmax (25 ms): they are the largest tensors of a block. A softmax of bf16 computes in fp32 anyway.
+    Args: query, key, value [B,heads,N,d]. Returns: [B,N,heads,d], and None for the weights. No masks: ViTs have none.
+    """
+    scores = (query * scaling) @ key.mT                                                    # [B,heads,N,N]
+    with torch.autocast(scores.device.type, enabled=False):
+        weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("plain", plain_attention)
 
 
 # ---- what is trained ----
@@ -375,12 +401,16 @@ class Student(nn.Module):
         if local_crops is not None:
             out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]
             cls = torch.cat([cls, out["local_cls"]])
-        logits = self.dino_head(cls)                          # once, on all CLS tokens     [(V+L)*B,K]
-        out["global_logits"] = logits[:n_global]
+        masked = patches[masks] if masks is not None else cls[:0]      # [M,D]; of all patches: [V*B,P,K] would be GBs
+        shared = masked if self.ibot_head is None else cls[:0]
+        # the head once, on all of its tokens: normalising and rounding K prototypes costs more than a product
+        global_logits, local_logits, masked_logits = self.dino_head(torch.cat([cls, shared])).split(
+            [n_global, len(cls) - n_global, len(shared)])     # [V*B,K], [L*B,K], [M,K]; split: one copy backward
+        out["global_logits"] = global_logits
         if local_crops is not None:
-            out["local_logits"] = logits[n_global:]
-        if masks is not None:                                 # only the masked tokens: a [V*B,P,K] tensor would be GBs
-            out["masked_logits"] = (self.ibot_head or self.dino_head)(patches[masks])      # [M,K]
+            out["local_logits"] = local_logits
+        if masks is not None:
+            out["masked_logits"] = masked_logits if self.ibot_head is None else self.ibot_head(masked)
         return out
 
 

@@ -151,7 +151,7 @@ freeze_backbone_iterations = -1  # it waits while random heads learn, then ramps
 distribution = 'ddp'             # processes of torchrun: 'ddp' | 'fsdp' = weights sharded, too | 'none' = only one
 mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32
 activation_checkpointing = False # recompute activations in backward: less memory, a third more time
-compile = False                  # torch.compile the backbone: minutes at the start, faster steps
+compile = False                  # torch.compile the blocks: a minute at the start; on the CPUs we measured no gain
 config_keys = list_keys(globals())
 
 
@@ -339,8 +339,8 @@ def main(sources):
         backbone = backbone_from_config(config, channels)
         family, patch, width = backbone.config.model_type, backbone.config.patch_size, backbone.config.hidden_size
         inflated = getattr(backbone, "patch_embed_inflated", False)
-        if run_device.type == "cpu":   # the fused kernel is slow backward on CPUs: a phantom step 0.37 s, eager 0.19 s
-            backbone.set_attn_implementation("eager")
+        if run_device.type == "cpu":
+            backbone.set_attn_implementation("plain")          # model.plain_attention: torch's is slow backward on CPUs
         for key, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size),
                           ("gram_crops_size", gram_crops_size)):
             if size % patch:

@@ -3,6 +3,7 @@ reading: a function of (seed, sample number), whatever the number of ranks, work
 import hashlib
 import http.server
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader
 import data
 from augment import MultiCrop
 from configurator import UserError
-from data import BatchOrder, CropDataset, Dataset, load_dataset, load_image, measure_intensities
+from data import (BatchOrder, CropDataset, Dataset, ImageFiles, Rows, load_dataset, load_image,
+                  measure_intensities)
 from phantom import PHANTOM_CLASSES, make_phantom
 from tests_support import ROOT, load_script
 
@@ -467,6 +469,39 @@ def test_pixels_stay_what_they_are(tmp_path):
         assert image.dtype == array.dtype and (image == array.reshape(9, 7, -1)).all()
     save(tmp_path / "a.jpg", np.full((16, 16, 3), (200, 100, 50), np.uint8))
     assert np.abs(load_image(str(tmp_path / "a.jpg")).astype(int) - (200, 100, 50)).max() <= 3
+
+
+def test_a_large_jpeg_is_decoded_only_as_large_as_its_crops_need(tmp_path):
+    """Half, a quarter, an eighth of the size, never below what is asked; what is smaller, no JPEG, or has a mask stays."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    small.resize((1500, 1000), Image.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    small.resize((1500, 1000), Image.BICUBIC).save(tmp_path / "a.png")
+    found = {side: load_image(str(tmp_path / "a.jpg"), least_side=side).shape[:2] for side in (0, 100, 125, 126, 250, 251, 500, 501, 2000)}
+    assert found == {0: (1000, 1500), 100: (125, 188), 125: (125, 188), 126: (250, 375), 250: (250, 375), 251: (500, 750), 500: (500, 750),
+                     501: (1000, 1500), 2000: (1000, 1500)}
+    assert load_image(str(tmp_path / "a.png"), least_side=100).shape == (1000, 1500, 3)
+
+    crop = MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 4)
+    assert crop.least_side() == 166 == math.ceil(32 / math.sqrt(3 / 4 * 0.05))
+    assert MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 0).least_side() == 117 == math.ceil(64 / math.sqrt(3 / 4 * 0.4))
+    assert MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 0, gram_crops_size=128).least_side() == 234
+    boxes = [MultiCrop.random_box((166, 249), scale, rng)[2:] + (size,) for size, scale in ((64, (0.4, 0.4)), (32, (0.05, 0.05)))
+             for _ in range(2000)]
+    assert all(min(h, w) >= size for h, w, size in boxes)                      # nothing is enlarged
+
+    dataset = Dataset(Rows(ImageFiles(str(tmp_path), ["a.png", "a.jpg"], 3), np.array([1, 0])), name="two")
+    whole, drafted = (CropDataset(dataset, crop, 0, 2, 8) for _ in range(2))
+    assert drafted.dataset[0][0].shape == (250, 375, 3) and drafted.dataset[1][0].shape == (1000, 1500, 3) == dataset[0][0].shape
+    assert pickle.loads(pickle.dumps(drafted)).dataset[0][0].shape == (250, 375, 3)
+    whole.dataset = dataset
+    for key in ("global_crops", "local_crops"):
+        full, half, other = (crops[key].float() for crops in (whole[0, 0], drafted[0, 0], whole[1, 0]))
+        # measured: 1.2 and 1.0 of 255, from boxes that are rounded to pixels of another size; another box is 50 away
+        assert (full - half).abs().mean() < 1.6 < 0.1 * (full - other).abs().mean()
+        assert (whole[0, 1][key] == drafted[0, 1][key]).all()
+    masked = Dataset(dataset.images, masks=np.zeros((2, 1000, 1500), np.uint8))
+    assert CropDataset(masked, crop, 0, 2, 8).dataset is masked
 
 
 def test_eight_bit_pictures_follow_the_rest_of_the_folder(tmp_path):

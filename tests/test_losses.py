@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, move_center, resize_grid, sinkhorn_knopp,
+import losses
+from losses import (CrossEntropy, dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, move_center, resize_grid, sinkhorn_knopp,
                     softmax_center, sum_rows, update_center)
 
 
@@ -319,3 +320,33 @@ def test_feature_loss_is_its_loop():
     assert_close(feature_loss(3 * teacher, teacher), 0.0)                                  # the cosine ignores length
     feature_loss(student, teacher).backward()
     assert student.grad.abs().sum() > 0
+
+
+def test_cross_entropy_by_few_rows_is_that_of_autograd(monkeypatch):
+    """Value and gradient, for chunks of all sizes, none dividing the rows; rows of probs need not sum to 1; bf16 comes back as bf16."""
+    torch.manual_seed(0)
+    logits, probs, weight = torch.randn(11, 6) * 3, torch.rand(11, 6), torch.randn(11)
+    expected = logits.clone().requires_grad_()
+    wanted = -(probs * F.log_softmax(expected / 0.1, dim=-1)).sum(-1)
+    (wanted * weight).sum().backward()
+    for chunk in (1, 6 * 3, 6 * 4, 2**22):
+        monkeypatch.setattr(losses.few_rows, "__defaults__", (chunk,))
+        x = logits.clone().requires_grad_()
+        found = CrossEntropy.apply(x, probs, 0.1)
+        (found * weight).sum().backward()
+        torch.testing.assert_close(found, wanted)
+        targets = softmax_center(logits, probs[:1], 0.05)
+        torch.testing.assert_close(targets, F.softmax((logits - probs[:1]) / 0.05, dim=-1))
+        torch.testing.assert_close(x.grad, expected.grad, rtol=1e-5, atol=1e-5)
+    half = logits.bfloat16().requires_grad_()
+    CrossEntropy.apply(half, probs, 0.1).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_targets_leave_the_logits_as_they_are():
+    """They are computed in place, on a copy of their own, also of fp32 logits; the centre reads the logits afterwards."""
+    logits = torch.randn(5, 7)
+    kept = logits.clone()
+    softmax_center(logits, torch.randn(1, 7), 0.05)
+    sinkhorn_knopp(logits, 0.05)
+    assert torch.equal(logits, kept)

@@ -194,6 +194,24 @@ def test_head_gain_is_frozen_with_norm_last_layer(settings, n_frozen):
     assert frozen == ["last_layer.parametrizations.weight.original0"][:n_frozen]
 
 
+@every_family
+def test_attention_of_training_on_a_cpu_is_that_of_transformers(tiny_backbone, family):
+    """fp32: to rounding, features and gradients. Under bf16 autocast, with norms that round once, no further from fp32 than eager is."""
+    found = {}
+    for attention, half in (("eager", False), ("plain", False), ("eager", True), ("plain", True)):
+        backbone = tiny_backbone(family)
+        backbone.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            cls, patches = forward_features(backbone, pixels())
+        (cls.float().square().sum() + patches.float().pow(3).sum()).backward()
+        gradients = [param.grad.flatten() for param in backbone.parameters() if param.grad is not None]
+        found[attention, half] = torch.cat([cls.flatten().float(), *gradients]).detach()
+    exact = found["eager", False]
+    torch.testing.assert_close(found["plain", False], exact, rtol=1e-4, atol=1e-4)
+    eager, plain = ((found[attention, True] - exact).norm() / exact.norm() for attention in ("eager", "plain"))
+    assert 0 < plain < 1.5 * eager
+
+
 # ---- student ----
 
 @every_family

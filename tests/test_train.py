@@ -2,6 +2,7 @@
 against uninterrupted, every kind of data, and what it says when something is wrong."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModel
 
 from configurator import UserError, override
@@ -206,6 +209,40 @@ def test_activation_checkpointing_changes_memory_only(tmp_path, npz, family):
     plain = losses(run(str(tmp_path / "plain"), *extra, configs=["dinov2.py"]))
     saved = losses(run(str(tmp_path / "saved"), *extra, "--activation_checkpointing=true", configs=["dinov2.py"]))
     assert torch.allclose(plain, saved, rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_equals_eager(tmp_path, npz):
+    """Forward, backward and the teacher's pass; one block and one crop size, as every graph takes the compiler seconds."""
+    extra = [f"--dataset_path={npz}", "--num_hidden_layers=1", "--local_crops_number=0", "--gram_loss_weight=0", "--eval_interval=0",
+             "--freeze_backbone_iterations=0", "--max_iterations=2"]
+    plain = losses(run(str(tmp_path / "plain"), *extra, configs=["dinov2.py"]))
+    compiled = losses(run(str(tmp_path / "compiled"), *extra, "--compile=true", configs=["dinov2.py"]))
+    assert torch.allclose(plain, compiled, rtol=1e-5) and not torch.equal(plain[0], plain[1])
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements that any operation returned, backward and optimizer included."""
+
+    elements, shape = 0, ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if torch.is_tensor(tensor) and tensor.numel() > self.elements:
+                self.elements, self.shape = tensor.numel(), tuple(tensor.shape)
+        return result
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_no_tensor_of_all_patches_and_all_prototypes(tmp_path, npz, centering):
+    """[B,P,K] would be gigabytes for 65536 prototypes: heads see CLS and masked patches only, and no loss spreads them out again. The
+    largest are their logits, [(V+L)*B+M,K] with M masked patches of V*B*P."""
+    B, V, L, P, K = 8, 2, 2, 16, 4096
+    with Largest() as largest:
+        run(str(tmp_path / "run"), f"--dataset_path={npz}", f"--dino_head_out_dim={K}", f"--ibot_out_dim={K}", "--max_iterations=2",
+            "--generate_samples=false", f"--centering={centering}", "--ibot_separate_head=false", configs=["dinov2.py"])
+    assert (V + L) * B * K < largest.elements < B * P * K and largest.shape[1] == K
 
 
 def test_resume_refuses_another_shape_and_prints_other_changes(tmp_path, npz, capsys):
