@@ -315,6 +315,9 @@ class FeatureCache:
         shapes = dict(done=((n_rows,), np.bool_), cls=((n_rows, views, cls_width), np.float16))
         if patches_shape:
             shapes["patches"] = (n_rows, views, *patches_shape), np.float16
+            done = os.path.join(folder, "done.npy")
+            if os.path.isfile(done) and not os.path.isfile(os.path.join(folder, "patches.npy")):
+                os.remove(done)                               # filled by a run without patches: its rows lack them
         for name, (shape, dtype) in shapes.items():
             file = os.path.join(folder, f"{name}.npy")
             if not os.path.isfile(file):                      # beside, then renamed; zeros take no room on most disks

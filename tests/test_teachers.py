@@ -289,6 +289,15 @@ def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
     assert sorted(os.listdir(tmp_path / "cache")) == ["about.json", "cls.npy", "done.npy", "patches.npy"]
 
 
+def test_a_cache_filled_without_patches_is_filled_again_with_them(tmp_path):
+    """It once answered zeros: its rows were marked as done. The other way round nothing is computed again."""
+    cls, patches = torch.randn(2, 8).bfloat16().float(), torch.randn(2, 4, 3).bfloat16().float()
+    assert torch.equal(FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})([0, 1], lambda which: (cls, None), "cpu")[0], cls)
+    found = FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (4, 3), {})([0, 1], lambda which: (cls, patches), "cpu")
+    assert torch.equal(found[1], patches)
+    assert torch.equal(FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})([0, 1], None, "cpu")[0], cls)
+
+
 def test_the_frozen_teacher_is_a_module_without_trainables():
     teacher = FrozenTeacher(tiny_teacher("vit", **SIZES).network, 32, 8, (0.5,) * 3, (0.5,) * 3, cls_mean=True)
     assert teacher.cls_width == 32 and teacher(pixels())[0].shape == (2, 32)
