@@ -11,8 +11,9 @@ normalisation. It never changes. What is exported is the student's EMA, the pape
 out/NAME/ is that of train.py: evaluate.py --run=out/NAME reads it.
 
 Two objectives. feature: linear projections of the student's CLS and patch tokens match the teacher's tokens of the same
-crop. prototype: the paper's cross-entropy between DINO outputs: the teacher's are its CLS token's similarities to fixed
-prototypes (k-means centroids of its own features), the student's those of its DINO head for another crop of the image.
+crop, standardised and CLS half whitened. prototype: the paper's cross-entropy between DINO outputs: the teacher's are
+its CLS token's similarities to fixed prototypes (k-means centroids of its own features), the student's those of its
+DINO head for another crop of the image.
 """
 import json
 import math

@@ -2,7 +2,7 @@
 
 A teacher has its own size, normalisation, channels, patch size and width, and FrozenTeacher hides them: crops in 0..1
 go in, CLS and patch tokens come out. Released teachers carry no DINO heads, so what they say is made of their features:
-FeatureStatistics standardises them and turns them into logits by prototypes that the student cannot move.
+FeatureStatistics standardises and whitens them and turns them into logits by prototypes that the student cannot move.
 FeatureCache keeps them on disk, for teachers too big to run in every step.
 """
 import json

@@ -15,25 +15,28 @@ model_type = 'dinov2'
 hidden_size = 192
 num_hidden_layers = 6
 num_attention_heads = 3
-patch_size = 28                   # 16 patches: three times the images of patch 14 in the time, and learned more
+patch_size = 16                   # 16 patches of an image of 64 pixels
 
-global_crops_size = 112
+global_crops_size = 64
 distilled_crops_size = 112        # DINOv2's features of images of 64 to 96 pixels; its own 224 costs four times as much
-global_crops_number = 1
-local_crops_size = 56
+global_crops_number = 4           # of one image in a step; 500 steps with one crop are too few: RankMe 28, with four 61
+local_crops_size = 32
 
 # near what will be evaluated: whole images, hardly blurred
 global_crops_scale = (0.5, 1.0)
 blur_probability = (0.1, 0.1, 0.1)
+
+feature_patch_weight = 0.2        # CLS is what will be used
 
 dino_head_out_dim = 512
 head_hidden_dim = 512
 head_bottleneck_dim = 128
 
 global_batch_size = 64
-max_iterations = 1000
-warmup_iterations = max_iterations // 20
-lr = 1e-3
+max_iterations = 500
+warmup_iterations = max_iterations // 10
+lr = 2e-3
+adam_betas = (0.9, 0.99)
 min_lr = 1e-5
 weight_decay_end = 0.04
 momentum_teacher = 0.98
