@@ -3,9 +3,8 @@
     python distill.py config/distill_small.py --dataset_path=my_images/ --distilled_model_type=facebook/dinov2-small
 
 Student and teacher see four crops of each of 64 images in a step. With few images (brain MRI: 1905) add --fixed_views=2
---teacher_cache=FOLDER, then the teacher, most of the time, looks at eight crops of an image and no more. On one CPU core
-about 7 minutes, 3 of them the teacher's. One seed, val, in the trial that chose this: linear probe 0.820, with one crop
-0.74 to 0.80.
+--teacher_cache=FOLDER: the teacher then looks at eight crops of an image and no more. On one CPU core about 7 minutes,
+3 of them the teacher's. One seed, val, in the trial that chose this: linear probe 0.820, with one crop 0.74 to 0.80.
 
 A pretrained student brings its own shape: --use_pretrained=true --model_type=facebook/dino-vits16 --lr=1e-4, and crops
 that are a multiple of its patch size.
