@@ -11,7 +11,7 @@ normalisation. It never changes. What is exported is the student's EMA, the pape
 out/NAME/ is that of train.py: evaluate.py --run=out/NAME reads it.
 
 Two objectives. feature: linear projections of the student's CLS and patch tokens match the teacher's tokens of the same
-crop, standardised and CLS half whitened. prototype: the paper's cross-entropy between DINO outputs: the teacher's are
+crop, standardised and if asked whitened. prototype: the paper's cross-entropy between DINO outputs: the teacher's are
 its CLS token's similarities to fixed prototypes (k-means centroids of its own features), the student's those of its
 DINO head for another crop of the image.
 """
@@ -113,7 +113,7 @@ lora_dropout = 0.1               # on the adapters' input
 # ---- objective ----
 objective = 'feature'            # 'feature' | 'prototype' (the paper's loss) | 'both'
 feature_loss_kind = 'cosine'     # 'cosine' | 'smooth_l1', of projected student tokens to standardised teacher tokens
-feature_whitening = 0.5          # of the teacher's CLS: 0 = cosine follows few large components, 1 = all count alike
+feature_whitening = 0.0          # of the teacher's CLS: 0 = cosine follows few large components, 1 = all count alike
 feature_cls_weight = 1.0         # of the feature loss of the CLS token
 feature_patch_weight = 1.0       # of the feature loss of the patch tokens; 0 = CLS only
 prototype_loss_weight = 1.0      # of the prototype loss, local + global
