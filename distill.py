@@ -11,8 +11,9 @@ normalisation. It never changes. What is exported is the student's EMA, the pape
 out/NAME/ is that of train.py: evaluate.py --run=out/NAME reads it.
 
 Two objectives. feature: linear projections of the student's CLS and patch tokens match the teacher's tokens of the same
-crop. prototype: the paper's cross-entropy between DINO outputs: the teacher's are its CLS token's similarities to fixed
-prototypes (k-means centroids of its own features), the student's those of its DINO head for another crop of the image.
+crop, standardised and if asked whitened. prototype: the paper's cross-entropy between DINO outputs: the teacher's are
+its CLS token's similarities to fixed prototypes (k-means centroids of its own features), the student's those of its
+DINO head for another crop of the image.
 """
 import json
 import math
@@ -112,6 +113,7 @@ lora_dropout = 0.1               # on the adapters' input
 # ---- objective ----
 objective = 'feature'            # 'feature' | 'prototype' (the paper's loss) | 'both'
 feature_loss_kind = 'cosine'     # 'cosine' | 'smooth_l1', of projected student tokens to standardised teacher tokens
+feature_whitening = 0.0          # of the teacher's CLS: 0 = cosine follows few large components, 1 = all count alike
 feature_cls_weight = 1.0         # of the feature loss of the CLS token
 feature_patch_weight = 1.0       # of the feature loss of the patch tokens; 0 = CLS only
 prototype_loss_weight = 1.0      # of the prototype loss, local + global
@@ -166,7 +168,8 @@ def check_config():
                 "global_crops_size", "local_crops_size", "dino_head_out_dim", "dataset_size", "teacher_temp",
                 "student_temp", "distilled_statistics_views"):
         need(now[key] > 0, f"{key}={now[key]}: must be above 0")
-    for key in ("momentum_teacher", "final_momentum_teacher", "drop_path_rate", "horizontal_flip", "vertical_flip"):
+    for key in ("momentum_teacher", "final_momentum_teacher", "drop_path_rate", "horizontal_flip", "vertical_flip",
+                "feature_whitening"):
         need(0 <= now[key] <= 1, f"{key}={now[key]}: must be in 0..1")
     for key in ("global_crops_scale", "local_crops_scale"):
         low, high = now[key]
@@ -197,11 +200,11 @@ def make_targets(statistics, cls, patches):
     """What the teacher says of the global crops -> what the student should say.
 
     Args: cls [V*B,D], patches [V*B,P,E] or None, of the teacher, on the student's grid. Returns dict: for the feature
-    objective cls and patches, standardised; for prototypes probs [V,B,K], rows sum to 1.
+    objective cls and patches (FeatureStatistics.features); for prototypes probs [V,B,K], rows sum to 1.
     """
     targets = {}
     if objective != "prototype":
-        targets["cls"], targets["patches"] = statistics.standardise(cls, patches)
+        targets["cls"], targets["patches"] = statistics.features(cls, patches)
     if objective != "feature":
         logits = statistics.logits(cls)                                                    # [V*B,K]
         probs = sinkhorn_knopp(logits, teacher_temp) if centering == "sinkhorn_knopp" else \
@@ -359,7 +362,8 @@ def main(sources):
                 student.load_state_dict(state["student"])
     student = place(student, blocks(backbone), distribution, run_device).train()
     statistics = FeatureStatistics(teacher.cls_width, teacher.patch_width,
-                                   dino_head_out_dim if dino_head is not None else 0).to(run_device)
+                                   dino_head_out_dim if dino_head is not None else 0,
+                                   feature_whitening).to(run_device)
 
     # ---- optimizer, and what a checkpoint brings back ----
     if warmup_iterations >= max_iterations:

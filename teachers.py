@@ -2,7 +2,7 @@
 
 A teacher has its own size, normalisation, channels, patch size and width, and FrozenTeacher hides them: crops in 0..1
 go in, CLS and patch tokens come out. Released teachers carry no DINO heads, so what they say is made of their features:
-FeatureStatistics standardises them and turns them into logits by prototypes that the student cannot move.
+FeatureStatistics standardises and whitens them and turns them into logits by prototypes that the student cannot move.
 FeatureCache keeps them on disk, for teachers too big to run in every step.
 """
 import json
@@ -200,24 +200,36 @@ class FrozenTeacher(nn.Module):
 # ---- what the student should say ----
 
 class FeatureStatistics(nn.Module):
-    """Mean and std of the teacher's CLS and patch tokens in every dimension, prototypes among its CLS tokens, and the
-    mean logit of each prototype, for losses.softmax_center.
+    """Mean and std of the teacher's CLS and patch tokens in every dimension, what whitens its CLS tokens, prototypes
+    among them, and the mean logit of each prototype, for losses.softmax_center.
 
     Fixed before training, from a few thousand views, so the student cannot move its own target (with prototypes of
     the student's EMA both drift together, and the loss stays at ln K). They are buffers: checkpoints carry them.
     """
 
-    def __init__(self, cls_width, patch_width, n_prototypes=0):
+    def __init__(self, cls_width, patch_width, n_prototypes=0, whitening=0.0):
+        """whitening: 0 = standardised CLS tokens as they are, to 1 = all principal components alike; see `features`."""
         super().__init__()
+        self.whitening = whitening
         for name, shape in (("cls_mean", (cls_width,)), ("cls_std", (cls_width,)), ("patch_mean", (patch_width,)),
                             ("patch_std", (patch_width,)), ("prototypes", (n_prototypes, cls_width)),
-                            ("center", (1, n_prototypes))):
+                            ("cls_whitener", (cls_width, cls_width)), ("center", (1, n_prototypes))):
             self.register_buffer(name, torch.zeros(shape))
 
     def standardise(self, cls, patches=None):
         """Tokens [...,D] with mean 0 and variance 1 in every dimension over the views that were measured."""
         cls = (cls - self.cls_mean) / self.cls_std
         return cls, None if patches is None else (patches - self.patch_mean) / self.patch_std
+
+    def features(self, cls, patches=None):
+        """Targets of the feature objective: as standardise, and CLS tokens partly whitened,
+
+            z -> c z U diag(l ** (-whitening / 2)) U^T,     U diag(l) U^T = the covariance of z, c: mean variance 1
+
+        A cosine follows the largest components of a ViT's features, in which all images of one organ agree; what tells
+        them apart lies in many small ones. Wholly whitened, components of mere noise would count as much."""
+        cls, patches = self.standardise(cls, patches)
+        return cls @ self.cls_whitener, patches
 
     def logits(self, cls):
         """Cosine between standardised CLS tokens [N,D] and prototypes: [N,K], in -1..1. Divide by a temperature."""
@@ -243,11 +255,16 @@ class FeatureStatistics(nn.Module):
             self.patch_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt())
         self.cls_mean.copy_(cls.mean(dim=0))
         self.cls_std.copy_(cls.std(dim=0, correction=0).clamp_min(1e-6))
+        z = self.standardise(cls.to(device))[0]
+        values, axes = torch.linalg.eigh((z.T @ z / len(z)).double().cpu())                # [D], [D,D]
+        values = (values / values.mean()).clamp_min(1e-4)     # fewer views than dimensions leave some at 0
+        scale = (values ** (1 - self.whitening)).mean().rsqrt()
+        self.cls_whitener.copy_(scale * axes * values ** (-self.whitening / 2) @ axes.T)
         if len(self.prototypes) > len(cls):
             raise UserError(f"dino_head_out_dim={len(self.prototypes)} prototypes cannot be found among {len(cls)} "
                             "teacher features; fewer prototypes, or more distilled_statistics_views")
         if len(self.prototypes):
-            x = F.normalize(self.standardise(cls.to(device))[0], dim=-1)
+            x = F.normalize(z, dim=-1)
             self.prototypes.copy_(spherical_kmeans(x, len(self.prototypes), seed))
             self.center.copy_((x @ self.prototypes.T).mean(dim=0, keepdim=True))
 
@@ -298,6 +315,9 @@ class FeatureCache:
         shapes = dict(done=((n_rows,), np.bool_), cls=((n_rows, views, cls_width), np.float16))
         if patches_shape:
             shapes["patches"] = (n_rows, views, *patches_shape), np.float16
+            done = os.path.join(folder, "done.npy")
+            if os.path.isfile(done) and not os.path.isfile(os.path.join(folder, "patches.npy")):
+                os.remove(done)                               # filled by a run without patches: its rows lack them
         for name, (shape, dtype) in shapes.items():
             file = os.path.join(folder, f"{name}.npy")
             if not os.path.isfile(file):                      # beside, then renamed; zeros take no room on most disks

@@ -244,6 +244,22 @@ def test_statistics_are_those_of_all_views_and_do_not_depend_on_the_batches():
         FeatureStatistics(8, 6, 9).measure([(range(4), x[:4].transpose(0, 1).flatten(0, 1), None)], 0)
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_whitening_flattens_the_spectrum_by_its_power(whitening):
+    """Correlated dimensions: the covariance of the targets has the old eigenvalues to the power 1 - whitening, mean 1."""
+    generator = torch.Generator().manual_seed(0)
+    cls = 2 + torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    statistics = FeatureStatistics(8, 6, whitening=whitening)
+    statistics.measure([(range(200), cls, None)], seed=0)
+    standard, targets = statistics.standardise(cls)[0], statistics.features(cls)[0]
+    before, after = (torch.linalg.eigvalsh(x.T @ x / len(x)) for x in (standard, targets))
+    assert before[-1] > 20 * before[0]
+    expected = before ** (1 - whitening)
+    torch.testing.assert_close(after, expected / expected.mean(), rtol=1e-4, atol=1e-5)
+    if whitening == 0:
+        torch.testing.assert_close(targets, standard, rtol=1e-4, atol=1e-5)
+
+
 # ---- the cache ----
 
 def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
@@ -271,6 +287,15 @@ def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
     with pytest.raises(UserError, match=r"holds features of another run: crops differ \(crops: \[1, 2\] there, \[1, 3\] here\)"):
         opened(dict(seed=0, crops=(1, 3)))
     assert sorted(os.listdir(tmp_path / "cache")) == ["about.json", "cls.npy", "done.npy", "patches.npy"]
+
+
+def test_a_cache_filled_without_patches_is_filled_again_with_them(tmp_path):
+    """It once answered zeros: its rows were marked as done. The other way round nothing is computed again."""
+    cls, patches = torch.randn(2, 8).bfloat16().float(), torch.randn(2, 4, 3).bfloat16().float()
+    assert torch.equal(FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})([0, 1], lambda which: (cls, None), "cpu")[0], cls)
+    found = FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (4, 3), {})([0, 1], lambda which: (cls, patches), "cpu")
+    assert torch.equal(found[1], patches)
+    assert torch.equal(FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})([0, 1], None, "cpu")[0], cls)
 
 
 def test_the_frozen_teacher_is_a_module_without_trainables():
