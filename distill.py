@@ -146,7 +146,7 @@ freeze_backbone_iterations = -1  # it waits while random heads learn, then ramps
 distribution = 'ddp'             # processes of torchrun: 'ddp' | 'fsdp' = both networks sharded | 'none' = only one
 mixed_precision = 'bf16'         # 'bf16' | 'fp16' (CUDA) | 'no' = fp32; the teacher's weights are bf16, with 'no' fp32
 activation_checkpointing = False # recompute the student's activations in backward: less memory, a third more time
-compile = False                  # torch.compile the student: minutes at the start, faster steps
+compile = False                  # torch.compile the student: a minute at the start; on the CPUs we measured no gain
 config_keys = list_keys(globals())
 
 

@@ -74,7 +74,7 @@ local_crops_size = 96            # pixels; a multiple of the patch size, so 98 f
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO and DINOv2: 0.05 up to the lower end of the global scale
 label_guided_crops_number = 0    # further local crops centred on labelled pixels (paper section 2.2.4); needs masks
 label_guided_crops_scale = (0.02, 0.1)  # their share of the image area
-label_guided_loss_weight = 0.0   # > 0: the teacher sees guided crops, too, and attention learns to find labels; paper: 0
+label_guided_loss_weight = 0.0   # > 0: the teacher sees guided crops, too, and attention finds labels; paper: 0
 label_guided_classes = ()        # mask values that count as label, like (2,); () = all but 0
 horizontal_flip = 0.5            # probability; 0 where left and right must not be confused
 vertical_flip = 0.5              # probability; paper Table 3 flips both ways, DINO only horizontally
@@ -206,7 +206,7 @@ def make_targets(teacher_out, centers, teacher_temp):
     """Teacher logits -> what the student should say.
 
     Args: teacher_out: of Student.forward, its local crops the G guided ones; centers: {'dino': [1,K], 'ibot': [1,K]}.
-    Returns dict: 'dino' [V,B,K], with guided crops 'guided' [G,B,K], with masks 'ibot' [M,K]; rows sum to 1, no gradient.
+    Returns dict: 'dino' [V,B,K], for guided crops 'guided' [G,B,K], for masks 'ibot' [M,K]; rows sum to 1, no gradient.
     """
     def to_probs(name, logits):
         if centering == "sinkhorn_knopp":
@@ -228,9 +228,10 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
     the mean over its pairs times their share of all pairs: V * (V - 1) pairs of global crops, V * L with a local crop
     (DINOv2 and DINOv3; together the same as DINO's). koleo is the sum over the global crops, as in DINOv2.
 
-    label_guided is the mean over all pairs of a teacher's guided crop and a student's global or other guided crop; it is
-    not in the paper. DINO's targets are what the teacher says of global crops, so a guided crop that only the student
-    sees never asks that a global crop show the lesion. Here it has to: to say what is at the label, find the label.
+    label_guided is the mean over all pairs of a teacher's guided crop and a student's global crop, plus that over pairs
+    of two guided crops; it is not in the paper. DINO's targets are what the teacher says of global crops, so a guided
+    crop that only the student sees never asks that a global crop show the lesion. Here it has to: to say what is at the
+    label, find the label.
     """
     V, global_logits = global_crops_number, student_out["global_logits"]
     L = len(student_out.get("local_logits", ())) * V // len(global_logits)
@@ -242,10 +243,12 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
     if L > 0:
         terms["dino_local_loss"] = n_local / (n_global + n_local) * dino_loss(
             student_out["local_logits"].unflatten(0, (L, -1)), targets["dino"], student_temp, ignore_diagonal=False)
-    if label_guided_loss_weight > 0:       # guided crops first: the diagonal is a crop and itself
-        guided = student_out["local_logits"].unflatten(0, (L, -1))[-label_guided_crops_number:]
-        terms["label_guided_loss"] = dino_loss(torch.cat([guided, global_logits.unflatten(0, (V, -1))]),
-                                               targets["guided"], student_temp)            # [G+V,B,K] against [G,B,K]
+    if label_guided_loss_weight > 0:
+        terms["label_guided_loss"] = dino_loss(global_logits.unflatten(0, (V, -1)), targets["guided"], student_temp,
+                                               ignore_diagonal=False)                      # [V,B,K] against [G,B,K]
+        if label_guided_crops_number > 1:
+            guided = student_out["local_logits"].unflatten(0, (L, -1))[-label_guided_crops_number:]
+            terms["label_guided_loss"] += dino_loss(guided, targets["guided"], student_temp)
     if ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, student_temp)
     if koleo_loss_weight > 0:              # before the head, each view by itself: views of an image may be near
@@ -271,8 +274,9 @@ def log_line(record, run_device):
             line += f"{name}: {record[key]:.4f} (ln K: {chance:.4f}) "
         else:
             line += f"{name}: off "
-    line += f"Guided: {record['label_guided_loss']:.4f} (ln K: {math.log(dino_head_out_dim):.4f}) " \
-        if label_guided_loss_weight > 0 else ""
+    if label_guided_loss_weight > 0:
+        chance = min(2, label_guided_crops_number) * math.log(dino_head_out_dim)
+        line += f"Guided: {record['label_guided_loss']:.4f} (ln K: {chance:.4f}) "
     line += f"KoLeo: {record['koleo_loss']:.4f} " if koleo_loss_weight > 0 else ""
     line += f"Gram: {record['gram_loss']:.4f} " if gram_loss_weight > 0 else ""
     return (f"Total Loss: {record['loss']:.4f} {line}LR: {record['lr']:.6f} Weight Decay: {record['weight_decay']:.6f} "

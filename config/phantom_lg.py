@@ -32,7 +32,7 @@ local_crops_scale = (0.05, 0.3)
 local_crops_number = 0            # further ones are welcome; here all are guided
 label_guided_crops_number = 4
 label_guided_crops_scale = (0.05, 0.07)  # squares of 21 to 25 pixels: close to the lesion, and as large as in the whole slice
-label_guided_loss_weight = 4.0    # the teacher sees them, too; with 0, as in the paper, attention finds nothing
+label_guided_loss_weight = 2.0    # the teacher sees them, too; with 0, as in the paper, attention finds nothing
 
 # as config/phantom.py
 dino_head_out_dim = 512

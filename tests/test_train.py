@@ -303,11 +303,13 @@ def test_guided_crops_that_the_teacher_sees_are_said_by_global_and_other_guided_
     if centering == "centering":
         torch.testing.assert_close(targets["guided"].flatten(0, 1), ((teacher_out["local_logits"] - centers["dino"]) / 0.1).softmax(dim=-1))
     student_out = dict(global_logits=torch.randn(V * B, K, generator=generator), local_logits=torch.randn(L * B, K, generator=generator))
-    crops = [*student_out["local_logits"].view(L, B, K)[-G:], *student_out["global_logits"].view(V, B, K)]
-    pairs = [-(targets["guided"][t] * (crops[s] / module.student_temp).log_softmax(dim=-1)).sum(dim=-1).mean()
-             for t in range(G) for s in range(G + V) if s != t]
+    guided, whole = student_out["local_logits"].view(L, B, K)[-G:], student_out["global_logits"].view(V, B, K)
+
+    def mean_over(crops, same):
+        return torch.stack([-(targets["guided"][t] * (crops[s] / module.student_temp).log_softmax(dim=-1)).sum(dim=-1).mean()
+                            for t in range(G) for s in range(len(crops)) if not (same and s == t)]).mean()
     total, terms = module.compute_losses(student_out, targets, None)
-    torch.testing.assert_close(terms["label_guided_loss"], torch.stack(pairs).mean())
+    torch.testing.assert_close(terms["label_guided_loss"], mean_over(whole, False) + mean_over(guided, True))
     torch.testing.assert_close(total, 0.7 * terms["label_guided_loss"])
 
 
