@@ -9,8 +9,9 @@ Then look where it looks, on patients that it has not seen:
 
     python attention.py --run=out/ct_calcification --images=other_ct/images --masks=other_ct/masks --detection=true
 
-The paper had no public data here and neither have we, so there is no number to expect; config/phantom_lg.py shows the
-same on drawn slices. Meant for a GPU: 1024 patches a slice.
+The paper had no public data here and neither have we, so there is no number to expect. On drawn slices
+(config/phantom_lg.py) attention learned to find calcifications only with --label_guided_loss_weight=2, which is not in
+the paper, and tight crops. Meant for a GPU: 1024 patches a slice.
 """
 model_name = 'ct_calcification'
 dataset_path = 'my_ct/'

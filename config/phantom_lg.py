@@ -1,16 +1,15 @@
 """Label-guided crops on the embedded phantom: small calcifications, with a mask each, on bright vessels between bright
-bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them? Not yet: a first version.
+bones (DINO-LG, paper sections 2.2.4 and 3.2). Can attention find them? If the teacher sees the guided crops, too.
 
     python train.py config/phantom_lg.py
     python attention.py --run=out/phantom_lg --split=test --detection=true
 
 The same budget with random local crops only:
 
-    python train.py config/phantom_lg.py --label_guided_crops_number=0 --local_crops_number=10 --model_name=phantom_random
+    python train.py config/phantom_lg.py --label_guided_crops_number=0 --label_guided_loss_weight=0 --local_crops_number=4
 
-Seed 0, stopped after 219 of 300 iterations, val, calcified patches: best head AUROC 0.73, pointing game 0.14; the
-brightest patch 0.85 and 0.34. Attention is then on vessels and bones; whether a slice has a calcification cannot be
-read from CLS (probe AUC 0.55).
+One CPU core: 2.4 minutes. Test, 3 seeds, guided against random: patch AUROC 0.880 (0.017), 0.761 (0.023); F1 of regions
+in slices with a calcification 0.616 (0.043), 0.412 (0.028); the brightest patch 0.858 and 0.554. README has the rest.
 """
 model_name = 'phantom_lg'
 dataset_path = 'phantom'
@@ -31,8 +30,8 @@ local_crops_size = 24
 local_crops_scale = (0.05, 0.3)
 local_crops_number = 0            # further ones are welcome; here all are guided
 label_guided_crops_number = 4
-label_guided_crops_scale = (0.05, 0.07)  # squares of 21 to 25 pixels: close to the lesion, and as large as in the whole slice
-label_guided_loss_weight = 2.0    # the teacher sees them, too; with 0, as in the paper, attention finds nothing
+label_guided_crops_scale = (0.05, 0.07)  # 21 to 25 pixels: tight, and as large as in the whole slice
+label_guided_loss_weight = 2.0    # the teacher sees them, too; 0, as in the paper: AUROC 0.69
 
 # as config/phantom.py
 dino_head_out_dim = 512
