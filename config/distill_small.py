@@ -2,9 +2,10 @@
 
     python distill.py config/distill_small.py --dataset_path=my_images/ --distilled_model_type=facebook/dinov2-small
 
-Student and teacher see four crops of each of 64 images in a step. With few images (brain MRI: 1905) add --fixed_views=2
---teacher_cache=FOLDER: the teacher then looks at eight crops of an image and no more. Brain MRI, seed 0, 18 minutes on
-a core shared with other programs: linear probe and 5-NN 0.746, 0.740 on test_iid, 0.804, 0.676 on val.
+Student and teacher see four crops of each of 64 images in a step. With few images add --fixed_views=2 (24 for some
+hundred) --teacher_cache=FOLDER: the teacher then looks at eight crops of an image and no more. Linear probe, 5-NN, 3
+seeds, 5 to 6 minutes on one core: brain MRI (1905 images, test_iid) 0.754, 0.726, without a teacher 0.701, 0.686; white
+blood cells (179 images) 0.906, 0.906, without 0.783, 0.790. README has the spreads.
 
 A pretrained student brings its own shape: --use_pretrained=true --model_type=facebook/dino-vits16 --lr=1e-4, and crops
 that are a multiple of its patch size.
