@@ -2,8 +2,8 @@
 
     python train.py config/phantom.py
 
-2 CPU cores, no GPU: 3 min 46 s. 5-NN accuracy of the teacher's CLS on test, 5 seeds: 0.677, standard deviation 0.010 (raw
-pixels 0.478, untrained 0.257).
+2 CPU cores, no GPU: 3.4 minutes. 5-NN accuracy of the teacher's CLS on test, 5 seeds: 0.677, standard deviation 0.010
+(raw pixels 0.478, untrained 0.257); since the step got faster, and rounds otherwise, 0.632 and 0.648 for seeds 0 and 1.
 """
 model_name = 'phantom'
 dataset_path = 'phantom'
