@@ -233,22 +233,24 @@ def compute_losses(student_out, targets, masks, teacher_patches=None):
     crop that only the student sees never asks that a global crop show the lesion. Here it has to: to say what is at the
     label, find the label.
     """
-    V, global_logits = global_crops_number, student_out["global_logits"]
-    L = len(student_out.get("local_logits", ())) * V // len(global_logits)
+    V = global_crops_number
+    global_logits = student_out["global_logits"].unflatten(0, (V, -1))                     # [V,B,K]
+    L = len(student_out.get("local_logits", ())) // global_logits.shape[1]
     n_global, n_local = V * (V - 1), V * L
     zero = global_logits.new_zeros((), dtype=torch.float32)
     terms = dict(dino_local_loss=zero, label_guided_loss=zero, ibot_loss=zero, koleo_loss=zero, gram_loss=zero)
     terms["dino_global_loss"] = n_global / (n_global + n_local) * dino_loss(
-        global_logits.unflatten(0, (V, -1)), targets["dino"], student_temp)                # [V,B,K] against [V,B,K]
+        global_logits, targets["dino"], student_temp)                                      # [V,B,K] against [V,B,K]
     if L > 0:
+        local_logits = student_out["local_logits"].unflatten(0, (L, -1))                   # [L,B,K], guided crops last
         terms["dino_local_loss"] = n_local / (n_global + n_local) * dino_loss(
-            student_out["local_logits"].unflatten(0, (L, -1)), targets["dino"], student_temp, ignore_diagonal=False)
+            local_logits, targets["dino"], student_temp, ignore_diagonal=False)
     if label_guided_loss_weight > 0:
-        terms["label_guided_loss"] = dino_loss(global_logits.unflatten(0, (V, -1)), targets["guided"], student_temp,
+        terms["label_guided_loss"] = dino_loss(global_logits, targets["guided"], student_temp,
                                                ignore_diagonal=False)                      # [V,B,K] against [G,B,K]
         if label_guided_crops_number > 1:
-            guided = student_out["local_logits"].unflatten(0, (L, -1))[-label_guided_crops_number:]
-            terms["label_guided_loss"] += dino_loss(guided, targets["guided"], student_temp)
+            terms["label_guided_loss"] += dino_loss(local_logits[-label_guided_crops_number:], targets["guided"],
+                                                    student_temp)                          # [G,B,K] against [G,B,K]
     if ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, student_temp)
     if koleo_loss_weight > 0:              # before the head, each view by itself: views of an image may be near

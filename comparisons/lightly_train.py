@@ -47,7 +47,7 @@ def main():
                 precision="bf16-mixed", accelerator="cpu", devices=1, num_workers=1)
     peak = max(peak, bench.gemm_peak())                        # here: a fork after threads have started would hang
     seconds = [after - before for before, after in zip(began, began[1:])][2:]
-    bench.local_crops_size = 98
+    bench.local_crops_size = bench.DINOV2["local_crops_size"]
     masked = 2 * 256 * 0.5 * 0.3                               # patches: half of the crops, 0.1 to 0.5 of a crop
     flops = bench.count_matmuls(384, 12, 14, 4, 0, False, False, masked=masked)
     work = batch_size * bench.multiplications(dict(flops=flops))
