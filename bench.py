@@ -536,12 +536,14 @@ def make_folder(folder, n, size):
         os.link(f"{folder}.source/{i % 100}.jpg", f"{place}/{i}.jpg")
 
 
-def bench_data(size=512, n_batches=8):
-    """Images/s of the loader from a folder of JPEG files, by number of workers and of files; the share of decoding."""
-    print(f"\nloader, {size} px JPEG, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}\n"
-          f"{'files':>8} {'workers':>8} {'images/s':>9} {'decoding, one core':>20} {'crops, one core':>16}   ms/image")
+def bench_data(sizes=(512, 2048), n_batches=8):
+    """Images/s of the loader from folders of JPEG files, by number of workers, of files, and their size in pixels.
+    decoding is that of whole files; beside the crops, which want no more pixels than they show, it can be less."""
+    print(f"\nloader of JPEG files, 2 x {global_crops_size} + {local_crops_number} x {local_crops_size}\n"
+          f"{'files':>8} {'pixels':>7} {'workers':>8} {'images/s':>9} {'decoding':>9} {'with crops':>11}   ms/image")
     cpu = torch.device("cpu")
-    for n in (max(10, n_images // 100), max(10, n_images // 10), n_images):
+    folders = [(max(10, n_images // part), sizes[0]) for part in (100, 10, 1)] + [(10, sizes[1])]
+    for n, size in folders:
         with tempfile.TemporaryDirectory() as folder:
             make_folder(f"{folder}/images", n, size)
             files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
@@ -556,8 +558,8 @@ def bench_data(size=512, n_batches=8):
                 began = time.perf_counter()
                 for _ in batches:
                     pass
-                print(f"{n:8} {workers:8} {n_batches * batch_size / (time.perf_counter() - began):9.0f} "
-                      f"{decode * 1000:20.2f} {(both - decode) * 1000:16.2f}")
+                print(f"{n:8} {size:7} {workers:8} {n_batches * batch_size / (time.perf_counter() - began):9.0f} "
+                      f"{decode * 1000:9.2f} {both * 1000:11.2f}")
 
 
 def main(sources):

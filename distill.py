@@ -341,7 +341,7 @@ def main(sources):
             backbone = add_lora(backbone, lora_r, lora_alpha, lora_dropout, lora_targets, freeze_backbone_layers)
         freeze_layers(backbone, freeze_backbone_layers)
         if activation_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.activation_checkpointing_enable({"use_reentrant": False})
         dino_head = projectors = None
         if objective != "feature":
             dino_head = DINOHead(width, dino_head_out_dim, head_hidden_dim, head_bottleneck_dim,

@@ -365,7 +365,7 @@ def main(sources):
         if freeze_backbone_until == 0:
             freeze_layers(backbone, freeze_backbone_layers)
         if activation_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.activation_checkpointing_enable({"use_reentrant": False})
         head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim, weight_norm=head_weight_norm)
         dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer, **head)
         ibot_head = None

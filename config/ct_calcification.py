@@ -1,7 +1,7 @@
 """Calcifications in CT, one channel in Hounsfield units, label-guided (DINO-LG, paper sections 2.2.4 and 3.2): your own
-slices and masks, on top of a recipe.
+slices and masks.
 
-    python train.py config/adapt.py config/ct_calcification.py --dataset_path=my_ct/ --model_type=facebook/dinov2-small
+    python train.py config/phantom_lg.py config/ct_calcification.py --dataset_path=my_ct/
 
 my_ct/ holds images/ (DICOM, or .npy in HU) and beside it masks/ with files of the same names, or boxes.json:
 {"a.dcm": [[left, top, right, bottom], ...], ...} in pixels. Slices without a label are welcome: they get random crops.
@@ -9,9 +9,8 @@ Then look where it looks, on patients that it has not seen:
 
     python attention.py --run=out/ct_calcification --images=other_ct/images --masks=other_ct/masks --detection=true
 
-The paper had no public data here and neither have we, so there is no number to expect. On drawn slices
-(config/phantom_lg.py) attention learned to find calcifications only with --label_guided_loss_weight=2, which is not in
-the paper, and tight crops. Meant for a GPU: 1024 patches a slice.
+The paper had no public data here and neither have we, so there is no number to expect. How it learns is what worked on
+drawn slices, config/phantom_lg.py; here are the data and the sizes. Meant for a GPU: 1024 patches a slice.
 """
 model_name = 'ct_calcification'
 dataset_path = 'my_ct/'
@@ -22,7 +21,8 @@ window_jitter = 0.1              # scanners and contrast agent differ
 blur_probability = (0.1, 0.1, 0.1)  # blur hides what is two pixels large
 
 global_crops_size = 448          # half a slice pixel would be lost at 224, and with it small lesions
-local_crops_size = 98
-local_crops_number = 8           # stays as it is: guided crops are further ones
-label_guided_crops_number = 4
-label_guided_crops_scale = (0.01, 0.05)  # of 512 pixels: squares of 51 to 114
+local_crops_size = 42
+local_crops_number = 4
+label_guided_crops_number = 4    # further ones
+label_guided_loss_weight = 2.0   # the teacher sees them, too, which the paper does not have: README, label-guided crops
+label_guided_crops_scale = (0.002, 0.01)  # of 512 pixels: squares of 23 to 51, some times what they are to show

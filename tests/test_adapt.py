@@ -72,7 +72,7 @@ def test_frozen_blocks_run_no_backward(tiny_backbone, family, lora, checkpointin
         assert not any("lora_" in name for name, _ in blocks(backbone)[0].named_parameters())
     freeze_layers(backbone, 1)
     if checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
     backbone.train()
     assert frozen_blocks(backbone) == 1
     tokens, rope = embed(backbone, normal(2, 3, 32, 32))

@@ -96,7 +96,7 @@ def test_every_table_is_printed(capsys, monkeypatch):
     module = bench(**TINY, num_workers=1, n_images=1000)
     monkeypatch.setitem(sys.modules, module.__name__, module)                  # a process of its own finds it by name
     for function, rows in ((lambda: module.bench_augment(2), {"ours:": 3}),
-                           (lambda: module.bench_data(64, 2), {"100": 2, "1000": 2}),
+                           (lambda: module.bench_data((64, 128), 2), {"10": 4, "100": 2, "1000": 2}),
                            (module.bench_growth, {"batch_size": 3, "dino_head_out_dim": 3, "1000": 1}),
                            (lambda: module.bench_step(**{**module.DINOV2, "patch_size": 8, "local_crops_size": 16}), {"dinov2,": 1, "teacher": 1, "backward": 1, "step": 1, "its": 1, "peak": 1})):
         function()

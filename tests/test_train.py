@@ -27,7 +27,7 @@ SHRUNK = ["--use_pretrained=false", "--model_type=vit", "--hidden_size=32", "--n
           "--dino_head_out_dim=64", "--ibot_out_dim=64", "--head_hidden_dim=32", "--head_bottleneck_dim=16", "--global_batch_size=8",
           "--max_iterations=3", "--warmup_iterations=1", "--log_interval=1", "--eval_interval=2", "--saveckp_freq=2", "--num_workers=0",
           "--mixed_precision=no", "--lr=1e-3", "--device=cpu", "--gram_crops_size=48"]
-SHRUNK_CONFIGS = {"freeze.py": ["--freeze_backbone_layers=1"]}  # of two blocks
+SHRUNK_CONFIGS = dict.fromkeys(("freeze.py", "phantom_lg.py"), ["--freeze_backbone_layers=1"])  # of two blocks
 
 
 def load_train():
