@@ -51,7 +51,7 @@ def main():
     flops = bench.count_matmuls(384, 12, 14, 4, 0, False, False, masked=masked)
     work = batch_size * bench.multiplications(dict(flops=flops))
     median = statistics.median(seconds)
-    print(f"lightly-train: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G multiplications, "
+    print(f"\nlightly-train: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G multiplications, "
           f"fastest matrix product {peak / 1e9:.0f} G/s: {work / peak / median:.2f} of the limit")
 
 
