@@ -1,8 +1,8 @@
 """The training step of facebookresearch/dino beside ours: ViT-S/16, 2x224 + 8x96, K 65536, batch 8, bf16, on the CPU.
 
-    git clone https://github.com/facebookresearch/dino ../dino                # needs torchvision, no requirement of ours
-    python comparisons/dino.py ../dino                                        # prints one line
-    python bench.py --what=step                                               # ours
+    git clone https://github.com/facebookresearch/dino ../dino        # needs torchvision, no requirement of ours
+    python comparisons/dino.py ../dino                                # prints one line
+    python bench.py --what=step                                       # ours
 
 Networks, heads, loss, clipping and parameter groups are the repository's own. Its loop calls CUDA by name, so the loop
 is written again below, in the order of its train_one_epoch, with bf16 autocast (which needs no loss scaling) and
@@ -28,7 +28,7 @@ def main(clone):
     import utils
     import vision_transformer as vits
     from main_dino import DINOLoss
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)   # its loss reduces the centre
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)  # its loss reduces centres
     student, teacher = (utils.MultiCropWrapper(vits.vit_small(patch_size=16), vits.DINOHead(384, 65536, False, norm))
                         for norm in (False, True))
     teacher.load_state_dict(student.state_dict())
@@ -57,7 +57,7 @@ def main(clone):
             for param_q, param_k in zip(student.parameters(), teacher.parameters()):
                 param_k.data.mul_(0.996).add_((1 - 0.996) * param_q.detach().data)
         seconds.append(time.perf_counter() - began)
-    peak, seconds = bench.gemm_peak(), seconds[2:]             # last: it sets the allocator to keep memory, as train.py does
+    peak, seconds = bench.gemm_peak(), seconds[2:]             # last: it makes the allocator keep memory, as in train.py
     work = batch_size * bench.multiplications(dict(flops=bench.count_matmuls(384, 12, 16, 4, 0, False, False)))
     median = statistics.median(seconds)
     print(f"facebookresearch/dino: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G "
