@@ -57,7 +57,7 @@ def main(clone):
             for param_q, param_k in zip(student.parameters(), teacher.parameters()):
                 param_k.data.mul_(0.996).add_((1 - 0.996) * param_q.detach().data)
         seconds.append(time.perf_counter() - began)
-    peak, seconds = bench.gemm_peak(), seconds[2:]             # last: it makes the allocator keep memory, as in train.py
+    peak, seconds = bench.gemm_peak(), seconds[2:]        # last: it makes the allocator keep memory, as in train.py
     work = batch_size * bench.multiplications(dict(flops=bench.count_matmuls(384, 12, 16, 4, 0, False, False)))
     median = statistics.median(seconds)
     print(f"facebookresearch/dino: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G "
