@@ -490,6 +490,14 @@ def multiplications(result, *parts):
     return sum(sum(result["flops"][part].values()) for part in parts or ("backbone", "heads"))
 
 
+def print_share(name, seconds, flops):
+    """The line of comparisons/ about other code's steps: seconds of each; flops: count_matmuls. To be called last, as
+    gemm_peak makes the allocator keep memory, which the others do not."""
+    peak, median, work = gemm_peak(), statistics.median(seconds), batch_size * multiplications(dict(flops=flops))
+    print(f"\n{name}: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G multiplications, "
+          f"fastest matrix product {peak / 1e9:.0f} G/s: {work / peak / median:.2f} of the limit")
+
+
 def bench_growth():
     """Step time against batch, crop size, local crops and K beside its multiplications; k-NN and start-up against N."""
     base = dict(batch_size=batch_size, global_crops_size=global_crops_size, local_crops_number=local_crops_number,

@@ -10,7 +10,6 @@ without drop path, which bench.py does not have either. Crops are drawn before t
 torchvision on PIL in worker processes, is in bench.py --what=augment. Ours counts augmentation and data as well.
 """
 import os
-import statistics
 import sys
 import time
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))    # in place of this folder
 import bench                                                  # noqa: E402
 
-n_steps, batch_size, n_crops = 7, 8, 10       # measured, after two that warm up
+n_steps, n_crops = 7, 10         # measured, after two that warm up; batch and sizes are those of bench.py
 
 
 def main(clone):
@@ -35,7 +34,7 @@ def main(clone):
     teacher.requires_grad_(False)
     dino_loss = DINOLoss(65536, n_crops, 0.04, 0.04, 0, 1)
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
-    crops = [torch.randn(batch_size, 3, size, size) for size in [224] * 2 + [96] * (n_crops - 2)]
+    crops = [torch.randn(bench.batch_size, 3, size, size) for size in [224] * 2 + [96] * (n_crops - 2)]
     seconds = []
     for step in range(2 + n_steps):
         began = time.perf_counter()
@@ -57,11 +56,7 @@ def main(clone):
             for param_q, param_k in zip(student.parameters(), teacher.parameters()):
                 param_k.data.mul_(0.996).add_((1 - 0.996) * param_q.detach().data)
         seconds.append(time.perf_counter() - began)
-    peak, seconds = bench.gemm_peak(), seconds[2:]        # last: it makes the allocator keep memory, as in train.py
-    work = batch_size * bench.multiplications(dict(flops=bench.count_matmuls(384, 12, 16, 4, 0, False, False)))
-    median = statistics.median(seconds)
-    print(f"facebookresearch/dino: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G "
-          f"multiplications, fastest matrix product {peak / 1e9:.0f} G/s: {work / peak / median:.2f} of the limit")
+    bench.print_share("facebookresearch/dino", seconds[2:], bench.count_matmuls(384, 12, 16, 4, 0, False, False))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ training_step to the next, so waiting for data counts, as in bench.py; multiplic
 """
 import contextlib
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ import bench                                                  # noqa: E402
 import lightly_train                                          # noqa: E402
 from lightly_train._methods.dinov2.dinov2 import DINOv2       # noqa: E402
 
-n_steps, batch_size = 5, 8       # measured, after two that warm up
+n_steps = 5                      # measured, after two that warm up; the batch is that of bench.py
 
 
 class Enough(Exception):
@@ -38,21 +37,16 @@ def main():
         return step(self, *args, **kwargs)
     DINOv2.training_step = timed
     with tempfile.TemporaryDirectory() as folder:
-        bench.make_folder(f"{folder}/images", (n_steps + 3) * batch_size, 256)
+        bench.make_folder(f"{folder}/images", (n_steps + 3) * bench.batch_size, 256)
         with contextlib.suppress(Enough):
             lightly_train.pretrain(
                 out=f"{folder}/out", data=f"{folder}/images", model="dinov2/vits14-noreg-notpretrained",
-                model_args=dict(drop_path_rate=0.0), method="dinov2", epochs=1, batch_size=batch_size,
+                model_args=dict(drop_path_rate=0.0), method="dinov2", epochs=1, batch_size=bench.batch_size,
                 precision="bf16-mixed", accelerator="cpu", devices=1, num_workers=1)
-    peak = bench.gemm_peak()                # last: it sets the allocator to keep memory, as train.py does
     seconds = [after - before for before, after in zip(began, began[1:])][2:]
     bench.local_crops_size = bench.DINOV2["local_crops_size"]
     masked = 2 * 256 * 0.5 * 0.3                               # patches: half of the crops, 0.1 to 0.5 of a crop
-    flops = bench.count_matmuls(384, 12, 14, 4, 0, False, False, masked=masked)
-    work = batch_size * bench.multiplications(dict(flops=flops))
-    median = statistics.median(seconds)
-    print(f"\nlightly-train: {median:.2f} s a step, fastest {min(seconds):.2f} s; {work / 1e9:.0f} G multiplications, "
-          f"fastest matrix product {peak / 1e9:.0f} G/s: {work / peak / median:.2f} of the limit")
+    bench.print_share("lightly-train", seconds, bench.count_matmuls(384, 12, 14, 4, 0, False, False, masked=masked))
 
 
 if __name__ == "__main__":
