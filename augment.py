@@ -13,9 +13,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-
-from pictures import outline
 
 # Strengths of the photometrics; edit here. rgb: DINO's main_dino.py. medical: measured on the phantom and on brain MRI.
 PRESETS = {
@@ -172,6 +169,14 @@ class MultiCrop:
 
 
 # ---- photometrics: the whole batch, on the training device ----
+
+def choose_preset(augmentation, num_channels):
+    """The preset that the key `augmentation` means; 'auto': rgb for three channels, else medical."""
+    if augmentation != "auto":
+        return augmentation
+    return "rgb" if num_channels == 3 else "medical"
+
+
 
 def uniforms(seeds, n, stream=0):
     """n uniform numbers in [0, 1) for every seed, [N,n] float64: the splitmix64 hash of (seed, stream, column).
@@ -360,50 +365,3 @@ def block_mask(mask, target, rng, exact):
         left -= added
     if exact and left > 0:
         mask.flat[rng.choice(np.flatnonzero(~mask), left, replace=False)] = True
-
-
-# ---- a look at the crops ----
-
-def save_samples(path, global_crops, local_crops, masks, n_images, photometrics, max_images=6, labels=None,
-                 n_guided=0):
-    """A PNG of the first images of a batch, one row each: global crops, global crops with masked patches hatched out,
-    local crops; the pixels are those the network gets, with the normalisation undone.
-
-    Args: global_crops [V*B,C,S,S], local_crops [L*B,C,s,s] or None: normalised; masks [V*B,P] bool or None; n_images B;
-    labels: dict of the same crops of the label (MultiCrop.of_label), whose outline is drawn, or None; n_guided: how
-    many of the L local crops, the last ones, are label-guided.
-    """
-    def picture(crop):                                         # [C,s,s] normalised -> PIL image, three channels or grey
-        x = crop.float().cpu() * photometrics.std[:, None, None] + photometrics.mean[:, None, None]
-        x = (x.clamp(0, 1) * 255).round().byte().numpy()
-        return Image.fromarray(x[:3].transpose(1, 2, 0) if len(x) >= 3 else x[0]).convert("RGB").resize(
-            (tile, tile * x.shape[1] // x.shape[2]), Image.NEAREST)
-
-    tile, gap = 112, 4
-    n_views = len(global_crops) // n_images
-    n_local = len(local_crops) // n_images if local_crops is not None else 0
-    rows = min(n_images, max_images)
-    columns = n_views * (2 if masks is not None else 1) + n_local
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + gap) + gap + 14), "white")
-    draw = ImageDraw.Draw(sheet)
-    titles = [f"global {v + 1}" for v in range(n_views)]
-    titles += [f"masked {v + 1}" for v in range(n_views)] if masks is not None else []
-    titles += [f"local {i + 1}" for i in range(n_local - n_guided)] + [f"guided {i + 1}" for i in range(n_guided)]
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (tile + gap), 2), title, fill="black")
-        for row in range(rows):
-            crops, index = (global_crops, column % n_views) if column < len(titles) - n_local else \
-                (local_crops, column - (len(titles) - n_local))
-            image = picture(crops[index * n_images + row])
-            if labels is not None and not title.startswith("masked"):
-                label = labels["global_crops" if crops is global_crops else "local_crops"][index * n_images + row, 0]
-                image = outline(image, label > 127)
-            if title.startswith("masked"):
-                side = round(masks.shape[1] ** 0.5)
-                cell = tile / side
-                for patch in masks[index * n_images + row].nonzero().flatten().tolist():
-                    y, x = patch // side * cell, patch % side * cell
-                    corners = [round(x), round(y), round(x + cell) - 1, round(y + cell) - 1]
-                    ImageDraw.Draw(image).rectangle(corners, fill=(255, 140, 0))
-            sheet.paste(image, (gap + column * (tile + gap), 14 + gap + row * (tile + gap)))
-    sheet.save(path)

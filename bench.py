@@ -13,6 +13,7 @@ strategy: random crops, no data is read. Every strategy runs in a process of its
 own; rounds repeat them in turn, so that a slow minute of the machine hits all. Prints time against the count of matrix
 multiplications, memory against the sum of tensors, and for a family the computed bytes of its S, B and L.
 """
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,15 +29,17 @@ from PIL import Image, ImageFilter, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import dino
+import train
 from augment import MultiCrop, Photometrics
 from configurator import UserError, list_keys, one_line_errors, override
-from data import BatchOrder, CropDataset, Dataset, load_dataset
-from distributed import autocast_for, loader_workers, memory_gb, setup
-from evaluate import knn_classify
-from losses import dino_loss, ibot_loss, koleo_loss, softmax_center, update_center
-from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone, freeze_layers,
-                   frozen_blocks, shared_blocks)
-from optim import clip_gradients, param_groups
+from data import BatchOrder, CropDataset, Dataset, load_dataset, make_loader
+from distributed import autocast_for, loader_workers, memory_gb, only_shapes, setup
+from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks, frozen_blocks, set_trainable,
+                   shared_blocks)
+from optim import build_optimizer, set_learning_rates
+from metrics import knn_classify
+from run import State, mean_over_ranks
 
 # ==== config ====
 what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'all'
@@ -73,21 +77,36 @@ DINOV2 = dict(model_type="dinov2", patch_size=14, local_crops_size=98, ibot=True
 SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16))        # width, blocks, attention heads
 
 
-def build(name, width=0, depth=0, n_heads=0):
-    """The student of a strategy, as train.py builds it; sizes: of the config where 0."""
+def step_config(name, width=0, depth=0, n_heads=0):
+    """train.py's config at the sizes of this bench, for a strategy; sizes: of the config where 0."""
+    config = SimpleNamespace(**{key: getattr(train, key) for key in train.config_keys})
+    vars(config).update({key: globals()[key] for key in config_keys if hasattr(config, key)})
     use_lora, freeze, _ = STRATEGIES[name]
-    sizes = {} if model_type not in FAMILIES else dict(
-        hidden_size=width or hidden_size, num_hidden_layers=depth or num_hidden_layers, patch_size=patch_size,
-        num_attention_heads=n_heads or num_attention_heads, image_size=global_crops_size)
-    backbone, n_frozen = build_backbone(model_type, use_pretrained, **sizes), freeze_backbone_layers if freeze else 0
-    for param_name, param in backbone.named_parameters():
-        if "mask_token" in param_name:
-            param.requires_grad_(False)
-    if use_lora:
-        backbone = add_lora(backbone, lora_r, dropout=lora_dropout, skip_blocks=n_frozen)
-    freeze_layers(backbone, n_frozen)
-    head = DINOHead(backbone.config.hidden_size, dino_head_out_dim, head_hidden_dim, head_bottleneck_dim, False)
-    return Student(backbone, head)
+    vars(config).update(
+        hidden_size=width or hidden_size, num_hidden_layers=depth or num_hidden_layers, use_lora=use_lora,
+        num_attention_heads=n_heads or num_attention_heads, freeze_backbone_layers=freeze_backbone_layers * freeze,
+        global_batch_size=batch_size, ibot_out_dim=dino_head_out_dim, ibot_loss_weight=1.0 * ibot,
+        koleo_loss_weight=0.1 * ibot, local_crops_scale=(0.05, 0.4), vertical_flip=0.0, warmup_iterations=0,
+        freeze_last_layer=0, freeze_backbone_iterations=0)
+    return config
+
+
+def build(name, run_device=torch.device("cpu"), **sizes):
+    """The state of a strategy, built with train.py's own parts."""
+    config = step_config(name, **sizes)
+    backbone = adapted_backbone(config, 3, run_device, ())
+    head = DINOHead(backbone.config.hidden_size, config.dino_head_out_dim, config.head_hidden_dim,
+                    config.head_bottleneck_dim, config.dino_head_norm_last_layer, config.head_weight_norm)
+    student = Student(backbone, head)
+    student = student if only_shapes() else student.to(run_device)
+    optimizer, train_from, _ = build_optimizer(student.train(), config, False)
+    set_trainable(student, train_from, 0)
+    center = torch.zeros(1, config.dino_head_out_dim, device=run_device)
+    state = State(student, EMATeacher(student), optimizer, torch.amp.GradScaler(run_device.type, enabled=False),
+                  dict(dino=center, ibot=center.clone()))
+    if STRATEGIES[name][2]:
+        state.n_shared_blocks = shared_blocks(student, state.teacher)
+    return config, state
 
 
 # ---- counting ----
@@ -192,95 +211,59 @@ def products_alone(counts):
     return total
 
 
-def make_batches(patch):
+def make_batches(config, patch):
     """(loader of native crops and masks, photometrics), as train.py makes them, from random images in memory."""
-    images = Dataset(example_images(64), name="random")
-    masks = {} if ibot else None                               # the defaults are DINOv2's
-    crops = CropDataset(images, multi_crop(), 0, batch_size, global_crops_size // patch, masks)
-    order = BatchOrder(len(images), batch_size, 1, 0, 1, 0, 2 + n_steps, 0)
-    loader = DataLoader(crops, batch_sampler=order, collate_fn=crops.collate, num_workers=loader_workers(num_workers))
-    return loader, Photometrics("rgb", (0.0, 255.0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    masks = {} if config.ibot_loss_weight > 0 else None         # the defaults are DINOv2's
+    crops = CropDataset(Dataset(example_images(64), name="random"), multi_crop(), 0, batch_size,
+                        global_crops_size // patch, masks)
+    photometrics = Photometrics("rgb", (0.0, 255.0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return make_loader(crops, config, 1, 0, 3 + n_steps), photometrics
 
 
 def measure(name, with_data=False, **changes):
-    """Build the strategy, run its steps; changes: of the config. Returns a dict of numbers: seconds of every step and
-    of its parts, bytes, counts."""
+    """Run some steps of train.py with a strategy; changes: of the config. Returns a dict of numbers: seconds of every
+    step and of its parts, bytes, counts."""
     globals().update(changes)                                  # of a process of its own
     run_device = setup(device)
     torch.manual_seed(0)
     libraries = peak_bytes(run_device)
-    student = build(name).to(run_device)
-    if run_device.type == "cpu":
-        student.backbone.set_attn_implementation("plain")      # as train.py
-    for block in blocks(student.backbone) if compile else ():
+    config, state = build(name, run_device)
+    network = state.student.backbone
+    for block in blocks(network) if compile else ():
         block.compile()
-    student.train()
-    computed, teacher, config = count_bytes(student), EMATeacher(student), student.backbone.config
-    optimizer = torch.optim.AdamW(param_groups(student, 1e-4, 0.04), fused=True)
-    n_prefix = shared_blocks(student, teacher) if STRATEGIES[name][2] else 0
-    B, L, masks = batch_size, local_crops_number, None
-    center, patch_center = torch.zeros(2, 1, dino_head_out_dim, device=run_device)
-    global_crops = torch.randn(2 * B, 3, global_crops_size, global_crops_size, device=run_device)
-    local_crops = torch.randn(L * B, 3, local_crops_size, local_crops_size, device=run_device)
-    if with_data:
-        batches, photometrics = make_batches(config.patch_size)
-        batches = iter(batches)
-
-    autocast, seconds, laps, masked = autocast_for(run_device, mixed_precision), [], [], 0
-    products = Products()
-    for step in range(2 + n_steps):                            # Steps 1, 2, 3 and 5 of train.py's loop
-        if step == 1 and not compile:                          # a compiled step calls no products to collect
-            products.__enter__()
-        lap = Laps(run_device)
-        if with_data:
-            batch = next(batches)
-            lap("data wait")
-            native, seeds = batch["global_crops"].to(run_device), batch["global_seeds"]
-            global_crops = torch.cat([photometrics(native[:B], seeds[:B], "global1"),
-                                      photometrics(native[B:], seeds[B:], "global2")])
-            local_crops = photometrics(batch["local_crops"].to(run_device), batch["local_seeds"], "local")
-            masks = batch["masks"].to(run_device) if ibot else None
-            lap("augmentation")
-        with teacher.teacher_weights(student) as network, autocast():
-            teacher_out = network(global_crops, masks=masks, apply_masks=False, n_prefix=n_prefix)
-        lap("teacher")
-        probs = softmax_center(teacher_out["global_logits"], center, 0.04).unflatten(0, (2, B))
-        lap("losses")
-        with autocast():
-            out = student(global_crops, local_crops, masks, prefix=teacher_out.get("prefix"))
-        lap("student forward")
-        loss = dino_loss(out["global_logits"].unflatten(0, (2, B)), probs) \
-            + dino_loss(out["local_logits"].unflatten(0, (L, B)), probs, ignore_diagonal=False)
-        if masks is not None:
-            masked += len(out["masked_logits"]) / (2 + n_steps)
-            loss = loss + ibot_loss(out["masked_logits"], softmax_center(teacher_out["masked_logits"], patch_center,
-                                                                         0.04), masks)
-            loss = loss + 0.1 * sum(koleo_loss(cls) for cls in out["global_cls"].chunk(2))
-        lap("losses")
-        loss.backward()
-        lap("backward")
-        clip_gradients(student, 3.0, "parameter")
-        gradients = bytes_of(param.grad for param in student.parameters() if param.grad is not None)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        teacher.update(student, 0.996)
-        center = update_center(center, teacher_out["global_logits"])
-        if masks is not None:
-            patch_center = update_center(patch_center, teacher_out["masked_logits"])
-        lap("optimizer + EMA")
-        if step == 1 and not compile:
-            products.__exit__(None, None, None)
+    computed, autocast = count_bytes(state.student), autocast_for(run_device, mixed_precision)
+    loader, photometrics = make_batches(config, network.config.patch_size)
+    batches = iter(loader)
+    crops = dino.augment_batch(next(batches), photometrics, config, run_device)
+    laps, masked, products = [], 0, Products()
+    for step in range(2 + n_steps):                            # two to warm up
+        with products if step == 1 and not compile else contextlib.nullcontext():   # a compiled step calls no products
+            lap = Laps(run_device)
+            if with_data:
+                batch = next(batches)
+                lap("data wait")
+                crops = dino.augment_batch(batch, photometrics, config, run_device)
+                lap("augmentation")
+            now = dino.schedules(config, step, 0)
+            set_learning_rates(state.optimizer, now.lr, now.last_layer_lr, now.weight_decay, now.backbone_factor)
+            terms, row_sums, _ = dino.forward_backward(state, crops, now.teacher_temp, config, autocast, lap=lap)
+            losses = mean_over_ranks(terms)
+            gradients = bytes_of(param.grad for param in state.student.parameters() if param.grad is not None)
+            dino.update(state, row_sums, now, config)
+            lap("optimizer + EMA")
+        masked += 0 if crops["masks"] is None else int(crops["masks"].sum()) / (2 + n_steps)
         laps.append(lap.seconds())
-        seconds.append(sum(laps[-1].values()))
-    moments = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim]   # not the step
-    held = dict(weights=bytes_of(student.parameters()), gradients=gradients, optimizer=bytes_of(moments),
-                teacher=bytes_of(teacher.values.values()))
-    ratio = getattr(config, "mlp_ratio", None) or config.intermediate_size / config.hidden_size
-    flops = count_matmuls(config.hidden_size, len(blocks(student.backbone)), config.patch_size, ratio,
-                          frozen_blocks(student.backbone), STRATEGIES[name][0], n_prefix > 0, lora_r, masked=masked / B)
+    seconds = [sum(lap.values()) for lap in laps]
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values() if value.ndim]
+    held = dict(weights=bytes_of(state.student.parameters()), gradients=gradients, optimizer=bytes_of(moments),
+                teacher=bytes_of(state.teacher.values.values()))
+    shape = network.config
+    ratio = getattr(shape, "mlp_ratio", None) or shape.intermediate_size / shape.hidden_size
+    flops = count_matmuls(shape.hidden_size, len(blocks(network)), shape.patch_size, ratio, frozen_blocks(network),
+                          STRATEGIES[name][0], state.n_shared_blocks > 0, lora_r, masked=masked / batch_size)
     parts = {part: statistics.median(lap[part] for lap in laps[2:]) for part in laps[0]}
     return dict(seconds=seconds[2:], parts=parts, peak=peak_bytes(run_device), libraries=libraries, computed=computed,
-                held=held, flops=flops, loss=float(loss.detach()), products=products.counts)
+                held=held, flops=flops, loss=losses["loss"], products=products.counts)
 
 
 def alone(function, *args, **changes):
@@ -357,7 +340,7 @@ def print_tables(results):
 def bytes_of_sizes():
     """{'S', 'B', 'L': {strategy: (all, backbone) bytes}} with the config's head; nothing is allocated."""
     with torch.device("meta"):
-        counts = {size: {name: count_bytes(build(name, *shape)).values() for name in STRATEGIES}
+        counts = {size: {name: count_bytes(build(name, **dict(zip(("width", "depth", "n_heads"), shape)))[1].student).values() for name in STRATEGIES}
                   for size, shape in SIZES.items()}
     return {size: {name: (sum(map(sum, pairs)), sum(trunk for trunk, _ in pairs)) for name, pairs in table.items()}
             for size, table in counts.items()}
@@ -432,7 +415,7 @@ def bench_augment(n=32):
     By the time that the process has the core, so that others on it do not count."""
     threads, run_device, cpu = torch.get_num_threads(), setup(device), torch.device("cpu")
     torch.set_num_threads(1)
-    images, photometrics = example_images(n), make_batches(patch_size)[1]
+    images, photometrics = example_images(n), make_batches(step_config("standard"), patch_size)[1]
     native, seeds = our_crops(images, cpu)
 
     def colour(crops):

@@ -80,8 +80,11 @@ def _read(file):
     except Exception as error:                    # torch raises several kinds for a truncated or foreign file
         return None, f"{file} is missing" if not os.path.exists(file) else \
             f"{file} is damaged or no checkpoint of ours ({type(error).__name__})"
-    ours = isinstance(state, dict) and {"iteration", "config", "student"} <= state.keys()
-    return (state, "") if ours else (None, f"{file} is no checkpoint of ours")
+    if not isinstance(state, dict) or not {"iteration", "config", "student"} <= state.keys():
+        return None, f"{file} is no checkpoint of ours"
+    if "teacher" in state:  # the name of `ema` in checkpoints of before December 2026
+        state["ema"] = state.pop("teacher")
+    return state, ""
 
 
 def load_state(path, say=print):
@@ -146,11 +149,25 @@ def check_fits(state, student, config):
 
 
 def load_optimizer(optimizer, saved):
-    """Put back what optimizer.state_dict() gave, whole, into an optimizer of whole or sharded parameters."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    state = {index: {key: shard_like(value, params[index]) if value.shape == params[index].shape else value
-                     for key, value in entry.items()} for index, entry in saved["state"].items()}
-    optimizer.load_state_dict(dict(saved, state=state))
+    """Put the moments of a checkpoint back, by parameter name.
+
+    Rates, decays, betas and the grouping are those of the optimizer, so they follow the present
+    config. Args: optimizer: of whole or sharded parameters, its groups with 'names'; saved: what
+    optimizer.state_dict() gave, whole tensors. A parameter without moments starts with none.
+    """
+    moments = {}
+    for group in saved["param_groups"]:
+        for name, index in zip(group["names"], group["params"]):
+            if index in saved["state"]:
+                moments[name] = saved["state"][index]
+    state, index = {}, 0
+    for group in optimizer.param_groups:
+        for name, param in zip(group["names"], group["params"]):
+            if name in moments:
+                state[index] = {key: shard_like(value, param) if value.shape == param.shape else value
+                                for key, value in moments[name].items()}
+            index += 1
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
 
 
 def config_changes(state, config):
@@ -162,7 +179,7 @@ def config_changes(state, config):
 
 # ---- the run's folder ----
 
-def open_run(run_dir, resume, config_text, script="train.py"):
+def open_folder(run_dir, resume, config_text, script="train.py"):
     """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never
     overwritten: returns its new name, else ''."""
     moved = ""

@@ -1,15 +1,21 @@
-"""Config files and --key=value on the command line, applied to the globals of a script; or one clear error.
+"""Config files and --key=value flags, applied to the globals of a script; or one clear error.
 
-A script (train.py) opens with a block of lower-case globals: bool, int, float, str or tuple, a line each. It ends with
+A script (train.py) begins with a block of lower-case globals, one line each: bool, int, float, str
+or tuple. The block stands before the imports that take seconds, so that --help, a typo and a
+missing file answer at once:
 
+    # ==== config ====
+    lr = 1e-4           # peak, absolute
     config_keys = list_keys(globals())
-    ...
     if __name__ == "__main__":
-        with one_line_errors():
-            main(override(globals(), config_keys, sys.argv[1:]))
+        sources = read_command_line(globals(), config_keys)
 
-A config file is a python file of plain assignments. It runs in a scratch namespace that holds the current values, so
-`warmup_iterations = max_iterations // 10` works. Files apply left to right, then the flags: the later one wins.
+    import torch
+    ...
+
+A config file is a Python file of plain assignments. It runs in a scratch namespace that holds the
+current values, so `warmup_iterations = max_iterations // 10` works. Files apply from left to right,
+then the flags: what comes later wins.
 """
 import ast
 import contextlib
@@ -18,17 +24,23 @@ import errno
 import glob
 import math
 import os
+import re
 import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class UserError(ValueError):
-    """Something the user can mend: bad input, bad key, bad file. The message is one line: what, value, rule, fix."""
+    """A mistake that the user can mend: bad input, bad key, bad file.
+
+    The message is one line: what is wrong, the value, the rule, the fix.
+    """
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError or a full disk ends the program with one line and exit status 1, without a traceback; bugs keep
-    theirs."""
+    """Around a whole program: it ends with one line and exit status 1, without a traceback, after
+    a UserError and if the disk is full. Bugs keep their traceback."""
     try:
         yield
     except UserError as error:
@@ -36,28 +48,46 @@ def one_line_errors():
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'a log file'} cannot be written; make space. The last "
+        file = error.filename or "a log file"
+        sys.exit(f"error: {error.strerror}: {file} cannot be written; make space. The last "
                  "checkpoint is good, --resume_from=auto goes on from there")
 
 
+def read_command_line(namespace, keys):
+    """Apply this program's command line to the globals of a script; returns sources of `override`.
+
+    Call it before torch is imported: it also shortens how long OpenMP's threads spin while they
+    wait for each other. With the default, a run on cores that other programs use, too, takes seven
+    times as long; sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a fifth if the run is alone.
+    docs/RESULTS.md has the table. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    with one_line_errors():
+        return override(namespace, keys, sys.argv[1:])
+
+
 def list_keys(namespace):
-    """Names of the config keys: the lower-case globals of a plain type that stand above the call, in their order."""
+    """Names of the config keys, in their order: the lower-case globals above the call whose value
+    is a bool, int, float, str or tuple."""
+    plain = (bool, int, float, str, tuple)
     return [name for name, value in namespace.items()
-            if name == name.lower() and not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple))]
+            if name == name.lower() and not name.startswith("_") and isinstance(value, plain)]
 
 
 def _coerce(value, default):
-    """`value` as the type of `default`, where that is exact; otherwise TypeError with what is needed."""
-    if isinstance(default, bool):                      # before int: a bool is an int in python
+    """`value` in the type of `default`, if nothing is lost; else TypeError with what is needed."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):  # before int: in Python a bool is an int
         if isinstance(value, bool):
             return value
         raise TypeError("true or false")
-    if isinstance(default, int):                       # 1e5 is fine for an int because nothing is lost
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 == int(value):
+    if isinstance(default, int):  # 1e5 is an int because nothing is lost
+        if is_number and value == value // 1 == int(value):
             return int(value)
         raise TypeError(f"int like {default}")
     if isinstance(default, float):
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number and math.isfinite(value):
             return float(value)
         raise TypeError(f"finite float like {default}")
     if isinstance(default, str):
@@ -66,7 +96,7 @@ def _coerce(value, default):
         raise TypeError(f"str like {default!r}")
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"tuple like {default}" if default else "tuple of numbers")
-    if not default:                                    # () means: not set; then any number of numbers may be given
+    if not default:  # () means: not set; then any number of numbers may be given
         return tuple(_coerce(item, 0.0) for item in value)
     if len(value) != len(default):
         raise TypeError(f"tuple of {len(default)} like {default}")
@@ -74,84 +104,140 @@ def _coerce(value, default):
 
 
 def _parse(text, default):
-    """The text after `--key=` as a python value. A str stays as typed: it is never evaluated."""
+    """The text after `--key=` as a Python value. A str stays as typed; it is never evaluated."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        value = ast.literal_eval(text)                 # "0.4,1.0" is a tuple for python, as is "(0.4, 1.0)"
+        value = ast.literal_eval(text)  # for Python, 0.4,1.0 is a tuple like (0.4, 1.0)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text                                    # a str where a number is meant: _coerce words the error
-    return (value,) if isinstance(default, tuple) and isinstance(value, (int, float)) else value
+        return text  # not a number; _coerce words the error
+    if isinstance(default, tuple) and isinstance(value, (int, float)):
+        return (value,)
+    return value
 
 
 def _unknown(name, keys):
     near = difflib.get_close_matches(name, keys, n=1)
-    return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists the keys")
+    advice = f", did you mean {near[0]!r}?" if near else "; --help lists the keys"
+    return f"unknown key {name!r}{advice}"
 
 
 def _flag_key(flag, keys):
-    """--dino_head.out_dim, --dino-head-out-dim and --crops.global_crops_size: dots and dashes are underscores, and a
-    section of the paper's listings may stand in front of a key that is unambiguous without it."""
+    """The key that a flag means: --dino_head.out_dim and --dino-head-out-dim are dino_head_out_dim,
+    and the paper's section names may stand before a key, as in --crops.global_crops_size."""
     joined = flag.replace(".", "_").replace("-", "_")
-    bare = flag.split(".", 1)[-1].replace(".", "_").replace("-", "_")
-    return bare if joined not in keys and bare in keys else joined
+    without_section = flag.split(".", 1)[-1].replace(".", "_").replace("-", "_")
+    if joined not in keys and without_section in keys:
+        return without_section
+    return joined
 
 
 def _run_file(path, values):
-    """The names that a config file leaves behind, as a dict; raises UserError when it does not run."""
+    """The names that a config file defines, as a dict; UserError if the file does not run."""
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, glob.glob("config/*.py") + glob.glob("*/config/*.py"), n=1)
-        raise UserError(f"{path}: no such config file" + (f", did you mean {near[0]}?" if near else ""))
+        files = glob.glob("config/*.py") + glob.glob("*/config/*.py")
+        near = difflib.get_close_matches(path, files, n=1)
+        advice = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path}: no such config file{advice}")
     scratch = dict(values)
     try:
         tree = ast.parse(open(path).read(), path)
         exec(compile(tree, path, "exec"), scratch)
-    except Exception as error:                         # whatever is wrong inside belongs to the user, in one line
+    except Exception as error:  # whatever is wrong inside is the user's, in one line
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    return {name: value for name, value in scratch.items() if not name.startswith("_") and name not in imported - set(values)}
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    imported -= set(values)
+    return {name: value for name, value in scratch.items()
+            if not name.startswith("_") and name not in imported}
 
+
+# ---- help ----
+
+def _config_files(script):
+    """[(path, first line)] of the files in config/ whose docstring has a command of `script`."""
+    files = []
+    for path in sorted(glob.glob(os.path.join(HERE, "config", "*.py"))):
+        docstring = ast.get_docstring(ast.parse(open(path).read())) or ""
+        if f"{script} config/" in docstring:
+            files.append((f"config/{os.path.basename(path)}", docstring.split("\n")[0]))
+    return files
+
+
+def help_text(namespace, word=""):
+    """What --help prints: docstring, config files and config block of a script. With a word: only
+    the keys whose name or comment contains the word."""
+    source = open(namespace["__file__"]).read()
+    block = source.split("# ==== config", 1)[1].split("\n", 1)[1].split("config_keys =", 1)[0]
+    lines = block.rstrip().split("\n")
+    if word:
+        found = [line for line in lines if word.lower() in line.lower() and re.match("[a-z]", line)]
+        return "\n".join(found) or f"no key contains {word!r}; --help prints all keys"
+    files = _config_files(os.path.basename(namespace["__file__"]))
+    width = max((len(path) for path, _ in files), default=0)
+    listed = "".join(f"\n  {path:{width}}  {what}" for path, what in files)
+    parts = [(namespace["__doc__"] or "").strip()]
+    if files:
+        parts.append(f"Config files:{listed}")
+    parts.append("Config keys with their defaults. Change them in a config file or with "
+                 "--key=value;\n--help=WORD prints only the keys with that word:\n"
+                 + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _print_and_exit(text):
+    """Print, and exit with 0 even if the reader has gone, as `| head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+    sys.exit(0)
+
+
+# ---- files and flags -> globals ----
 
 def override(namespace, keys, argv):
     """Apply config files and flags to the globals of a script.
 
-    Args: namespace: globals() of the script, changed in place; keys: from list_keys; argv: for example
-    ['config/phantom.py', '--lr=1e-3']. `--help` prints the script's docstring and config block, and exits.
-    Returns: sources, a dict {key: (default, where the value came from)} of the changed keys, for `describe`.
+    Args: namespace: globals() of the script, changed in place; keys: of list_keys; argv: for
+    example ['config/phantom.py', '--lr=1e-3']. --help and --help=WORD print, and exit.
+    Returns: sources, {key: (default, where the value came from)} of the changed keys, for describe.
     Raises: UserError with every mistake at once, each with its source and the nearest key.
     """
-    if any(arg in ("--help", "-h") for arg in argv):
-        source = open(namespace["__file__"]).read()
-        block = source.split("# ==== config", 1)[1].split("\n", 1)[1].split("config_keys =", 1)[0]
-        print((namespace["__doc__"] or "").strip() + "\n\nConfig keys, their defaults and meaning "
-              "(change them in a config file or with --key=value):\n" + block.rstrip())
-        sys.exit(0)
+    for arg in argv:
+        if arg in ("--help", "-h") or arg.startswith("--help="):
+            _print_and_exit(help_text(namespace, arg.partition("=")[2]))
     defaults, sources, errors = {key: namespace[key] for key in keys}, {}, []
 
     def assign(key, value, source):
         if key not in defaults:
-            return errors.append(f"{source}: {_unknown(key, keys)}")
+            errors.append(f"{source}: {_unknown(key, keys)}")
+            return
         try:
             value = _coerce(value, defaults[key])
         except (TypeError, OverflowError, ValueError) as error:
-            return errors.append(f"{source}: {key} = {value!r} ({type(value).__name__}), needs {error}")
+            kind = type(value).__name__
+            errors.append(f"{source}: {key} = {value!r} ({kind}), needs {error}")
+            return
         if value != namespace[key]:
             namespace[key], sources[key] = value, (defaults[key], source)
 
-    for arg in [arg for arg in argv if not arg.startswith("--")]:
+    for path in [arg for arg in argv if not arg.startswith("--")]:
         try:
-            for key, value in _run_file(arg, {key: namespace[key] for key in keys}).items():
-                assign(key, value, arg)
+            for key, value in _run_file(path, {key: namespace[key] for key in keys}).items():
+                assign(key, value, path)
         except UserError as error:
             errors.append(str(error))
     for arg in [arg for arg in argv if arg.startswith("--")]:
         flag, equals, text = arg[2:].partition("=")
         key = _flag_key(flag, keys)
         if not equals and key in defaults:
-            errors.append(f"command line: {arg} has no value, write --{key}=VALUE like --{key}={defaults[key]}")
+            errors.append(f"command line: {arg} has no value, write --{key}=VALUE like "
+                          f"--{key}={defaults[key]}")
         else:
             assign(key, _parse(text, defaults.get(key)), "command line")
     if errors:
@@ -160,12 +246,86 @@ def override(namespace, keys, argv):
 
 
 def describe(namespace, keys, sources):
-    """The resolved config as text: one key a line, `*` before the changed ones with their default and their source."""
+    """The resolved config as text, one key a line; changed keys have a `*`, their default and the
+    source of their value."""
     width = max(len(key) for key in keys)
-    return "\n".join(f"{'*' if key in sources else ' '} {key:{width}} = {namespace[key]!r}"
-                     + ("   (default {!r}, from {})".format(*sources[key]) if key in sources else "") for key in keys)
+    lines = []
+    for key in keys:
+        line = f"{'*' if key in sources else ' '} {key:{width}} = {namespace[key]!r}"
+        if key in sources:
+            default, source = sources[key]
+            line += f"   (default {default!r}, from {source})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def dump(namespace, keys):
-    """The resolved config as a runnable config file."""
-    return "".join(f"{key} = {namespace[key]!r}\n" for key in keys)
+def config_text(config):
+    """The resolved config, a namespace, as a runnable config file."""
+    return "".join(f"{key} = {value!r}\n" for key, value in vars(config).items())
+
+
+class Checks:
+    """Collects what is wrong with a config, a namespace; report() raises all of it at once."""
+
+    def __init__(self, config):
+        self.config, self.errors, self.notes = config, [], []
+
+    def need(self, ok, message):
+        """An error unless ok."""
+        if not ok:
+            self.errors.append(message)
+
+    def note(self, condition, message):
+        """A remark that report() returns if the condition holds: allowed, but without effect."""
+        if condition:
+            self.notes.append(message)
+
+    def one_of(self, **choices):
+        """Each key has one of the values."""
+        for key, values in choices.items():
+            value = getattr(self.config, key)
+            self.need(value in values, f"{key}={value!r}: choose one of {', '.join(values)}")
+
+    def positive(self, *keys):
+        """Each key is above 0."""
+        for key in keys:
+            value = getattr(self.config, key)
+            self.need(value > 0, f"{key}={value}: must be above 0")
+
+    def share(self, *keys):
+        """Each key is a number from 0 to 1."""
+        for key in keys:
+            value = getattr(self.config, key)
+            self.need(0 <= value <= 1, f"{key}={value}: must be in 0..1")
+
+    def interval(self, *keys):
+        """Each key is a pair with 0 < low <= high <= 1."""
+        for key in keys:
+            low, high = getattr(self.config, key)
+            self.need(0 < low <= high <= 1, f"{key}={(low, high)}: needs 0 < low <= high <= 1")
+
+    def training(self, n_ranks, families):
+        """What train.py and distill.py ask alike: the batch divides by ranks and micro-batches, the
+        width by heads, several ranks need ddp or fsdp. families: model.FAMILIES."""
+        config = self.config
+        size, steps = config.global_batch_size, config.gradient_accumulation_steps
+        per_rank = size // n_ranks
+        self.need(size % n_ranks == 0,
+                  f"global_batch_size={size} cannot be shared by {n_ranks} ranks; use a multiple, "
+                  f"like {math.ceil(size / n_ranks) * n_ranks}")
+        self.need(per_rank % max(1, steps) == 0, f"gradient_accumulation_steps={steps} does not "
+                  f"divide the {per_rank} images of a rank")
+        self.need(n_ranks == 1 or config.distribution != "none",
+                  f"distribution='none' with {n_ranks} processes: use ddp, or start one")
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.need(config.model_type not in families or width % heads == 0,
+                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        warmup, length = config.warmup_iterations, config.max_iterations
+        self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
+                  f"run ends before the rate reaches lr={config.lr}")
+
+    def report(self):
+        """Raise UserError with all errors; without errors return the notes."""
+        if self.errors:
+            raise UserError("\n       ".join(self.errors))
+        return self.notes

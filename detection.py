@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from probes import average_precision, weighted_auc
+from metrics import average_precision, weighted_auc
 
 
 def clusters(on):

@@ -192,7 +192,7 @@ def only_shapes():
     return torch.get_default_device().type == "meta"
 
 
-def place(student, blocks, distribution, device):
+def move_or_shard(student, blocks, distribution, device):
     """The student on its device, in place: whole, or with 'fsdp' this rank's share of every parameter.
 
     Call it before the optimizer is built: sharded parameters are new ones (DTensors, split along dimension 0). Every
@@ -220,7 +220,7 @@ def place(student, blocks, distribution, device):
             whole = values.pop(name)                           # out of the dict: rank 0 frees what it has sent
             whole = whole.to(device) if is_main() else torch.empty_like(whole, device=device)
             placements = tensor.placements if isinstance(tensor, DTensor) else [Replicate()]
-            local(tensor).copy_(distribute_tensor(whole, mesh, placements).to_local())     # scatter or broadcast
+            local_shard(tensor).copy_(distribute_tensor(whole, mesh, placements).to_local())     # scatter or broadcast
     student.gather_root = lambda: None                         # counts as a forward of the root: it comes whole, stays
     register_fsdp_forward_method(student, "gather_root")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # no in-place operation follows
@@ -265,7 +265,7 @@ def swap(param, other):
     """Exchange the values of a parameter and of a tensor like it. Pointers move; of a sharded one the contents, because
     FSDP gathers from the memory that it knows."""
     if isinstance(param, DTensor):
-        mine, theirs = local(param.detach()), local(other)
+        mine, theirs = local_shard(param.detach()), local_shard(other)
         held = mine.clone()
         mine.copy_(theirs)
         theirs.copy_(held)
@@ -290,18 +290,18 @@ def regathered(student):
             group.reshard()
 
 
-def local(tensor):
+def local_shard(tensor):
     """This rank's share of a sharded tensor, in place; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tree):
+def gather_full(tree):
     """Nested dicts and lists with their sharded tensors whole: on the CPU of rank 0, None elsewhere. One tensor at a
     time is gathered, by all ranks; anything else stays as it is."""
     if isinstance(tree, dict):
-        return {key: full(value) for key, value in tree.items()}
+        return {key: gather_full(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(full(value) for value in tree)
+        return type(tree)(gather_full(value) for value in tree)
     if isinstance(tree, DTensor):
         tree = tree.full_tensor()
         return tree.cpu() if is_main() else None

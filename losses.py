@@ -1,205 +1,250 @@
-"""The losses of DINO, iBOT, KoLeo, Gram and distillation, and the two ways to turn teacher logits into targets.
+"""The losses of DINO, iBOT, KoLeo, Gram and distillation, and the two ways from teacher logits to
+targets.
 
-Tensors in, scalar out, no state. Everything computes in fp32 whatever comes in, and every statistic that belongs to the
-batch is taken over all ranks, so one process with B images and two with B/2 give the same numbers (KoLeo excepted: it
-is local by definition). Shape letters are those of model.py: B images, S student crops, T teacher crops, K prototypes,
-M masked patches, P patches, D width.
+Tensors in, scalar out, no state. Everything computes in fp32, whatever the dtype of the input. A
+statistic of the batch is taken over all ranks, so one process with B images and two with B/2 give
+the same numbers. KoLeo is the exception: it is local by definition. Shape letters are those of
+model.py: B images, S student crops, T teacher crops, K prototypes, M masked patches, P patches,
+D width.
 """
 import torch
 import torch.nn.functional as F
 
 from distributed import all_reduce_max, all_reduce_sum
 
-TINY = torch.finfo(torch.float32).tiny    # keeps 0/0 away where a whole row or column of exponentials has vanished
+TINY = torch.finfo(torch.float32).tiny  # avoids 0/0 if all exponentials of a row or column vanish
 
 
 # ---- teacher logits -> targets ----
 
 @torch.no_grad()
 def softmax_center(teacher_logits, center, teacher_temp):
-    """Targets by centering and sharpening: softmax((t - c) / temp). DINO (arXiv 2104.14294) section 3.1.
+    """Targets by centering and sharpening: softmax((t - c) / temp). DINO (arXiv 2104.14294) 3.1.
 
-    The centre keeps one prototype from taking all, the low temperature keeps the targets from becoming uniform.
-    Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1]. Returns: probs [N,K] fp32, rows sum to 1.
+    The center keeps one prototype from taking all images. The low temperature keeps the targets
+    from becoming uniform.
+    Args: teacher_logits [N,K]; center [1,K]; teacher_temp in (0, 0.1].
+    Returns: probs [N,K] fp32, rows sum to 1.
     """
-    probs = own_copy(teacher_logits).sub_(center).div_(teacher_temp)                       # [N,K]
+    probs = own_copy(teacher_logits).sub_(center).div_(teacher_temp)  # [N,K]
     for part in few_rows(probs):
         part.copy_(F.softmax(part, dim=-1))
     return probs
 
 
-# [N,K] of masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. What is made of it is made in
-# place or by few rows at a time: fresh memory costs more time than the maths, and stays with the process.
+# [N,K] of masked patches is the largest tensor of a step, 160 MB in fp32 for 8 images. Work on it
+# goes in place or by few rows at a time, because new memory costs more time than the maths.
 
 def own_copy(logits):
-    """[N,K] logits in fp32, to go on with in place."""
+    """A copy of [N,K] logits in fp32, to change in place."""
     return logits.to(torch.float32, copy=True)
 
 
 def few_rows(x, elements=2**22):
-    """Views of some rows of [N,K] each, of about so many elements: they fit into a CPU's cache, and fill a GPU."""
+    """[N,K] as views of a few rows each, about `elements` numbers: they fit into a CPU's cache, and
+    fill a GPU."""
     return x.split(max(1, elements // x.shape[1]))
 
 
 def update_center(center, teacher_logits, momentum=0.9):
-    """The next centre: momentum * c + (1 - momentum) * mean of the logits over all rows of all ranks. DINO equation 4.
+    """The next center: momentum * c + (1 - momentum) * mean of the logits over all rows of all
+    ranks. DINO equation 4.
 
-    Call it after the loss, so that a step uses the centre of the steps before it, as the reference does. A batch
-    without rows (no masked patch anywhere) leaves the centre as it is. Args: center [1,K]; teacher_logits [N,K], N may
-    be 0 and may differ by rank. Returns: center [1,K] fp32.
+    Call it after the loss: a step uses the center of the steps before it, as in the reference. A
+    batch without rows (no masked patch on any rank) leaves the center as it is.
+    Args: center [1,K]; teacher_logits [N,K], N may be 0 and may differ by rank.
+    Returns: center [1,K] fp32.
     """
     return move_center(center, sum_rows(teacher_logits), momentum)
 
 
 def sum_rows(teacher_logits):
-    """[1,K+1] fp32: the sum of the rows of [N,K] logits, and their number N. Sums of micro-batches add up."""
-    rows = torch.full((1, 1), float(len(teacher_logits)), device=teacher_logits.device)
-    return torch.cat([teacher_logits.sum(dim=0, keepdim=True, dtype=torch.float32), rows], dim=1)
+    """[1,K+1] fp32: the sum of the rows of [N,K] logits, and their number N. The results of several
+    micro-batches can be added."""
+    n_rows = float(len(teacher_logits))
+    n_rows = torch.full((1, 1), n_rows, device=teacher_logits.device)
+    row_sum = teacher_logits.sum(dim=0, keepdim=True, dtype=torch.float32)
+    return torch.cat([row_sum, n_rows], dim=1)
 
 
 def move_center(center, row_sums, momentum=0.9):
-    """update_center with the row sums of this rank, [1,K+1], in place of its logits: of all micro-batches of a step."""
-    total = all_reduce_sum(row_sums)                                                       # one message
-    batch_mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-    return torch.where(total[:, -1:] > 0, momentum * center + (1 - momentum) * batch_mean, center)
+    """update_center from this rank's row sums [1,K+1] (of sum_rows, added over the micro-batches of
+    a step) instead of from logits."""
+    total = all_reduce_sum(row_sums)  # one message
+    row_sum, n_rows = total[:, :-1], total[:, -1:]
+    batch_mean = row_sum / n_rows.clamp_min(1)
+    moved = momentum * center + (1 - momentum) * batch_mean
+    return torch.where(n_rows > 0, moved, center)
 
 
 def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
-    """Targets that use all prototypes equally: SwAV (arXiv 2006.09882) section 3.1 and appendix A, as in DINOv2.
+    """Targets that use all prototypes equally: SwAV (arXiv 2006.09882) section 3.1 and appendix A,
+    as in DINOv2.
 
-    Q = exp(logits / temp); n_iterations times: every prototype (column) is scaled to sum 1/K, then every row to sum
-    1/N, over the rows of all ranks. The largest logit is subtracted before exp: that changes nothing but overflow.
+    Q = exp(logits / temp). n_iterations times: scale every prototype (column) to sum 1/K, then
+    every row to sum 1/N, over the rows of all ranks. The largest logit is subtracted before exp,
+    which prevents overflow and changes nothing else.
     Args: teacher_logits [N,K], N may be 0 and may differ by rank.
     Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
-    q = own_copy(teacher_logits).div_(teacher_temp)                                        # [N,K], now in place
-    largest = q.max() if q.numel() else torch.tensor(float("-inf"), device=q.device)
-    # below exp(-60) nothing counts in its row; were it 0, a row far below the others would have no target at all
+    q = own_copy(teacher_logits).div_(teacher_temp)  # [N,K], from here on in place
+    largest = torch.tensor(float("-inf"), device=q.device)
+    if q.numel() > 0:
+        largest = q.max()
+    # exp(-60) counts for nothing in its row. With 0, a row far below the others had no target
     q.sub_(all_reduce_max(largest)).clamp_(min=-60).exp_()
     n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
     n_prototypes = q.shape[1]
     q /= all_reduce_sum(q.sum()).clamp_min(TINY)
     for _ in range(n_iterations):
-        q /= (all_reduce_sum(q.sum(dim=0, keepdim=True)) * n_prototypes).clamp_min(TINY)   # columns sum to 1/K
-        q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)                         # rows sum to 1/N
+        columns = all_reduce_sum(q.sum(dim=0, keepdim=True))  # [1,K]
+        q /= (columns * n_prototypes).clamp_min(TINY)  # columns sum to 1/K
+        q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)  # rows sum to 1/N
     return q.mul_(n_rows)
 
 
 # ---- losses ----
 
 def dino_loss(student_logits, teacher_probs, student_temp=0.1, ignore_diagonal=True):
-    """Mean cross-entropy over all pairs of a teacher crop and a student crop. DINO equation 3, algorithm 1.
+    """Mean cross-entropy over all pairs of a teacher crop and a student crop. DINO equation 3,
+    algorithm 1.
 
         pairs = 0; total = 0
         for t in range(T):
             for s in range(S):
-                if ignore_diagonal and s == t: continue      # the same crop on both sides teaches nothing
-                total += mean over b of -sum_k teacher_probs[t,b,k] * log_softmax(student_logits[s,b] / student_temp)[k]
+                if ignore_diagonal and s == t: continue  # a crop is no target for itself
+                log_probs = log_softmax(student_logits[s,b] / student_temp)
+                total += mean over b of -sum_k teacher_probs[t,b,k] * log_probs[k]
                 pairs += 1
         return total / pairs
 
-    With S = 2 global + L local crops, T = 2 and ignore_diagonal this is the DINO loss; DINOv2 and DINOv3 split the same
-    pairs into a global and a local term and weigh each by its share of the pairs.
-    Args: student_logits [S,B,K]; teacher_probs [T,B,K]; crop i of both is the same crop if ignore_diagonal.
-    Returns: scalar fp32, ln K where the student is uniform. Raises ValueError where no pair is left.
+    With S = 2 global + L local crops, T = 2 and ignore_diagonal this is the DINO loss. DINOv2 and
+    DINOv3 split the same pairs into a global and a local term, and weight each term by its share of
+    the pairs.
+    Args: student_logits [S,B,K]; teacher_probs [T,B,K]. With ignore_diagonal, crop i of the student
+    is crop i of the teacher.
+    Returns: scalar fp32; ln K if the student is uniform. Raises ValueError if no pair is left.
     """
     S, B, K = student_logits.shape
     T = len(teacher_probs)
-    pairs = S * T - (min(S, T) if ignore_diagonal else 0)
-    if pairs == 0:
-        raise ValueError(f"dino_loss: {S} student and {T} teacher crops leave no pair of different crops; "
-                         "use more crops")
-    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)               # [S,B,K]
-    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float()) / B     # [S,T]
+    pairs = S * T
     if ignore_diagonal:
-        cross_entropy = cross_entropy.masked_fill(torch.eye(S, T, dtype=torch.bool, device=cross_entropy.device), 0)
+        pairs -= min(S, T)
+    if pairs == 0:
+        raise ValueError(f"dino_loss: {S} student and {T} teacher crops leave no pair of different "
+                         "crops; use more crops")
+    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)  # [S,B,K]
+    products = torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float())
+    cross_entropy = -products / B  # [S,T]
+    if ignore_diagonal:
+        diagonal = torch.eye(S, T, dtype=torch.bool, device=cross_entropy.device)
+        cross_entropy = cross_entropy.masked_fill(diagonal, 0)
     return cross_entropy.sum() / pairs
 
 
 def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
-    """Cross-entropy on the masked patches: iBOT (arXiv 2111.07832) equation 2, weighted as in DINOv2.
+    """Cross-entropy on the masked patches: iBOT (arXiv 2111.07832) equation 2, weighted as in
+    DINOv2.
 
         total = 0
-        for crop in range(n_crops):                          # crops without a mask count in the mean, with loss 0
+        for crop in range(n_crops):  # crops without a mask count in the mean, with loss 0
             for m in masked patches of crop:
-                total += -sum_k teacher_probs[m,k] * log_softmax(student_logits[m] / student_temp)[k] / n_masked(crop)
+                log_probs = log_softmax(student_logits[m] / student_temp)
+                total += -sum_k teacher_probs[m,k] * log_probs[k] / n_masked(crop)
         return total / n_crops
 
-    Args: student_logits, teacher_probs [M,K], the rows of the masked patches in row-major order of masks; masks
-    [n_crops,P] bool, True = masked. Returns: scalar fp32; 0 with a gradient of zeros where nothing is masked; with half
-    of the crops masked and a uniform student it is half of ln K.
+    Args: student_logits, teacher_probs [M,K], the rows of the masked patches in row-major order of
+    masks; masks [n_crops,P] bool, True = masked.
+    Returns: scalar fp32. If nothing is masked it is 0, with a gradient of zeros. If half of the
+    crops have a mask, a uniform student has half of ln K.
     """
-    per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)                                 # [n_crops,1]
-    weight = (1.0 / per_crop).expand_as(masks)[masks]                                      # [M]
-    cross_entropy = CrossEntropy.apply(student_logits, teacher_probs, student_temp)        # [M]
+    per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)  # [n_crops,1]
+    weight = (1.0 / per_crop).expand_as(masks)[masks]  # [M]
+    cross_entropy = CrossEntropy.apply(student_logits, teacher_probs, student_temp)  # [M]
     return (cross_entropy * weight).sum() / len(masks)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """-sum_k probs[n,k] * log_softmax(logits[n] / temp)[k] of every row n, [N,K], [N,K] -> [N] fp32.
+    """-sum_k probs[n,k] * log_softmax(logits[n] / temp)[k] of every row n, [N,K] -> [N] fp32.
 
-    Written out, gradient included: autograd would make and keep five tensors like probs.
-        d / d logits[n] = (softmax(logits[n] / temp) * sum_k probs[n,k] - probs[n]) / temp; none for probs
+    The gradient is written out, because autograd would make and keep five tensors like probs:
+        d / d logits[n] = (softmax(logits[n] / temp) * sum_k probs[n,k] - probs[n]) / temp
+    There is no gradient for probs.
     """
 
     @staticmethod
     def forward(ctx, logits, probs, temp):
         ctx.save_for_backward(logits, probs)
         ctx.temp = temp
-        return torch.cat([-(F.log_softmax(x.float() / temp, dim=-1) * p).sum(dim=-1)
-                          for x, p in zip(few_rows(logits), few_rows(probs))])             # [N]
+        parts = []
+        for x, p in zip(few_rows(logits), few_rows(probs)):
+            log_probs = F.log_softmax(x.float() / temp, dim=-1)
+            parts.append(-(log_probs * p).sum(dim=-1))
+        return torch.cat(parts)  # [N]
 
     @staticmethod
     def backward(ctx, grad):
         logits, probs = ctx.saved_tensors
-        result = torch.empty_like(logits)                                                  # [N,K]
-        grad = (grad / ctx.temp)[:, None].expand_as(logits)                                # no memory of its own
-        for out, x, p, g in zip(*map(few_rows, (result, logits, probs, grad))):
-            q = F.softmax(x.float() / ctx.temp, dim=-1).mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
+        result = torch.empty_like(logits)  # [N,K]
+        grad = (grad / ctx.temp)[:, None].expand_as(logits)  # a view, without memory of its own
+        parts = map(few_rows, (result, logits, probs, grad))
+        for out, x, p, g in zip(*parts):
+            q = F.softmax(x.float() / ctx.temp, dim=-1)
+            q.mul_(p.sum(dim=-1, keepdim=True)).sub_(p)
             out.copy_(q.mul_(g))
         return result, None, None
 
 
 def koleo_loss(features, eps=1e-8):
-    """Kozachenko-Leonenko entropy estimator: pushes each feature away from its nearest neighbour in the batch, so that
-    the features spread over the sphere. Sablayrolles et al. (arXiv 1806.03198) equation 2; DINOv2 section 4.
+    """Kozachenko-Leonenko entropy estimator. It pushes each feature away from its nearest neighbour
+    in the batch, so that the features spread over the sphere. Sablayrolles et al. (arXiv
+    1806.03198) equation 2; DINOv2 section 4.
 
-        x = features / |features|; j(i) = argmax over j != i of <x_i, x_j>      # the choice has no gradient
+        x = features / |features|; j(i) = argmax over j != i of <x_i, x_j>  # without gradient
         return -mean over i of log(|x_i - x_j(i) + eps| + eps)
 
-    Args: features [B,D], the CLS tokens of one crop, before the head; this rank's images only, as in DINOv2.
-    Returns: scalar fp32. Raises ValueError for fewer than two rows. Two identical images in a batch cost about +18.
+    Args: features [B,D], the CLS tokens of one crop, before the head, of this rank's images only,
+    as in DINOv2.
+    Returns: scalar fp32. Raises ValueError for fewer than two rows. Two identical images in a batch
+    cost about +18.
     """
     if len(features) < 2:
-        raise ValueError(f"koleo_loss: needs at least 2 images per rank to find a neighbour, got {len(features)}; "
-                         "use a larger batch or koleo_loss_weight = 0")
-    with torch.autocast(features.device.type, enabled=False):    # in bf16 the products would choose wrong neighbours
-        x = F.normalize(features.float(), eps=eps, dim=-1)       # [B,D]
+        raise ValueError("koleo_loss: needs at least 2 images per rank to find a neighbour, got "
+                         f"{len(features)}; use a larger batch or koleo_loss_weight = 0")
+    with torch.autocast(features.device.type, enabled=False):  # bf16 would find wrong neighbours
+        x = F.normalize(features.float(), eps=eps, dim=-1)  # [B,D]
         with torch.no_grad():
-            similarity = x @ x.T                                 # [B,B]
+            similarity = x @ x.T  # [B,B]
             neighbour = similarity.fill_diagonal_(-1).argmax(dim=1)
-        distance = F.pairwise_distance(x, x[neighbour], p=2, eps=eps)                      # [B]
+        distance = F.pairwise_distance(x, x[neighbour], p=2, eps=eps)  # [B]
         return -(distance + eps).log().mean()
 
 
-def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_teacher_neg=False, normalize=True):
-    """Keeps the patch similarities of the student near those of the teacher: DINOv3 (arXiv 2508.10104) section 4.2.
+def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_teacher_neg=False,
+              normalize=True):
+    """Keep the patch similarities of the student near those of the teacher: DINOv3 (arXiv
+    2508.10104) section 4.2.
 
-    |S S^T - T T^T|^2, the mean over the entries of both Gram matrices, per image. Only similarities are compared, so
-    the features themselves stay free to move. A teacher that saw a larger crop (more patches) is resized to the
-    student's grid first: bicubic, before normalising. To compare all patches of a batch in one matrix, pass [1,B*P,D].
-    Args: student_patches [B,P,D]; teacher_patches [B,Q,D], P and Q squares where they differ; remove_neg: negative
-    similarities of both sides become 0; remove_only_teacher_neg: only the teacher's; normalize: unit-length tokens.
-    Returns: scalar fp32. Raises ValueError when both remove options are set.
+    |S S^T - T T^T|^2, the mean over the entries of both Gram matrices, per image. Only similarities
+    are compared, so the features themselves stay free to move. If the teacher saw a larger crop
+    (more patches), its tokens are resized to the student's grid first: bicubic, before normalising.
+    To compare all patches of a batch in one matrix, pass [1,B*P,D].
+    Args: student_patches [B,P,D]; teacher_patches [B,Q,D]; P and Q are squares if they differ;
+    remove_neg: negative similarities of both sides become 0; remove_only_teacher_neg: only the
+    teacher's; normalize: unit-length tokens.
+    Returns: scalar fp32. Raises ValueError if both remove options are set.
     """
     if remove_neg and remove_only_teacher_neg:
-        raise ValueError("gram_loss: remove_neg and remove_only_teacher_neg exclude each other; set one")
+        raise ValueError("gram_loss: remove_neg and remove_only_teacher_neg exclude each other; "
+                         "set one")
     student = student_patches.float()
-    teacher = resize_grid(teacher_patches.float(), round(student.shape[1] ** 0.5), "bicubic")                # [B,P,D]
+    grid = round(student.shape[1] ** 0.5)
+    teacher = resize_grid(teacher_patches.float(), grid, "bicubic")  # [B,P,D]
     if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        student = F.normalize(student, dim=-1)
+        teacher = F.normalize(teacher, dim=-1)
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = student @ student.mT, teacher @ teacher.mT                      # [B,P,P]
+        student, teacher = student @ student.mT, teacher @ teacher.mT  # [B,P,P]
     if remove_neg:
         student = student.clamp_min(0)
     if remove_neg or remove_only_teacher_neg:
@@ -210,23 +255,28 @@ def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_te
 # ---- distillation from a network of another kind ----
 
 def resize_grid(tokens, grid, mode="bilinear"):
-    """Patch tokens [N,Q,D] of a square grid as those of a grid x grid one, [N,grid*grid,D]; the same where it fits."""
+    """Resize patch tokens [N,Q,D] of a square grid to a grid x grid one, [N,grid*grid,D]. Tokens
+    that have this size are returned as they are."""
     own = round(tokens.shape[1] ** 0.5)
     if own == grid:
         return tokens
-    square = tokens.transpose(1, 2).unflatten(2, (own, own))                               # [N,D,q,q]
-    return F.interpolate(square, size=(grid, grid), mode=mode).flatten(2).transpose(1, 2)  # [N,P,D]
+    square = tokens.transpose(1, 2).unflatten(2, (own, own))  # [N,D,q,q]
+    resized = F.interpolate(square, size=(grid, grid), mode=mode)
+    return resized.flatten(2).transpose(1, 2)  # [N,P,D]
 
 
 def feature_loss(student, teacher, kind="cosine"):
-    """How far the student's projected tokens are from the teacher's standardised ones (mean 0 and variance 1 in every
-    dimension over the data: the few large dimensions and the common mean of a ViT's tokens would drown the rest).
+    """How far the student's projected tokens are from the teacher's standardised ones.
+
+    Standardised: mean 0 and variance 1 over the data in every dimension. Else the few large
+    dimensions and the common mean of a ViT's tokens would hide the rest.
 
         cosine      mean over tokens of 1 - <s, t> / (|s| |t|)
-        smooth_l1   mean over tokens and dimensions of d^2 / 2 where |d| < 1, else |d| - 1/2, with d = s - t
+        smooth_l1   mean over tokens and dimensions of d^2 / 2 if |d| < 1, else |d| - 1/2; d = s - t
 
-    Args: student, teacher [...,D]; no gradient reaches the teacher, because it was computed without. Returns: scalar
-    fp32. A student that says nothing (zeros) scores 1 with cosine; with smooth_l1 about 0.4, to be measured.
+    Args: student, teacher [...,D]; the teacher was computed without gradient.
+    Returns: scalar fp32. A student of zeros has 1 with cosine, and about 0.4 with smooth_l1
+    (measure it).
     """
     student, teacher = student.float(), teacher.float()
     if kind == "cosine":

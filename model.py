@@ -1,11 +1,12 @@
-"""The networks: a Hugging Face ViT as backbone, DINO heads on top, the student, and its EMA teacher.
+"""The networks: a Hugging Face ViT as backbone, DINO heads, the student, and its EMA teacher.
 
-Four families of transformers are one thing here: 'vit' (DINO), 'dinov2', 'dinov2_with_registers' and 'dinov3_vit'.
-forward_features hides what differs, everything else treats them alike.
+Everything here takes the four families of transformers alike: 'vit' (DINO), 'dinov2',
+'dinov2_with_registers', 'dinov3_vit'. forward_features hides their differences.
 
-Shape letters, used in all files: B images per rank, V views (global crops), L local crops, P patches, M masked patches
-in the batch, D embed dim, K prototypes, C channels, H W pixels, h w patch grid, p patch size. View-major always: crop v
-of image b is row v * B + b. masks: bool, True = masked = the student sees the mask token there.
+Shape letters, used in all files: B images per rank, V views (global crops), L local crops,
+P patches, M masked patches in the batch, D embed dim, K prototypes, C channels, H W pixels,
+h w patch grid, p patch size. View-major always: crop v of image b is row v * B + b.
+masks: bool, True = masked = the student sees the mask token there.
 """
 import contextlib
 import os
@@ -17,48 +18,35 @@ import transformers
 from torch import nn
 
 from configurator import UserError
-from distributed import local, only_shapes, regathered, shard_like, swap, unwrap
+from distributed import local_shard, only_shapes, regathered, shard_like, swap, unwrap
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
+             "num_register_tokens")  # config keys that give a family its shape
 
 
 # ---- backbone ----
 
 def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys):
-    """A Hugging Face ViT of one of the four families, with its patch embedding made for num_channels.
+    """A Hugging Face ViT of one of the four families, with a patch embedding for num_channels.
 
-    Args: model_type: a hub id ('facebook/dinov2-small') or a local directory, for its weights or (use_pretrained=False)
-    its shape with random weights; or the name of a family, from scratch. size_keys: keys of the HF config (hidden_size,
-    num_hidden_layers, num_attention_heads, patch_size, image_size, num_register_tokens, drop_path_rate, ...), those
-    that the family does not have are ignored; on pretrained weights only those that change no shape are allowed.
-    num_channels 0: as many as model_type says.
-    Returns: transformers PreTrainedModel in fp32, without pooler. Raises UserError for what cannot be found or loaded.
+    Args: model_type: a hub id or a local directory, for its weights or (use_pretrained=False) its
+    shape with random weights; or a family, from scratch; num_channels: 0 = as many as model_type
+    has; size_keys: keys of the HF config (hidden_size, ...). Those that the family lacks are
+    ignored. Pretrained weights allow only keys that change no shape.
+    Returns: PreTrainedModel in fp32, without pooler. Raises UserError if it cannot be loaded.
     """
-    if model_type in FAMILIES and use_pretrained:
-        raise UserError(f"model_type={model_type!r} is a family and has no weights; "
-                        "give a hub id or a local directory, or --use_pretrained=false to train from scratch")
-    names_a_folder = os.path.sep in model_type and model_type[0] in "./~"
-    if names_a_folder and not os.path.isdir(model_type):
-        raise UserError(f"model_type={model_type!r}: no such directory; give a directory with config.json, or a hub id")
-    try:
-        config = _family_config(model_type, size_keys) if model_type in FAMILIES else \
-            transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(gated(model_type, error) or f"model_type={model_type!r} cannot be loaded: "
-                        "neither a local directory with config.json nor a hub id that can be reached; "
-                        f"from scratch use one of {', '.join(FAMILIES)} ({str(error).splitlines()[0][:120]})") from None
+    config = _find_config(model_type, use_pretrained, size_keys)
     num_channels = num_channels or config.num_channels
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; "
-                        f"supported are {', '.join(FAMILIES)}")
     for key, value in size_keys.items():
         if use_pretrained and key not in ("drop_path_rate", "pos_embed_rescale"):
-            raise UserError(f"{key}={value} would change the shape of the pretrained {model_type!r}; "
-                            "leave it out, or set --use_pretrained=false")
+            raise UserError(f"{key}={value} would change the shape of the pretrained "
+                            f"{model_type!r}; leave it out, or set --use_pretrained=false")
         if hasattr(config, key):
             setattr(config, key, value)
-    # the pooler would be random and unused, which DDP refuses; ViT makes its mask token only when asked
-    extra = dict(add_pooling_layer=False, use_mask_token=True) if config.model_type == "vit" else {}
+    extra = {}
+    if config.model_type == "vit":  # DDP refuses an unused pooler; ViT has a mask token on request
+        extra = dict(add_pooling_layer=False, use_mask_token=True)
     if not use_pretrained:
         config.num_channels = num_channels
     if not use_pretrained or only_shapes():
@@ -66,48 +54,77 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     else:
         with quiet_transformers():
             backbone, info = transformers.AutoModel.from_pretrained(
-                model_type, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-                **extra)
+                model_type, config=config, dtype=torch.float32, trust_remote_code=False,
+                output_loading_info=True, **extra)
         missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
-        if missing or info["mismatched_keys"]:
-            raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; missing "
-                            f"{missing[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}")
-    if config.num_channels != num_channels:
+        mismatched = sorted(info["mismatched_keys"])
+        if missing or mismatched:
+            raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; "
+                            f"missing {missing[:3]}, of other shape {mismatched[:3]}")
+    backbone.patch_embed_inflated = config.num_channels != num_channels  # trained with the heads
+    if backbone.patch_embed_inflated:
         _set_channels(backbone, num_channels)
-    for norm in (part for block in blocks(backbone) for part in block.modules() if isinstance(part, nn.LayerNorm)):
-        norm.register_forward_hook(round_once)
+    for part in blocks(backbone).modules():
+        if isinstance(part, nn.LayerNorm):
+            part.register_forward_hook(round_once)
     return backbone
 
 
-def round_once(_, inputs, tokens):
-    """Forward hook of a block's norms: their fp32 output in the dtype of autocast. Query, key and value projections
-    would each make, and keep until the backward, a copy of their own."""
-    device = tokens.device.type
-    return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
-
-
-def gated(repository, error):
-    """How to get at weights whose owners ask for consent first, in one line; '' where `error` says something else."""
-    causes = f"{error!r} {error.__cause__!r}".lower()
-    if "gated" not in causes and "401" not in causes and "403" not in causes:
-        return ""
-    return (f"{repository!r} is gated, or private, or misspelt: the hub refuses it without consent; log in with "
-            f"`hf auth login`, accept the licence at https://huggingface.co/{repository}, and start again")
+def _find_config(model_type, use_pretrained, size_keys):
+    """The transformers config of a family, a directory or a hub id; UserError if there is none."""
+    if model_type in FAMILIES and use_pretrained:
+        raise UserError(f"model_type={model_type!r} is a family and has no weights; give a hub id "
+                        "or a local directory, or --use_pretrained=false to train from scratch")
+    names_a_folder = os.path.sep in model_type and model_type[0] in "./~"
+    if names_a_folder and not os.path.isdir(model_type):
+        raise UserError(f"model_type={model_type!r}: no such directory; give a directory with "
+                        "config.json, or a hub id")
+    try:
+        if model_type in FAMILIES:
+            return _family_config(model_type, size_keys)
+        config = transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(gated(model_type, error)
+                        or f"model_type={model_type!r} cannot be loaded: neither a local directory "
+                        "with config.json nor a hub id that can be reached; from scratch use one "
+                        f"of {', '.join(FAMILIES)} ({str(error).splitlines()[0][:120]})") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported "
+                        f"are {', '.join(FAMILIES)}")
+    return config
 
 
 def _family_config(family, size_keys):
-    """A config of the family with those of the keys that it has. By the constructor: values that it derives (dinov2's
-    stage names) would go stale under setattr."""
+    """A config of the family, with those of the keys that it has. The constructor gets the keys,
+    because setattr would leave derived values (dinov2's stage names) as they were."""
     known = transformers.AutoConfig.for_model(family)
-    if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):       # dinov2 has mlp_ratio = 4 instead
-        size_keys = {"intermediate_size": 4 * size_keys["hidden_size"], **size_keys}
     size_keys = {key: value for key, value in size_keys.items() if hasattr(known, key)}
+    if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):  # dinov2: mlp_ratio = 4
+        size_keys.setdefault("intermediate_size", 4 * size_keys["hidden_size"])
     return transformers.AutoConfig.for_model(family, **size_keys)
+
+
+def round_once(_, inputs, tokens):
+    """Forward hook of a block's norms: cast their fp32 output to the dtype of autocast. Else each
+    of the query, key and value projections makes a copy, and keeps it until the backward."""
+    device = tokens.device.type
+    is_on = torch.is_autocast_enabled(device)
+    return tokens.to(torch.get_autocast_dtype(device)) if is_on else tokens
+
+
+def gated(repository, error):
+    """How to get weights whose owners ask for consent, in one line; '' for other errors."""
+    causes = f"{error!r} {error.__cause__!r}".lower()
+    if not any(sign in causes for sign in ("gated", "401", "403")):
+        return ""
+    return (f"{repository!r} is gated, or private, or misspelt: the hub refuses it without "
+            "consent; log in with `hf auth login`, accept the licence at "
+            f"https://huggingface.co/{repository}, and start again")
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No loading bars and no report on the mask token: build_backbone checks the loading info itself."""
+    """No loading bars and no report on missing weights: build_backbone checks them itself."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -119,93 +136,161 @@ def quiet_transformers():
 
 
 def inflate_patch_embed(weight, num_channels):
-    """A patch embedding of RGB filters, [D,3,p,p], as one of num_channels, [D,C,p,p].
-
-    The mean of the given filters, repeated, times 3/C: a pattern that is the same in all channels keeps its response.
-    For C = 1 this is the sum of the filters, exactly what a grey image copied into three channels would meet. The
-    number of given channels need not be 3; where it is C already, the weight comes back as it is.
-    """
+    """Turn the filters of a patch embedding, [D,3,p,p], into those for num_channels, [D,C,p,p].
+    Each new filter is the mean over the given channels times 3/C: a pattern that is the same in all
+    channels keeps its response. For C = 1 this is the sum of the filters. Weights with another
+    number of channels than 3 work alike; with C channels they are returned as they are."""
     given = weight.shape[1]
     if given == num_channels:
         return weight
-    return weight.mean(dim=1, keepdim=True).repeat(1, num_channels, 1, 1) * (given / num_channels)
+    mean = weight.mean(dim=1, keepdim=True)  # [D,1,p,p]
+    return mean.repeat(1, num_channels, 1, 1) * (given / num_channels)
 
 
 def _set_channels(backbone, num_channels):
-    """Replace the patch embedding by its inflated self, and say so in the HF config, so that exports reload cleanly."""
+    """Inflate the patch embedding in place, and tell the HF config, so that exports reload."""
     for parent in backbone.modules():
         for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d):
-                has_bias = conv.bias is not None
-                new = nn.Conv2d(num_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=has_bias)
-                with torch.no_grad():
-                    new.weight.copy_(inflate_patch_embed(conv.weight, num_channels))
-                    if has_bias:
-                        new.bias.copy_(conv.bias)
-                setattr(parent, name, new)
-                if hasattr(parent, "num_channels"):
-                    parent.num_channels = num_channels
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            new = nn.Conv2d(num_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                            bias=conv.bias is not None)
+            new.weight = nn.Parameter(inflate_patch_embed(conv.weight.detach(), num_channels))
+            new.bias = conv.bias
+            setattr(parent, name, new)
+            if hasattr(parent, "num_channels"):
+                parent.num_channels = num_channels
     backbone.config.num_channels = num_channels
-    backbone.patch_embed_inflated = True                      # train.py lets it learn while the other weights wait
 
 
 def backbone_from_config(config, num_channels):
-    """The backbone that a run of train.py starts from: build_backbone with the keys of its config, a dict. A model_type
-    that names a family takes the sizes of the config, all others have sizes of their own."""
+    """build_backbone with the keys of a script's config, a dict. If model_type is a family, the
+    config gives the sizes; all other models have sizes of their own."""
     sizes = {} if config["use_pretrained"] else dict(image_size=config["global_crops_size"])
     if config["model_type"] in FAMILIES:
-        sizes.update({key: config[key] for key in ("hidden_size", "num_hidden_layers", "patch_size",
-                                                   "num_attention_heads", "num_register_tokens")})
+        sizes.update({key: config[key] for key in SIZE_KEYS})
     return build_backbone(config["model_type"], config["use_pretrained"], num_channels,
                           drop_path_rate=config["drop_path_rate"],
                           pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
 
 
+def adapted_backbone(config, num_channels, device, say=print, changed=()):
+    """The backbone that a run trains: released or random weights, with LoRA, with frozen layers.
+    Args: config: namespace of a script's keys; device: where it will run; say: gets a text for
+    every key without effect; changed: keys that differ from their default (configurator.override).
+    Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
+    backbone = backbone_from_config(vars(config), num_channels)
+    check_crop_sizes(config, backbone.config.patch_size)
+    for note in keys_without_effect(config, backbone.config, changed):
+        say(f"note: {note}")
+    if device.type == "cpu":
+        use_plain_attention(backbone)
+    if getattr(config, "ibot_loss_weight", 0) == 0:  # unused; DDP would wait for its gradient
+        for name, param in backbone.named_parameters():
+            if "mask_token" in name:
+                param.requires_grad_(False)
+    thaws = getattr(config, "freeze_backbone_until", 0) > 0
+    if config.use_lora:  # no adapters in blocks that stay frozen
+        skip_blocks = 0 if thaws else config.freeze_backbone_layers
+        backbone = add_lora(backbone, config.lora_r, config.lora_alpha, config.lora_dropout,
+                            config.lora_targets, skip_blocks)
+    if not thaws:
+        freeze_layers(backbone, config.freeze_backbone_layers)
+    if config.activation_checkpointing:
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
+    return backbone
+
+
+def check_crop_sizes(config, patch_size):
+    """UserError if the size of a crop that the config asks for is not a multiple of the patch."""
+    keys = ["global_crops_size"]
+    if config.local_crops_number + getattr(config, "label_guided_crops_number", 0) > 0:
+        keys.append("local_crops_size")
+    if getattr(config, "gram_loss_weight", 0) > 0:
+        keys.append("gram_crops_size")
+    for key in keys:
+        size = getattr(config, key)
+        below = size // patch_size * patch_size
+        if size != below:
+            sizes = f"{below or patch_size} or {below + patch_size}"
+            raise UserError(f"{key}={size} is not a multiple of patch_size={patch_size} of "
+                            f"{config.model_type}; use {sizes}")
+
+
+def keys_without_effect(config, backbone_config, changed=()):
+    """A sentence for every key that was set but has no effect on this model. A size key was set if
+    it is among `changed`. Args: as adapted_backbone; backbone_config: of transformers."""
+    notes, family = [], backbone_config.model_type
+    for key, what in (("drop_path_rate", "stochastic depth"),
+                      ("pos_embed_rescale", "random scale of positions")):
+        value = getattr(config, key)
+        if value > 0 and not hasattr(backbone_config, key):
+            notes.append(f"{family} has no {what} in transformers; {key}={value} has no effect")
+    for key in [key for key in SIZE_KEYS if key in changed]:
+        no_effect = f"{key}={getattr(config, key)} has no effect"
+        if config.model_type not in FAMILIES:
+            notes.append(f"{config.model_type} has sizes of its own; {no_effect}")
+        elif not hasattr(backbone_config, key):
+            notes.append(f"{family} has no {key} in transformers; {no_effect}")
+    return notes
+
+
+def compile_blocks(backbone):
+    """torch.compile every block in place. Blocks share one graph per crop size, mode and device."""
+    torch._dynamo.config.recompile_limit = 64  # at its default, 8, torch stops compiling silently
+    for block in blocks(backbone):
+        block.compile()
+
+
 def pretrained_input(model_type):
-    """What the weights were trained on, from the preprocessor_config.json beside them: dict with mean and std (tuples
-    of floats, of pixels in 0..1), size (pixels, or 0), intensity_range (of our own exports, else None). {} without."""
+    """The input that the weights were trained on, from their preprocessor_config.json: dict of mean
+    and std (tuples of floats, of pixels in 0..1), size (pixels, or 0) and intensity_range (of our
+    own exports, else None); {} if there is no such file."""
+    processor = transformers.image_processing_utils.BaseImageProcessor
     try:
-        settings, _ = transformers.image_processing_utils.BaseImageProcessor.get_image_processor_dict(model_type)
+        settings, _ = processor.get_image_processor_dict(model_type)
         mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
     except (OSError, KeyError, TypeError):
         return {}
-    intensity_range = tuple(settings["intensity_range"]) if "intensity_range" in settings else None
-    if intensity_range:                    # export_hf put the lower end of the range into the mean: take it out again
-        low, high = intensity_range
+    intensity_range = None
+    if "intensity_range" in settings:  # export_hf added its lower end to the mean: subtract it
+        low, high = intensity_range = tuple(settings["intensity_range"])
         mean = tuple(round(m - low / (high - low), 6) for m in mean)
     crop = settings.get("crop_size") or settings.get("size") or {}
-    return dict(mean=mean, std=std, size=crop.get("height", crop.get("shortest_edge", 0)),
-                intensity_range=intensity_range)
+    size = crop.get("height", crop.get("shortest_edge", 0))
+    return dict(mean=mean, std=std, size=size, intensity_range=intensity_range)
 
 
 def core(backbone):
-    """The Hugging Face model itself: out of its peft wrapper where it has one."""
+    """The Hugging Face model itself, without the peft wrapper that it may have."""
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
 
 def blocks(backbone):
     """The transformer blocks of any family, an nn.ModuleList."""
-    return next(module for name, module in core(backbone).named_modules()
-                if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layer", "layers"))
+    for name, module in core(backbone).named_modules():
+        last_name = name.split(".")[-1]
+        if isinstance(module, nn.ModuleList) and last_name in ("layer", "layers"):
+            return module
 
 
-# A forward is written out, not left to transformers: what precedes the first block, blocks, final norm. So a run of
-# frozen blocks can be computed once for student and teacher, and hooks, compile and checkpointing go by block.
+# The forward is written out, in three parts: embed, run_blocks, final_norm. So frozen blocks can
+# run once for student and teacher; hooks, torch.compile and checkpointing work block by block.
 
 def embed(backbone, pixels, masks=None):
-    """What goes into the first block: (tokens [B,1+R+P,D], rope), rope = keyword arguments of every block.
-
-    Args: as forward_features. Raises UserError for a size that transformers would floor without a word.
-    """
-    config, model, extra = backbone.config, core(backbone), {}
+    """The input of the first block: tokens [B,1+R+P,D], R of them registers, and rope, a dict of
+    keyword arguments for every block. Args and errors: as forward_features."""
+    config, model = backbone.config, core(backbone)
     height, width = pixels.shape[-2:]
     if height % config.patch_size or width % config.patch_size:
-        raise UserError(f"crop of {height}x{width} pixels is not a multiple of patch_size={config.patch_size}")
-    if config.model_type == "vit":
-        extra["interpolate_pos_encoding"] = True              # else ViT refuses every size but that of its config
-    tokens = model.embeddings(pixels, bool_masked_pos=masks, **extra)                      # [B,1+R+P,D]
-    rotary = getattr(model, "rope_embeddings", None)          # DINOv3 turns queries and keys, the others add positions
-    return tokens, {} if rotary is None else dict(position_embeddings=rotary(pixels))
+        raise UserError(f"crop of {height}x{width} pixels is not a multiple of "
+                        f"patch_size={config.patch_size}")
+    # without this ViT refuses every size except that of its config
+    extra = dict(interpolate_pos_encoding=True) if config.model_type == "vit" else {}
+    tokens = model.embeddings(pixels, bool_masked_pos=masks, **extra)  # [B,1+R+P,D]
+    if not hasattr(model, "rope_embeddings"):  # positions are in the tokens
+        return tokens, {}
+    return tokens, dict(position_embeddings=model.rope_embeddings(pixels))  # DINOv3
 
 
 def run_blocks(backbone, tokens, rope, first=0, last=None):
@@ -216,45 +301,46 @@ def run_blocks(backbone, tokens, rope, first=0, last=None):
 
 
 def final_norm(backbone, tokens):
-    """Tokens after the last block -> (cls [B,D], patches [B,P,D]), normalised, registers left out."""
-    model = core(backbone)
-    tokens = (model.norm if backbone.config.model_type == "dinov3_vit" else model.layernorm)(tokens)
-    return tokens[:, 0], tokens[:, 1 + getattr(backbone.config, "num_register_tokens", 0):]
+    """Tokens after the last block -> normalised (cls [B,D], patches [B,P,D]), without registers."""
+    config, model = backbone.config, core(backbone)
+    norm = model.norm if config.model_type == "dinov3_vit" else model.layernorm
+    tokens = norm(tokens)
+    first_patch = 1 + getattr(config, "num_register_tokens", 0)
+    return tokens[:, 0], tokens[:, first_patch:]
 
 
 def forward_features(backbone, pixels, masks=None):
-    """CLS and patch tokens after the final norm, for any family.
-
-    Args: backbone: a PreTrainedModel or its peft wrapper; pixels [B,C,H,W], H and W multiples of the patch size; masks
-    [B,P] bool, True = the patch is replaced by the mask token. Returns: cls [B,D], patches [B,P,D] (registers left
-    out). Raises UserError for a size that transformers would floor without a word.
-    """
+    """CLS and patch tokens after the final norm, for any family: cls [B,D], patches [B,P,D].
+    Args: backbone: a PreTrainedModel or its peft wrapper; pixels [B,C,H,W]; masks [B,P] bool,
+    True = the mask token replaces the patch. UserError if H or W is no multiple of the patch."""
     return final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels, masks)))
 
 
-def plain_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **_):
-    """softmax(q k^T * scaling) v, for transformers under the name 'plain': what training on a CPU uses.
-
-    torch's fused kernel is slow backward on CPUs (ViT-S, 16 crops of 197 tokens: 51 ms a block, this 17 ms), and
-    transformers' own eager one scales the scores, not the queries, and under autocast copies them to fp32 and back for
-    the softmax (25 ms): they are the largest tensors of a block. A softmax of bf16 computes in fp32 anyway.
-    Args: query, key, value [B,heads,N,d]. Returns: [B,N,heads,d], and None for the weights. No masks: ViTs have none.
-    """
-    scores = (query * scaling) @ key.mT                                                    # [B,heads,N,N]
+def plain_attention(module, query, key, value, attention_mask=None, scaling=None,
+                    dropout=0.0, **_):
+    """softmax(q k^T * scaling) v, for training on a CPU. ViTs have no attention masks.
+    A block of ViT-S on 16 crops of 197 tokens takes 51 ms with torch's fused kernel, 25 ms with
+    transformers' eager attention (which copies the scores to fp32 and back), 17 ms with this.
+    Args: query, key, value [B,heads,N,d]. Returns: [B,N,heads,d], and None for the weights."""
+    scores = (query * scaling) @ key.mT  # [B,heads,N,N]
     with torch.autocast(scores.device.type, enabled=False):
         weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
     return (weights @ value).transpose(1, 2), None
 
 
-transformers.AttentionInterface.register("plain", plain_attention)
+def use_plain_attention(backbone):
+    """Let a backbone compute attention with plain_attention."""
+    transformers.AttentionInterface.register("plain", plain_attention)
+    backbone.set_attn_implementation("plain")
 
 
 # ---- what is trained ----
 
 def freeze_layers(backbone, n):
-    """Freeze the embeddings and the first n blocks (paper section 2.2.1); n = 0 leaves everything as it is."""
+    """Freeze the embeddings and the first n blocks (paper section 2.2.1); n = 0 freezes nothing."""
     if n > len(blocks(backbone)):
-        raise UserError(f"freeze_backbone_layers={n}, but the backbone has {len(blocks(backbone))} blocks")
+        raise UserError(f"freeze_backbone_layers={n}, but the backbone has "
+                        f"{len(blocks(backbone))} blocks")
     if n > 0:
         for name, param in backbone.named_parameters():
             if "embeddings" in name:
@@ -263,173 +349,194 @@ def freeze_layers(backbone, n):
             block.requires_grad_(False)
 
 
-def add_lora(backbone, r=4, alpha=16, dropout=0.1, targets="qv", skip_blocks=0):
-    """Freeze the backbone and add low-rank adapters: W + (alpha / r) B A, B = 0 at the start, so that nothing changes
-    (LoRA, arXiv 2106.09685; paper section 2.2.3).
-
-    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP; skip_blocks: the first
-    blocks get none, because they are frozen. Returns the peft wrapper; forward_features takes it like the backbone.
-    """
+def add_lora(backbone, r=4, alpha=16, dropout=0.1,
+             targets="qv", skip_blocks=0):
+    """Freeze the backbone and add low-rank adapters, W + (alpha / r) B A with B = 0 at the start
+    (LoRA, arXiv 2106.09685; paper section 2.2.3). Returns: the peft wrapper.
+    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP;
+    skip_blocks: so many first blocks get no adapters."""
     import peft
-    path, layers = next((name, module) for name, module in backbone.named_modules() if module is blocks(backbone))
-    linears = {f"{path}.{i}.{name}": name.split(".")[-1] for i, block in enumerate(layers) if i >= skip_blocks
-               for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    layers = blocks(backbone)
     if skip_blocks >= len(layers):
-        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks}: no block is left for adapters; "
-                        f"freeze fewer than {len(layers)}")
-    if targets == "qv":                                       # the names changed between transformers 4 and 5
-        present = set(linears.values())
-        pair = next((pair for pair in ({"q_proj", "v_proj"}, {"query", "value"}) if pair <= present), None)
-        if pair is None:
-            raise UserError(f"use_lora: no query and value projections among the linear layers {sorted(present)}; "
-                            "use lora_targets='all'")
-        linears = {path: name for path, name in linears.items() if name in pair}
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(linears))
-    with warnings.catch_warnings():                           # peft asks transformers by a name on its way out
+        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks}: no block is left "
+                        f"for adapters; freeze fewer than {len(layers)}")
+    prefix = next(name for name, module in backbone.named_modules() if module is layers)
+    linears = {}  # full name: last part of the name
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear) and int(name.split(".")[0]) >= skip_blocks:
+            linears[f"{prefix}.{name}"] = name.split(".")[-1]
+    if targets == "qv":
+        present = sorted(set(linears.values()))
+        qv = ("q_proj", "v_proj", "query", "value")  # of transformers 5, of transformers 4
+        linears = {path: name for path, name in linears.items() if name in qv}
+        if not linears:
+            raise UserError("use_lora: no query and value projections among the linear layers "
+                            f"{present}; use lora_targets='all'")
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+                             target_modules=list(linears))
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(backbone, config)
 
 
 def frozen_blocks(backbone):
-    """How many leading blocks stand still at present, together with everything before them: 0 where the embeddings
-    learn. They run no backward, by autograd's own rule: nothing in them or before them asks for a gradient."""
+    """How many leading blocks are frozen at present; 0 if the embeddings are trained. These blocks
+    run no backward, because neither they nor anything before them needs a gradient."""
     if any(param.requires_grad for param in core(backbone).embeddings.parameters()):
         return 0
-    layers = list(blocks(backbone))
-    return next((i for i, block in enumerate(layers) if any(param.requires_grad for param in block.parameters())),
-                len(layers))
+    for i, block in enumerate(blocks(backbone)):
+        if any(param.requires_grad for param in block.parameters()):
+            return i
+    return len(blocks(backbone))
 
 
-def set_trainable(student, begins, iteration):
-    """Who learns in this iteration: the parameters `name` with begins[name] <= iteration; those without an entry never.
+def set_trainable(student, train_from, iteration):
+    """Set requires_grad for this iteration. Parameter `name` is trained from iteration
+    train_from[name] on; without an entry it is never trained.
 
-    One mechanism for the backbone that waits for its heads and for layers that thaw: who does not learn has no
-    gradient, so autograd skips its backward, AdamW keeps no moments of it (they start fresh when it begins: what random
-    heads sent before says nothing about its gradients to come) and decays nothing.
-    Returns: whether something changed. Then the teacher takes the new ones in, and DDP has to be built anew: it
-    registers what asks for a gradient when it is built.
+    This serves the backbone that waits for its heads, and layers that thaw. Until then autograd
+    skips their backward, and AdamW neither decays them nor keeps moments of them.
+    Returns: True if anything changed. Then the teacher has to take_in the new parameters, and DDP
+    has to be built anew, because it registers trained parameters when it is built.
     """
     changed = False
     for name, param in student.named_parameters():
-        learns = begins.get(name, float("inf")) <= iteration
-        changed |= learns != param.requires_grad
-        param.requires_grad_(learns)
-    student.train(student.training)                           # Student.train goes by what is frozen
+        is_trained = train_from.get(name, float("inf")) <= iteration
+        changed |= is_trained != param.requires_grad
+        param.requires_grad_(is_trained)
+    student.train(student.training)  # Student.train puts frozen blocks into eval mode
     return changed
 
 
 def parameter_counts(student):
-    """dict(trainable_m, total_m): how many million parameters learn at present, and how many there are."""
-    sizes = [(param.numel(), param.requires_grad) for param in student.parameters()]
-    return dict(trainable_m=sum(n for n, learns in sizes if learns) / 1e6, total_m=sum(n for n, _ in sizes) / 1e6)
+    """dict(trainable_m, total_m): millions of parameters that are trained now, and of all."""
+    trainable = sum(param.numel() for param in student.parameters() if param.requires_grad)
+    total = sum(param.numel() for param in student.parameters())
+    return dict(trainable_m=trainable / 1e6, total_m=total / 1e6)
+
+
+def describe_student(student, config, iteration):
+    """What is trained from this iteration on, in one line. config: namespace of a script's keys."""
+    backbone, count = student.backbone, parameter_counts(student)
+    start = "pretrained" if config.use_pretrained else "from scratch"
+    return (f"model: {config.model_type} ({backbone.config.model_type}, {start}), width "
+            f"{backbone.config.hidden_size}, patch {backbone.config.patch_size}; from iteration "
+            f"{iteration} on {count['trainable_m']:.2f} M of {count['total_m']:.2f} M parameters "
+            f"are trained, heads included; first {frozen_blocks(backbone)} of "
+            f"{len(blocks(backbone))} blocks frozen")
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalisation, prototypes: features [N,D] -> logits [N,K]. DINO (arXiv 2104.14294) appendix C.
+    """Features [N,D] -> logits [N,K]. DINO (arXiv 2104.14294) appendix C.
+    n_layers of Linear and GELU to the bottleneck, unit length, then K prototypes without bias.
+    DINO and DINOv2 normalise the prototypes (weight norm): their gain is frozen at 1 with
+    norm_last_layer, else trained. DINOv3: weight_norm=False, a plain Linear."""
 
-    Three Linear layers with GELU to the bottleneck, unit length, then K prototypes without bias. DINO and DINOv2
-    normalise the prototypes (weight norm): their gain is frozen at 1 with norm_last_layer, else trained. DINOv3:
-    weight_norm=False, a plain Linear. n_layers=1 is a single Linear to the bottleneck.
-    """
-
-    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True, weight_norm=True,
-                 n_layers=3):
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True,
+                 weight_norm=True, n_layers=3):
         super().__init__()
-        dims = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
-        layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.GELU())][:-1]
+        widths = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
+        layers = []
+        for width, next_width in zip(widths, widths[1:]):
+            layers += [nn.Linear(width, next_width), nn.GELU()]
+        layers.pop()  # no GELU after the last Linear
         self.mlp = nn.Sequential(*layers) if n_layers > 1 else layers[0]
         for layer in layers[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
-        if weight_norm:                                       # W_k = g_k v_k / |v_k|; v as nn.Linear initialises it
-            self.last_layer = nn.utils.parametrizations.weight_norm(self.last_layer)
-            gain = self.last_layer.parametrizations.weight.original0                       # [K,1]
-            nn.init.ones_(gain)
-            gain.requires_grad_(not norm_last_layer)
-        else:
+        if not weight_norm:
             nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+            return
+        self.last_layer = nn.utils.parametrizations.weight_norm(self.last_layer)  # W = g v / |v|
+        gain = self.last_layer.parametrizations.weight.original0  # [K,1]
+        nn.init.ones_(gain)
+        gain.requires_grad_(not norm_last_layer)
 
     def forward(self, features):
-        # unit length in fp32: in bf16 the length would be right to two digits only
-        return self.last_layer(F.normalize(self.mlp(features).float(), dim=-1))
+        bottleneck = self.mlp(features).float()  # bf16 would give unit length to two digits only
+        return self.last_layer(F.normalize(bottleneck, dim=-1))
 
 
 # ---- student and teacher ----
 
 class Student(nn.Module):
-    """Backbone and heads in one module with one forward call, so that DDP sees every parameter used.
-
-    ibot_head=None means that the DINO head serves the masked patches as well (DINOv2's shared head). Distillation may
-    do without a DINO head, and adds projectors, an nn.ModuleDict of 'cls' and 'patches': to the teacher's widths.
-    """
+    """Backbone and heads in one module with one forward call, so that DDP sees every parameter.
+    ibot_head=None: the DINO head serves the masked patches, too (DINOv2's shared head). projectors,
+    for distillation: nn.ModuleDict of 'cls' and 'patches', to the teacher's widths."""
 
     def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None):
         super().__init__()
-        self.backbone, self.dino_head, self.ibot_head, self.projectors = backbone, dino_head, ibot_head, projectors
+        self.backbone = backbone
+        self.dino_head, self.ibot_head, self.projectors = dino_head, ibot_head, projectors
 
     def train(self, mode=True):
-        """Train or eval mode; frozen blocks stay in eval mode: drop path and dropout would regularise nothing there,
-        and without them a frozen block computes for the student what it computes for the teacher."""
+        """Train or eval mode. Frozen blocks stay in eval mode: drop path and dropout would only
+        make them differ between student and teacher."""
         super().train(mode)
-        if n := frozen_blocks(self.backbone):
-            for part in (core(self.backbone).embeddings, *list(blocks(self.backbone))[:n]):
-                part.eval()
+        n = frozen_blocks(self.backbone)
+        if n > 0:
+            core(self.backbone).embeddings.eval()
+        for block in blocks(self.backbone)[:n]:
+            block.eval()
         return self
 
-    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, prefix=None, n_prefix=0):
+    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, shared=None,
+                n_shared_blocks=0):
         """Features and logits of all crops.
 
-        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None; apply_masks:
-        replace the masked patches by the mask token (student), or only say which patches the iBOT head reads (teacher).
-        n_prefix: of shared_blocks; the teacher's pass returns what its first n_prefix blocks make of the global crops
-        as out['prefix'], and the student's pass goes on from there when it is given as `prefix`.
-        Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K], and where asked for local_cls
-        [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks, prefix (tokens, rope, n_prefix);
-        with projectors projected_cls [V*B,E] and projected_patches [V*B,P,F].
+        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None;
+        apply_masks: True = the mask token replaces masked patches (student), False = masks only
+        choose the patches for the iBOT head (teacher); n_shared_blocks: of shared_blocks; the
+        teacher returns the output of these blocks as 'shared', and the student starts from it.
+        Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K]; if asked
+        local_cls [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks,
+        shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F].
         """
-        if prefix is None:
+        if shared is None:
             tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
-            prefix = run_blocks(self.backbone, tokens, rope, 0, n_prefix), rope, n_prefix
-        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *prefix))
-        out, n_global = dict(global_cls=cls, patches=patches, **(dict(prefix=prefix) if n_prefix else {})), len(cls)
-        if self.projectors is not None:
-            out.update({f"projected_{name}": self.projectors[name](tokens)
-                        for name, tokens in (("cls", cls), ("patches", patches)) if name in self.projectors})
+            tokens = run_blocks(self.backbone, tokens, rope, 0, n_shared_blocks)
+            shared = tokens, rope, n_shared_blocks
+        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *shared))
+        out = dict(global_cls=cls, patches=patches)
+        if n_shared_blocks > 0:
+            out["shared"] = shared
+        for name, projector in (self.projectors or {}).items():
+            out[f"projected_{name}"] = projector(cls if name == "cls" else patches)
         if self.dino_head is None:
             return out
+        # Each head runs once on all of its tokens: to normalise K prototypes costs more than a
+        # product. Only masked patches: the logits of all patches, [V*B,P,K], would be gigabytes.
+        tokens = dict(global_logits=cls)  # input of the DINO head, by the name of its output
         if local_crops is not None:
-            out["local_cls"] = forward_features(self.backbone, local_crops)[0]             # [L*B,D]
-            cls = torch.cat([cls, out["local_cls"]])
-        masked = patches[masks] if masks is not None else cls[:0]      # [M,D]; of all patches: [V*B,P,K] would be GBs
-        shared = masked if self.ibot_head is None else cls[:0]
-        # the head once, on all of its tokens: normalising and rounding K prototypes costs more than a product
-        global_logits, local_logits, masked_logits = self.dino_head(torch.cat([cls, shared])).split(
-            [n_global, len(cls) - n_global, len(shared)])     # [V*B,K], [L*B,K], [M,K]; split: one copy backward
-        out["global_logits"] = global_logits
-        if local_crops is not None:
-            out["local_logits"] = local_logits
-        if masks is not None:
-            out["masked_logits"] = masked_logits if self.ibot_head is None else self.ibot_head(masked)
+            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
+            tokens["local_logits"] = out["local_cls"]
+        masked = None if masks is None else patches[masks]  # [M,D]
+        if masks is not None and self.ibot_head is None:
+            tokens["masked_logits"] = masked
+        logits = self.dino_head(torch.cat(list(tokens.values())))
+        sizes = [len(part) for part in tokens.values()]
+        out.update(zip(tokens, logits.split(sizes)))  # split, not slices: one copy in the backward
+        if masks is not None and self.ibot_head is not None:
+            out["masked_logits"] = self.ibot_head(masked)
         return out
 
 
 class EMATeacher:
-    """The teacher: the student's network with averaged values in place of its trainable parameters.
-
-    It keeps one tensor per trainable parameter and no network: frozen weights (LoRA base, frozen layers) exist once,
-    for student and teacher alike. DINO section 3.1: teacher = m * teacher + (1 - m) * student.
-    A Gram anchor is such a set of values as well, of the backbone only: part='backbone.'.
-    """
+    """The teacher: the student's network with averaged values in place of trained parameters.
+    DINO section 3.1. It keeps one tensor per trained parameter and no network: frozen weights
+    (LoRA base, frozen layers) exist once, for student and teacher. A Gram anchor is such a set of
+    values, too, of the backbone only: part='backbone.'."""
 
     def __init__(self, student, part=""):
-        self.part, self.values, self.params = part, {}, dict(unwrap(student).named_parameters())
+        self.part, self.values = part, {}
+        self.params = dict(unwrap(student).named_parameters())
         self.take_in(student)
 
     @torch.no_grad()
     def take_in(self, student):
-        """Values for the trainable parameters that have none yet, those of the student: at the start for all of them,
-        later for those that begin to learn, which have not moved until now."""
+        """Copy the values of the trained parameters that this teacher lacks: at the start of all
+        of them, later of those whose training begins, which have not moved until then."""
         for name, param in unwrap(student).named_parameters():
             if param.requires_grad and name.startswith(self.part) and name not in self.values:
                 self.values[name] = param.detach().clone()
@@ -441,18 +548,16 @@ class EMATeacher:
     @torch.no_grad()
     def update(self, student, momentum):
         """values = momentum * values + (1 - momentum) * student, in place; momentum in [0, 1]."""
-        values = [local(value) for value in self.values.values()]
+        values = [local_shard(value) for value in self.values.values()]
+        params = [local_shard(param.detach()) for param in self._params(student)]
         torch._foreach_mul_(values, momentum)
-        torch._foreach_add_(values, [local(param.detach()) for param in self._params(student)], alpha=1 - momentum)
+        torch._foreach_add_(values, params, alpha=1 - momentum)
 
     @contextlib.contextmanager
     def teacher_weights(self, student):
-        """Inside, `student` is the teacher: EMA values, eval mode, no gradients. Yields the module without DDP.
-
-        Only pointers move (FSDP: the local shards are exchanged). Open autocast inside and close it inside as well: its
-        cache of bf16 weights goes by parameter, so one region around teacher and student would hand the teacher's
-        weights to the student.
-        """
+        """Inside, `student` is the teacher: EMA values, eval mode, no gradients. Yields the module
+        without DDP. Only pointers move (FSDP: the local shards are exchanged). Open and close
+        autocast inside: its cache of bf16 weights would hand the teacher's to the student."""
         module, training = unwrap(student), student.training
         pairs = list(zip(self._params(student), self.values.values()))
         for param, value in pairs:
@@ -467,30 +572,29 @@ class EMATeacher:
             student.train(training)
 
     def state_dict(self):
-        """{parameter name: EMA value}; sharded where the student is (distributed.full gathers them)."""
+        """{parameter name: EMA value}; sharded if the student is (distributed.gather_full)."""
         return self.values
 
     def load_state_dict(self, values):
-        """Copy values into place, also of parameters that wait at present; KeyError where one of ours is missing."""
+        """Copy values into place, also of frozen parameters; KeyError if one of ours is missing."""
         for name in self.values | values:
             self.values[name] = shard_like(values[name], self.params[name])
 
 
 def shared_blocks(student, teacher):
-    """How many leading blocks the student may take over from the teacher for the global crops; 0 = none.
-
-    Exact where both see the same unmasked crops (the caller sees to that: with iBOT the masked crops differ from the
-    embedding on) and the blocks compute the same for both:
-    - they are frozen, so the teacher has no values of its own for them, and Student.train keeps their drop path and
-      dropout off; adapters that wait are such blocks;
-    - DINOv3's random positions (pos_embed_shift, _jitter, _rescale), drawn for the student only, are off.
-    Activation checkpointing changes nothing: what runs no backward is not checkpointed.
-    """
+    """How many leading blocks can run once for student and teacher on the global crops; 0 = none.
+    The caller checks that both see the same crops, without masks. The blocks have to compute the
+    same for both: they are frozen (also while their adapters wait), so the teacher has no values of
+    its own for them and Student.train turns off their drop path and dropout; and DINOv3's random
+    positions, which only the student draws, are off."""
     student = unwrap(student)
-    n, config = frozen_blocks(student.backbone), student.backbone.config
-    parts = (core(student.backbone).embeddings, *list(blocks(student.backbone))[:n])
+    config, n = student.backbone.config, frozen_blocks(student.backbone)
+    random_keys = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+    if any(getattr(config, key, None) for key in random_keys):
+        return 0
     own = {id(param) for name, param in student.named_parameters() if name in teacher.values}
-    if any(id(param) in own for part in parts for param in part.parameters()):
-        return 0                     # a schedule changed on resume: they once learned and now wait
-    randomised = any(getattr(config, f"pos_embed_{key}", None) for key in ("shift", "jitter", "rescale"))
-    return 0 if randomised else n
+    parts = [core(student.backbone).embeddings, *blocks(student.backbone)[:n]]
+    for part in parts:
+        if any(id(param) in own for param in part.parameters()):
+            return 0  # trained before a resume whose schedule freezes them again
+    return n

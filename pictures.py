@@ -195,6 +195,62 @@ def contact_sheet(path, rows, title, side=112, columns=(), scale=()):
     sheet.save(path)
 
 
+def save_samples(path, crops, n_images, photometrics, labels=None, n_guided=0, max_images=6):
+    """Draw the first images of a batch as the network sees them, one image a row: global crops,
+    global crops with their masked patches painted over, local crops.
+
+    Args: crops: dict of 'global' [V*B,C,S,S], 'local' [L*B,C,s,s] or None, normalised, and 'masks'
+    [V*B,P] bool or None (dino.augment_batch); n_images: B; photometrics: undoes the normalisation;
+    labels: CropDataset.label_crops, whose outline is drawn, or None; n_guided: how many of the L
+    local crops, the last ones, are label-guided.
+    """
+    tile, gap, line = 112, 4, 14
+    n_views = len(crops["global"]) // n_images
+    columns = [(f"global {v + 1}", "global", v) for v in range(n_views)]
+    if crops["masks"] is not None:
+        columns += [(f"masked {v + 1}", "global", v) for v in range(n_views)]
+    if crops["local"] is not None:
+        n_free = len(crops["local"]) // n_images - n_guided
+        columns += [(f"local {i + 1}", "local", i) for i in range(n_free)]
+        columns += [(f"guided {i + 1}", "local", n_free + i) for i in range(n_guided)]
+    n_rows = min(n_images, max_images)
+    size = len(columns) * (tile + gap) + gap, n_rows * (tile + gap) + gap + line
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, kind, view) in enumerate(columns):
+        left = gap + column * (tile + gap)
+        draw.text((left, 2), title, fill="black")
+        for row in range(n_rows):
+            place = view * n_images + row  # view-major
+            picture = _crop_picture(crops[kind][place], photometrics, tile)
+            if title.startswith("masked"):
+                _paint_masked(picture, crops["masks"][place])
+            elif labels is not None:
+                picture = outline(picture, labels[f"{kind}_crops"][place, 0] > 127)
+            sheet.paste(picture, (left, line + gap + row * (tile + gap)))
+    sheet.save(path)
+
+
+def _crop_picture(crop, photometrics, width):
+    """A normalised crop [C,s,s] as an RGB picture; one or two channels become grey."""
+    x = crop.float().cpu() * photometrics.std[:, None, None] + photometrics.mean[:, None, None]
+    x = (x.clamp(0, 1) * 255).round().byte().numpy()
+    picture = Image.fromarray(x[:3].transpose(1, 2, 0) if len(x) >= 3 else x[0]).convert("RGB")
+    height = width * x.shape[1] // x.shape[2]
+    return picture.resize((width, height), Image.NEAREST)
+
+
+def _paint_masked(picture, mask):
+    """Paint the masked patches of a square picture. mask [P] bool, True = masked."""
+    side = round(len(mask) ** 0.5)
+    cell = picture.width / side
+    draw = ImageDraw.Draw(picture)
+    for patch in mask.nonzero().flatten().tolist():
+        x, y = patch % side * cell, patch // side * cell
+        corners = [round(x), round(y), round(x + cell) - 1, round(y + cell) - 1]
+        draw.rectangle(corners, fill=(255, 140, 0))
+
+
 def confusion_picture(path, confusion, class_names, title):
     """A confusion matrix: each cell its count and share of the row, which is also its shade; recall at the right,
     precision below, accuracy in the corner.
@@ -428,27 +484,27 @@ def draw_panel(sheet, draw, box, lines, x_range, name, unit, least, most, start_
     low, high = min(values) - pad, min(max(values) + pad, most)
     colors = [INK if label == "total" else class_color(i - (len(lines) > 1)) for i, (label, _) in enumerate(lines)]
 
-    def place(iteration, value):                               # in pixels of the sheet
+    def move_or_shard(iteration, value):                               # in pixels of the sheet
         return (x0 + (iteration - x_range[0]) / (x_range[1] - x_range[0]) * (x1 - x0),
                 y1 - (value - low) / (high - low) * (y1 - y0))
 
     def paint(canvas, factor):                                 # its paper begins 4 pixels outside of the axes
         if start_line:
-            y = round(place(0, values[0])[1] - y0 + 4) * factor + factor // 2              # on whole pixels: crisp
+            y = round(move_or_shard(0, values[0])[1] - y0 + 4) * factor + factor // 2              # on whole pixels: crisp
             for x in range(4 * factor, (x1 - x0 + 4) * factor, 10 * factor):
                 canvas.line([x, y, x + 6 * factor, y], fill=GREY, width=factor)
         for color, (_, line) in zip(colors, lines):
-            dots = [((x - x0 + 4) * factor, (y - y0 + 4) * factor) for x, y in (place(*item) for item in line.items())]
+            dots = [((x - x0 + 4) * factor, (y - y0 + 4) * factor) for x, y in (move_or_shard(*item) for item in line.items())]
             canvas.line(dots, fill=color, width=round((2 if len(dots) < 300 else 1.4) * factor), joint="curve")
             for dot in dots if len(dots) <= 40 else ():        # few are measurements, many are a curve
                 canvas.circle(dot, 3 * factor, fill=color)
 
     for tick, text in nice_ticks(low / one, high / one):
-        y = round(place(0, tick * one)[1])
+        y = round(move_or_shard(0, tick * one)[1])
         draw.line([x0, y, x1, y], fill=RULE)
         write(draw, (x0 - 8, y), text, 12, x0 - box[0] - 8, "rm", GREY)
     for tick, text in nice_ticks(*x_range):
-        x = round(place(tick, low)[0])
+        x = round(move_or_shard(tick, low)[0])
         draw.line([x, y1, x, y1 + 4], fill=GREY)
         write(draw, (x, y1 + 8), text, 12, anchor="ma", fill=GREY)
     draw.line([x0, y0, x0, y1, x1, y1], fill=GREY)

@@ -116,7 +116,7 @@ def load_weights(network, path):
 
     Found are the tensors at the top, or below 'teacher', 'state_dict' or 'model'; wrappers' prefixes ('module.',
     'backbone.') are taken off. A classifier ('head.', 'fc.') and heads of self-distillation are left out.
-    Where only shapes count nothing is read: distributed.place will send the values.
+    Where only shapes count nothing is read: distributed.move_or_shard will send the values.
     """
     if only_shapes():
         return

@@ -1,27 +1,48 @@
-"""Before any test: our modules can be imported and nothing asks a hub over the network. And a student small enough."""
+"""Before any test: our modules can be imported, and no test asks a hub over the network.
+
+Fixtures that several tests share: a small phantom, a tiny backbone, a tiny student. They import
+torch and transformers themselves, so that the settings below are made before.
+"""
 import os
 import sys
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")                  # before transformers is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")                 # before torch: on tiny tensors threads wait for each other
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors threads wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # and do not spin while they wait
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
 
-from model import DINOHead, Student, build_backbone  # noqa: E402
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """A small phantom as a user's .npz: int16 HU, labels, masks, three splits."""
+    import numpy as np
 
-TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
-            num_register_tokens=2, pos_embed_rescale=None)
+    from phantom import make_phantom
+    arrays = {}
+    for split, n, seed in (("train", 40, 0), ("val", 12, 1), ("test", 12, 2)):
+        for key, value in make_phantom(n, 40, seed).items():
+            arrays[f"{split}_{key}"] = value
+    path = str(tmp_path_factory.mktemp("data") / "phantom40.npz")
+    np.savez_compressed(path, **arrays)
+    return path
 
 
 @pytest.fixture
 def tiny_backbone():
-    """A function (family, num_channels) -> a two-block backbone of 8-pixel patches, with the same random weights."""
+    """A function (family, num_channels) -> a two-block backbone of 8-pixel patches. It has the
+    same random weights in every test."""
+    import torch
+
+    from model import build_backbone
+    from tests_support import TINY
+
     def build(family, num_channels=3, **size_keys):
         torch.manual_seed(0)
-        backbone = build_backbone(family, use_pretrained=False, num_channels=num_channels, **{**TINY, **size_keys})
-        with torch.no_grad():                                 # as built, biases and mask token are 0 and hide mistakes
+        backbone = build_backbone(family, use_pretrained=False, num_channels=num_channels,
+                                  **{**TINY, **size_keys})
+        with torch.no_grad():  # as built, biases and mask token are 0 and hide mistakes
             for param in backbone.parameters():
                 param.add_(0.1 * torch.randn_like(param))
         return backbone
@@ -31,8 +52,11 @@ def tiny_backbone():
 @pytest.fixture
 def tiny_student(tiny_backbone):
     """A function (family, num_channels) -> a Student with two separate heads of 24 prototypes."""
+    from model import DINOHead, Student
+
     def build(family, num_channels=3, **size_keys):
         backbone = tiny_backbone(family, num_channels, **size_keys)
         width = backbone.config.hidden_size
-        return Student(backbone, *(DINOHead(width, 24, 20, 8, norm_last_layer=False) for _ in range(2)))
+        heads = [DINOHead(width, 24, 20, 8, norm_last_layer=False) for _ in range(2)]
+        return Student(backbone, *heads)
     return build

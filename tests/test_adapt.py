@@ -95,12 +95,12 @@ def strategies(student, strategy):
     return student.train()
 
 
-def step_with(student, teacher, n_prefix):
+def step_with(student, teacher, n_shared_blocks):
     student.zero_grad()
     torch.manual_seed(2)
     global_crops, local_crops = normal(4, 3, 32, 32), normal(4, 3, 16, 16, seed=1)
     with teacher.teacher_weights(student) as network:
-        teacher_out = network(global_crops, n_prefix=n_prefix)
+        teacher_out = network(global_crops, n_shared_blocks=n_shared_blocks)
     out = student(global_crops, local_crops, prefix=teacher_out.get("prefix"))
     loss = (out["global_logits"] - teacher_out["global_logits"].flip(0)).square().sum() + out["local_logits"].square().sum()
     loss = loss + out["patches"].square().sum() + out["global_cls"].abs().sum()
@@ -285,10 +285,10 @@ def test_who_learns_changes_when_it_should(tmp_path, npz, capsys):  # noqa: F811
     counts = [record["trainable_m"] for record in records if "loss" in record]
     assert counts[0] == counts[1] < counts[2] == counts[3] < counts[4] == counts[5]
     first, second, head = "backbone.encoder.layer.0.mlp.fc1.weight", "backbone.encoder.layer.1.mlp.fc1.weight", "dino_head.mlp.0.weight"
-    for name, begins in ((first, 4), (second, 2), (head, 0)):
+    for name, train_from in ((first, 4), (second, 2), (head, 0)):
         values = [state(out, f"{i:07d}")["student"][name] for i in range(1, 7)]
         moved = [not torch.equal(a, b) for a, b in zip(values, values[1:])]                # in iterations 1 to 5
-        assert moved == [i >= begins for i in range(1, 6)], name
+        assert moved == [i >= train_from for i in range(1, 6)], name
     end = state(out)
     steps = sorted({int(entry["step"]) for entry in end["optimizer"]["state"].values()})
     assert steps == [2, 4, 6]                                  # moments begin with the learning, not before
@@ -398,7 +398,7 @@ def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):  # noqa: F8
 
 @pytest.mark.parametrize("strategy", ["lora_freeze", "waits_thaws"])
 def test_two_processes_equal_one(tmp_path, npz, strategy):  # noqa: F811
-    """The prefix goes through DDP, and DDP is built anew where someone begins to learn."""
+    """The prefix goes through DDP, and DDP is built anew where someone train_from to learn."""
     extra = [f"--dataset_path={npz}", "--model_type=dinov2", *COMMON, "--drop_path_rate=0", "--lora_dropout=0", "--warmup_iterations=0", *STRATEGIES[strategy]]
     alone = losses(run(str(tmp_path / "one"), *extra))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SHRUNK, *extra,

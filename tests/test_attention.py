@@ -15,7 +15,7 @@ from data import load_dataset
 from detection import clusters, labelled_patches, patch_metrics, pool_detections
 from model import FAMILIES, add_lora, core
 from phantom import make_phantom
-from probes import average_precision, weighted_auc
+from metrics import average_precision, weighted_auc
 from tests_support import load_script
 
 

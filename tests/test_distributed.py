@@ -151,11 +151,11 @@ def buildings(rank, folder):
         with built_by_main(how):
             network, parts, inflated = build(what, family, folder)
         held = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()) if not tensor.is_meta)
-        network = place(network, parts, how, torch.device("cpu"))
+        network = move_or_shard(network, parts, how, torch.device("cpu"))
         params = dict(network.named_parameters())
         found[what, family] = dict(
-            held=held, kept=sum(local(param).numel() for param in params.values()),
-            whole=full({name: param.detach() for name, param in params.items()}),
+            held=held, kept=sum(local_shard(param).numel() for param in params.values()),
+            whole=gather_full({name: param.detach() for name, param in params.items()}),
             same=dict(buffers=dict(network.named_buffers()), state=list(network.state_dict()), inflated=inflated,
                       learns=[name for name, param in params.items() if param.requires_grad], drawn=torch.rand(3)))
     return found
@@ -283,7 +283,7 @@ def test_helpers_vanish_alone():
     assert distributed.rank() == 0 and distributed.world_size() == 1 and distributed.is_main()
     assert gather_objects("me") == ["me"] and any_rank(0, ["x"], None) == [False, True, False]
     tree = dict(a=[x, 3], b=(x,))
-    assert full(tree)["a"][0] is x and full(tree) == tree and local(x) is x
+    assert gather_full(tree)["a"][0] is x and gather_full(tree) == tree and local_shard(x) is x
     copy = shard_like(x, x)
     assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
     with pytest.raises(UserError, match="a full disk"):

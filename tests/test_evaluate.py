@@ -14,7 +14,7 @@ from configurator import UserError, override
 from data import Dataset, load_dataset
 from evaluate import extract_features, gather, knn_accuracy, patch_probe, stream
 from model import build_backbone, forward_features, pretrained_input
-from probes import knn_classify, linear_probe
+from metrics import knn_classify, linear_probe
 from tests_support import ROOT, load_script
 
 

@@ -16,7 +16,7 @@ from augment import sample_masks
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import DINOHead, EMATeacher, Student, build_backbone, forward_features
 from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
-from probes import knn_classify
+from metrics import knn_classify
 from tests_support import load_script
 
 GOLDEN = os.environ.get("GOLDEN", os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden"))

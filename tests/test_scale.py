@@ -119,7 +119,7 @@ def weigh(rank, module):
         found["gradients"] = sum(distributed.local(param.grad).numel() for param in student.parameters() if param.grad is not None)
         return original(student, *args)
 
-    def place(original, n, student, *args):
+    def move_or_shard(original, n, student, *args):
         found["built"] = sum(param.numel() for param in student.parameters() if not param.is_meta)
         return original(student, *args)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from probes import (STRENGTHS, classification_metrics, diagnose, dice_per_class, fit_linear, fit_probe, knn_classify,
+from metrics import (STRENGTHS, classification_metrics, diagnose, dice_per_class, fit_linear, fit_probe, knn_classify,
                     knn_vote, linear_probe, monitor, patch_classes, rankme, weighted_auc)
 
 
