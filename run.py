@@ -19,6 +19,7 @@ import signal
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from checkpoint import (export_hf, find_state, link_state, load_optimizer, model_card, open_folder,
@@ -309,8 +310,9 @@ def gradient_scaler(device, mixed_precision):
 
 def seed_iteration(seed, iteration):
     """Seed torch's generator for one iteration of this rank, for dropout and drop path: a resumed
-    run draws what the uninterrupted one draws."""
-    torch.manual_seed(hash((seed, iteration, rank())) % 2**63)
+    run draws what the uninterrupted one draws. Stream 5 of the seed; crops and masks use 1 to 4."""
+    sequence = np.random.SeedSequence((seed, 5, iteration, rank()))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) // 2)  # below 2**63
 
 
 def mean_over_ranks(terms):
