@@ -127,8 +127,10 @@ def _unknown(name, keys):
 def _flag_key(flag, keys):
     """The key that a flag means: --dino_head.out_dim and --dino-head-out-dim are dino_head_out_dim,
     and the paper's section names may stand before a key, as in --crops.global_crops_size."""
-    joined = flag.replace(".", "_").replace("-", "_")
-    without_section = flag.split(".", 1)[-1].replace(".", "_").replace("-", "_")
+    def key_of(text):
+        return text.replace(".", "_").replace("-", "_")
+
+    joined, without_section = key_of(flag), key_of(flag.split(".", 1)[-1])
     if joined not in keys and without_section in keys:
         return without_section
     return joined
@@ -172,10 +174,11 @@ def help_text(namespace, word=""):
     """What --help prints: docstring, config files and config block of a script. With a word: only
     the keys whose name or comment contains the word."""
     source = open(namespace["__file__"]).read()
-    block = source.split("# ==== config", 1)[1].split("\n", 1)[1].split("config_keys =", 1)[0]
-    lines = block.rstrip().split("\n")
+    block = source.split("# ==== config", 1)[1].split("config_keys =", 1)[0]
+    lines = block.rstrip().split("\n")[1:]
     if word:
-        found = [line for line in lines if word.lower() in line.lower() and re.match("[a-z]", line)]
+        keys = [line for line in lines if re.match("[a-z]", line)]
+        found = [line for line in keys if word.lower() in line.lower()]
         return "\n".join(found) or f"no key contains {word!r}; --help prints all keys"
     files = _config_files(os.path.basename(namespace["__file__"]))
     width = max((len(path) for path, _ in files), default=0)
@@ -227,8 +230,9 @@ def override(namespace, keys, argv):
             namespace[key], sources[key] = value, (defaults[key], source)
 
     for path in [arg for arg in argv if not arg.startswith("--")]:
+        current = {key: namespace[key] for key in keys}
         try:
-            for key, value in _run_file(path, {key: namespace[key] for key in keys}).items():
+            for key, value in _run_file(path, current).items():
                 assign(key, value, path)
         except UserError as error:
             errors.append(str(error))

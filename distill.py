@@ -357,7 +357,8 @@ def main(sources):
     # ---- student ----
     torch.manual_seed(seed)  # the same first weights on every rank
     with built_by_main(distribution) as holds_values:
-        backbone = adapted_backbone(config, train_set.num_channels, run_device, run.say)
+        backbone = adapted_backbone(config, train_set.num_channels, run_device, run.say,
+                                    changed=sources)
         width, new_patch_embed = backbone.config.hidden_size, backbone.patch_embed_inflated
         dino_head = projectors = None
         if objective != "feature":

@@ -1,357 +1,399 @@
-"""How good are the features, and did training help? k-NN, linear probe and patch probe of a run or of released weights.
+"""How good are the features, and did training help? k-NN, linear probe and patch probe.
 
-    python evaluate.py --run=out/phantom                                              # raw pixels, start, end
-    python evaluate.py --model_type=facebook/dinov2-small --dataset_path=pathmnist    # weights as they are
+    python evaluate.py --run=out/phantom                # a run: raw pixels, its start, its end
+    python evaluate.py --model_type=facebook/dinov2-small --dataset_path=pathmnist
     python evaluate.py --compare="facebook/dinov2-small,out/a,out/b*" --dataset_path=bloodmnist
 
-Every table has the raw pixels and the untouched start of each run: a run that harms its features shows it. Runs that
-differ by their seed only share a row, mean (standard deviation). Writes results/ in the run's folder: tables as .md and
-.json, a confusion matrix, a map of the features, nearest neighbours, training curves. train.py measures with the same
-functions. One process, one device.
+Every table has the raw pixels and the start of each run, so it shows if a run harms its features.
+Runs that differ by their seed only share a row: mean (standard deviation). The script writes
+results/ in the run's folder: tables as .md and .json, a confusion matrix, maps of the features,
+nearest neighbours and training curves. It runs as one process on one device.
 """
-import ast
-import contextlib
-import glob
-import hashlib
-import json
-import math
-import os
-import re
-import sys
+from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-import pictures
-from augment import Photometrics, center_square, resize_center
-from configurator import UserError, describe, list_keys, one_line_errors, override
-from data import cut_tenth, input_settings, load_dataset
-from distributed import autocast_for, gather_objects, loader_workers, rank, setup, world_size
-from model import backbone_from_config, build_backbone, forward_features, pretrained_input
-from metrics import (classification_metrics, dice_per_class, fit_probe, knn_classify, knn_vote,
-                    linear_probe, patch_classes)  # noqa: F401  linear_probe, as a name that others look for here
-from teachers import FrozenTeacher, build_teacher
+from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
+                          read_command_line)
 
 # ==== config: what is not given is taken from the run that is evaluated ====
 # ---- what ----
 run = ''                         # a run's folder, like out/phantom
-model_type = ''                  # or weights: a hub id, a directory, or a teacher of distill.py, timm:NAME
-compare = ''                     # or several of both, comma-separated, * works: "facebook/dinov2-small,out/a*"
-checkpoint = 'best'              # of a run: 'best' on its eval_split | 'last' = where it ended, no selection at all
+model_type = ''                  # or weights: a hub id, a directory, or timm:NAME
+compare = ''                     # or several of both, comma-separated, * works: "out/a,out/b*"
+checkpoint = 'best'              # of a run: 'best' on its eval_split | 'last', without selection
 out_dir = ''                     # tables and pictures; '' = results/ of the run, or out/evaluate
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
 mixed_precision = 'bf16'         # of the forward passes: 'bf16' | 'no' = fp32
-seed = 0                         # of a val split that has to be cut, the bootstrap, and which images the pictures show
+seed = 0                         # of a val split cut from train, the bootstrap, and the pictures
 
 # ---- data ----
 dataset_path = ''                # as in train.py; '' = the run's
 dataset_size = 0                 # of MedMNIST and phantom images; 0 = the run's, else 224
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
-download_url = ''                # a mirror's folder with the MedMNIST files; '' = their own host
-test_splits = 'test'             # what is measured, comma-separated; neighbours and the probe learn from train
-image_size = 0                   # pixels the network sees; 0 = the run's global crops, else what the weights say
+download_url = ''                # a mirror of the MedMNIST files; '' = their own host
+test_splits = 'test'             # measured splits, comma-separated; all methods learn from train
+image_size = 0                   # pixels of the network's input; 0 = as trained
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = leave it out
-num_workers = -1                 # processes that read images; -1 = one less than the cores, up to 8
+num_workers = -1                 # loader processes; -1 = the cores less one, up to 8
 batch_size = 64                  # images per forward pass
 
 # ---- measurements ----
 knn_k = 5                        # neighbours of the majority vote; paper: 5
-bootstrap = 1000                 # resamples of the test images for the 95 % intervals; 0 = none
-generate_pictures = True         # confusion matrix, map, neighbours, curves
+bootstrap = 1000                 # resamples of the test images for 95 % intervals; 0 = none
+generate_pictures = True         # confusion matrix, maps, neighbours, curves
 config_keys = list_keys(globals())
+if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
+    sources = read_command_line(globals(), config_keys)
 
-DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted vote
-PATCHES = 20_000                 # patches that a patch probe learns from, drawn by seed
-MAP_IMAGES = 1000                # images on a map: t-SNE needs their square in memory
+import json
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import features
+import metrics
+import pictures
+from data import cut_tenth, load_dataset
+from distributed import autocast_for, loader_workers, setup
+from features import collect_features, find_networks, load_network, stream_features
+from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, patch_classes
+from tables import jsonable, tabulate
+
+# checks outside the repository look for these functions here
+extract_features = features.extract_features
+knn_classify, linear_probe = metrics.knn_classify, metrics.linear_probe
+
+PATCHES = 20_000  # number of patches that a patch probe learns from, drawn by seed
+MAP_IMAGES = 1000  # number of images on a map: t-SNE needs memory for its square
 
 
-# ---- patch probe: a linear layer on patch tokens, for sets with masks ----
+# ---- measure ----
 
 def patch_probe(backbone, train, val, tests, values, rng, **settings):
     """How well a linear layer on patch tokens finds what the masks show.
 
-    Logistic regression from one patch token to the most frequent mask value of its patch, on about PATCHES training
-    patches, every class weighted alike, the penalty picked by the loss on val (fit_probe). Args: train, val, tests
-    {name: Dataset} with masks; values [c]: of the mask, 0 = background first; settings: of `stream`.
-    Returns: {name: Dice per class [c] over all patches of the split}, nan for a class that is nowhere.
+    The probe is a logistic regression from a patch token to the most frequent mask value of its
+    patch. It learns from about PATCHES training patches, every class has the same total weight, and
+    val chooses the penalty (metrics.fit_probe).
+    Args: train, val: Datasets with masks; tests: {name: Dataset}; values [c]: mask values, 0 =
+    background first; rng: draws the patches; settings: of features.stream_features.
+    Returns: {name: list of c Dice over all patches, nan for a class that occurs nowhere}.
     """
-    def patches_of(dataset, per_image):
-        tokens, classes = [], []
-        for batch in stream(backbone, dataset, with_masks=True, **settings):
+    def masked_images(dataset):
+        """Yield patch tokens [P,D], on the CPU, and patch classes [P] of each image with a mask."""
+        for batch in stream_features(backbone, dataset, with_masks=True, **settings):
             grid = math.isqrt(batch["patches"].shape[1])
-            for x, mask in zip(batch["patches"].cpu(), batch["masks"]):                    # x [P,D]
+            for tokens, mask in zip(batch["patches"].cpu(), batch["masks"]):
                 if mask is not None:
-                    kept = np.sort(rng.permutation(len(x))[:per_image])
-                    tokens.append(x[kept])
-                    classes.append(patch_classes(mask, grid, values)[kept])
-        return torch.cat(tokens), np.concatenate(classes)
-    (x, y), (x_val, y_val) = (patches_of(data, math.ceil(PATCHES / len(data))) for data in (train, val))
-    probe, _ = fit_probe(x, torch.from_numpy(y), x_val, torch.from_numpy(y_val), balanced=True)
+                    yield tokens, patch_classes(mask, grid, values)
+
+    def sample(dataset):
+        """Tokens [n,D] and classes [n] of equally many patches of every image."""
+        n_per_image = math.ceil(PATCHES / len(dataset))
+        x, y = [], []
+        for tokens, classes in masked_images(dataset):
+            kept = np.sort(rng.permutation(len(tokens))[:n_per_image])
+            x.append(tokens[kept])
+            y.append(classes[kept])
+        return torch.cat(x), torch.from_numpy(np.concatenate(y))
+    probe, _ = fit_probe(*sample(train), *sample(val), balanced=True)
     result = {}
     for name, dataset in tests.items():
-        truth, guess = [], []
-        for batch in stream(backbone, dataset, with_masks=True, **settings):
-            for x, mask in zip(batch["patches"], batch["masks"]):
-                if mask is not None:
-                    truth.append(patch_classes(mask, math.isqrt(len(x)), values))
-                    guess.append(probe(x).argmax(dim=1).numpy())
-        result[name] = dice_per_class(np.concatenate(truth), np.concatenate(guess), len(values)).tolist()
+        labels, predictions = [], []
+        for tokens, classes in masked_images(dataset):
+            labels.append(classes)
+            predictions.append(probe(tokens).argmax(dim=1).numpy())
+        dice = metrics.dice_per_class(np.concatenate(labels), np.concatenate(predictions),
+                                      len(values))
+        result[name] = dice.tolist()
     return result
 
 
-# ---- the script: measure, tabulate, draw ----
-
 def measure(backbone, data, settings, values, patch):
-    """All numbers of one network (None: the raw pixels), on all test splits.
+    """All numbers of one network on all test splits.
 
-    Args: data: of open_data; settings: of `stream`; values: of the masks, () = no patch probe; patch: patch size of the
-    raw-pixel baseline. Returns: results {split: {probe name: metrics}}, found {split: dict of `gather`, for test splits
-    with probs [N,c] of the linear probe}.
+    Args: backbone: None for raw pixels, in patches of `patch` pixels; data: of open_data; settings:
+    of features.stream_features; values: of mask_classes, () = no patch probe.
+    Returns: results, {split: {probe: {metric: value}}}; collected, {split: dict of
+    features.collect_features} where test splits also have probs [N,c] of the linear probe.
     """
-    raw = backbone is None                                     # raw pixels have no CLS token, and suffice at 32 px
-    whole = dict(settings, size=min(32, settings["size"])) if raw else settings
-    found = {split: gather(backbone, dataset, not raw, **whole) for split, dataset in data.items()}
-    D = found["train"]["features"].shape[1] // (1 if raw else 2)
-    train, val, tests = found["train"], found["tune"], [split for split in data if split not in ("train", "tune")]
+    is_raw, image_settings, collected = backbone is None, dict(settings), {}
+    if is_raw:  # 32 pixels are enough, and there is no CLS token to put the mean patch behind
+        image_settings["size"] = min(32, settings["size"])
+    for split, dataset in data.items():
+        collected[split] = collect_features(backbone, dataset, not is_raw, **image_settings)
+    train, tune = collected["train"], collected["tune"]
+    D = train["features"].shape[1] // (1 if is_raw else 2)
+    tests = {split: data[split] for split in data if split not in ("train", "tune")}
     results = {split: {} for split in tests}
-    for name, width in [("linear", D)] + [("linear_cls_patch", 2 * D)] * (not raw):
-        probe, strength = fit_probe(train["features"][:, :width], train["labels"], val["features"][:, :width],
-                                    val["labels"])
+
+    def evaluate_probe(name, width):
+        probe, strength = fit_probe(train["features"][:, :width], train["labels"],
+                                    tune["features"][:, :width], tune["labels"])
         for split in tests:
-            probs = probe(found[split]["features"][:, :width])
-            results[split][name] = dict(C=strength, **classification_metrics(probs, found[split]["labels"],
-                                                                             bootstrap=bootstrap, seed=seed))
-            found[split].setdefault("probs", probs)
-    for name, k, temperature in [("knn", knn_k, None)] + [(f"knn_dino_{k}", k, t) for k, t in DINO_KNN]:
+            test = collected[split]
+            probs = probe(test["features"][:, :width])
+            numbers = classification_metrics(probs, test["labels"], None, bootstrap, seed)
+            results[split][name] = dict(C=strength, **numbers)
+            test.setdefault("probs", probs)  # those of the first probe
+
+    def evaluate_knn(name, k, temperature):
         for split in tests:
-            guess, shares = knn_vote(train["features"][:, :D], train["labels"], found[split]["features"][:, :D], k,
-                                     temperature)
-            results[split][name] = classification_metrics(shares.cpu(), found[split]["labels"], guess.cpu(), bootstrap,
-                                                          seed)
+            test = collected[split]
+            predictions, shares = knn_vote(train["features"][:, :D], train["labels"],
+                                           test["features"][:, :D], k, temperature)
+            results[split][name] = classification_metrics(
+                shares.cpu(), test["labels"], predictions.cpu(), bootstrap, seed)
+    evaluate_probe("linear", D)
+    if not is_raw:
+        evaluate_probe("linear_cls_patch", 2 * D)
+    evaluate_knn("knn", knn_k, None)
+    for k, temperature in DINO_KNN:
+        evaluate_knn(f"knn_dino_{k}", k, temperature)
     if len(values):
-        dice = patch_probe(backbone, data["train"], data["tune"], {split: data[split] for split in tests}, values,
+        dice = patch_probe(backbone, data["train"], data["tune"], tests, values,
                            np.random.default_rng(seed), **settings, patch=patch)
         for split in tests:
             results[split]["dice"] = dice[split]
-    for part in found.values():                                # what the pictures need
+    for part in collected.values():  # the pictures show the CLS features
         part["features"] = part["features"][:, :D]
-    return results, found
+    return results, collected
 
 
-def tabulate(networks, split, mask_names):
-    """The tables of one test split as text: the paper's layout (Tables 5-8), then what it leaves out.
+# ---- pictures of one test split. Their files begin with `path`, a path without an ending ----
 
-    networks: dicts of find_networks with `results`; those of one group share a row, mean (standard deviation)."""
-    groups = {}
-    for network in networks:
-        groups.setdefault(network["group"], []).append(network)
+def draw(networks, collected, split, data, value_range, path):
+    """Maps of all networks; confusion matrix and nearest neighbours of the last one.
 
-    def cell(group, probe, metric):                            # metric: a name, or of Dice the number of the class
-        values = [network["results"][split][probe][metric] for network in group if probe in network["results"][split]]
-        if not values or not np.isfinite(values).all():
-            return "-"
-        return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
-
-    def interval(group, probe):
-        ends = [network["results"][split][probe].get("accuracy_ci") for network in group]
-        return "-" if None in ends else "{:.2f}-{:.2f}".format(*np.mean(ends, axis=0))
-    titles = {key: [group[0]["model"], group[0]["adaptation"] + (f", {len(group)} seeds" if len(group) > 1 else "")]
-              for key, group in groups.items()}
-    names = [os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group])
-             for group in groups.values()]
-    twins = [list(titles.values()).count(title) > 1 for title in titles.values()]          # say which is which
-    for title, name, twin in zip(titles.values(), names, twins):
-        title[1] += f" ({name})" if twin else ""
-    main_metrics, more = ("accuracy", "precision_weighted", "f1_weighted"), ("auc", "balanced_accuracy")
-    paper = markdown(
-        ["Model", "Adaptation", "Probe accuracy", "precision", "F1", "k-NN accuracy", "precision", "F1"],
-        [titles[key] + [cell(group, probe, metric) for probe in ("linear", "knn") for metric in main_metrics]
-         for key, group in groups.items()])
-    rest = markdown(
-        ["Model", "Adaptation", "Probe AUC", "balanced", "accuracy 95 %", "CLS+patches", "k-NN AUC", "balanced",
-         "accuracy 95 %", *(f"k={k}, T={t}" for k, t in DINO_KNN)],
-        [titles[key] + [cell(group, "linear", metric) for metric in more] + [interval(group, "linear")]
-         + [cell(group, "linear_cls_patch", "accuracy")] + [cell(group, "knn", metric) for metric in more]
-         + [interval(group, "knn")] + [cell(group, f"knn_dino_{k}", "accuracy") for k, _ in DINO_KNN]
-         for key, group in groups.items()])
-    text = f"{paper}\n\n{rest}\n"
-    if "dice" in networks[0]["results"][split]:
-        text += "\n" + markdown(["Model", "Adaptation"] + [f"Dice of {name}" for name in mask_names[1:]],
-                                [titles[key] + [cell(group, "dice", c) for c in range(1, len(mask_names))]
-                                 for key, group in groups.items()]) + \
-            "\nDice over patches, each of the class that most of its pixels have; '-': no patch is of that class.\n"
-    by_name = {network["name"]: network["results"][split] for network in networks}
-    for network in networks:
-        if "start" in network:                                # harm has to be visible
-            for probe, what in (("linear", "linear probe"), ("knn", "k-NN")):
-                change = network["results"][split][probe]["accuracy"] - by_name[network["start"]][probe]["accuracy"]
-                text += f"\n- {network['name']}: {what} {change:+.3f} against its start" + \
-                    ("  !!!! BELOW THE START !!!!" if change < -0.005 else "")
-    return text + "\n"
-
-
-def draw(networks, found, split, data, intensity_range, stem):
-    """The pictures of one test split: maps of the features (at most four: raw pixels, the start, and the last two
-    kinds of run), and of the last network the confusion matrix and nearest neighbours.
-
-    Args: networks: with 'map' {split: features}; found: of `measure`, of the last network; stem: of the files' names.
+    Args: networks: dicts of find_networks with map, {split: features [n,D]}; collected: of
+    `measure`, of the last network; value_range: pixel values that become black and white.
     """
-    last, name = networks[-1], os.path.basename(stem)
+    labels, probs = collected[split]["labels"].numpy(), collected[split]["probs"]
+    if labels.ndim == 2:
+        return  # several labels per image: no colour, no confusion
+    last, name = networks[-1], os.path.basename(path)
     title = f"{last['model']}, {last['adaptation']}: {name}, {split}"
-    train, test = found["train"], found[split]
-    if test["labels"].ndim == 2:
-        return                                                 # several labels per image: no colour, no confusion
-    labels, probs = test["labels"].numpy(), test["probs"]
-    names = data["train"].class_names
-    names = names + [str(c) for c in range(len(names), max(probs.shape[1], labels.max() + 1))]
-    confusion = np.zeros((len(names), len(names)), int)
-    np.add.at(confusion, (labels, probs.argmax(dim=1).numpy()), 1)
-    pictures.confusion_picture(f"{stem}-{split}-confusion.png", confusion, names, f"Linear probe of {title}")
-    groups = list({network["group"]: network for network in networks}.values())           # one seed of each
-    shown = groups[:2] + groups[2:][-2:]
+    class_names = list(data["train"].class_names)
+    n_classes = max(len(class_names), probs.shape[1], labels.max() + 1)
+    class_names += [str(c) for c in range(len(class_names), n_classes)]
+    confusion = np.zeros((n_classes, n_classes), int)
+    predictions = probs.argmax(dim=1).numpy()
+    np.add.at(confusion, (labels, predictions), 1)
+    pictures.confusion_picture(f"{path}-{split}-confusion.png", confusion, class_names,
+                               f"Linear probe of {title}")
+    draw_maps(networks, split, labels, class_names, path)
+    draw_neighbours(collected, split, data, class_names, value_range, title, path)
+
+
+def draw_maps(networks, split, labels, class_names, path):
+    """PCA and t-SNE of at most four networks: raw pixels, the first start, the last two groups."""
+    by_group = {network["group"]: network for network in networks}  # one seed of each
+    shown = list(by_group.values())
+    shown = shown[:2] + shown[2:][-2:]
     for kind, project in (("PCA", pictures.pca_map), ("t-SNE", pictures.tsne_map)):
-        panels = [(", ".join([network["model"], network["adaptation"]][:1 + (network["adaptation"] != "-")]),
-                   project(F.normalize(network["map"][split], dim=1))) for network in shown]
-        pictures.scatter_picture(f"{stem}-{split}-{kind.lower()}.png", panels, labels[map_rows(len(labels))], names,
-                                 f"{kind} of the CLS features: {name}, {split}")
-    rng = np.random.default_rng(seed)                          # one query of every class
-    queries = [int(rng.choice(np.flatnonzero(labels == c))) for c in rng.permutation(np.unique(labels))[:8]]
-    similarity = F.normalize(test["features"][queries], dim=1) @ F.normalize(train["features"], dim=1).T
-    nearest = similarity.topk(min(5, len(train["rows"])), dim=1)
+        panels = []
+        for network in shown:
+            name = network["model"]
+            if network["adaptation"] != "-":
+                name += f", {network['adaptation']}"
+            points = F.normalize(network["map"][split], dim=1)
+            panels.append((name, project(points)))
+        pictures.scatter_picture(
+            f"{path}-{split}-{kind.lower()}.png", panels, labels[map_indices(len(labels))],
+            class_names, f"{kind} of the CLS features: {os.path.basename(path)}, {split}")
 
-    def tile(dataset, row, caption, frame=None):
-        return pictures.to_picture(dataset[row][0], intensity_range), caption, frame
+
+def draw_neighbours(collected, split, data, class_names, value_range, title, path):
+    """A test image of each class, at most eight, and its five nearest training images."""
+    train, test = collected["train"], collected[split]
+    labels, rng = test["labels"].numpy(), np.random.default_rng(seed)
+    classes = rng.permutation(np.unique(labels))[:8]
+    queries = [int(rng.choice(np.flatnonzero(labels == c))) for c in classes]
+    query_features = F.normalize(test["features"][queries], dim=1)
+    similarity = query_features @ F.normalize(train["features"], dim=1).T
+    nearest = similarity.topk(min(5, len(train["indices"])), dim=1)
+
+    def tile(dataset, index, caption, frame=None):
+        return pictures.to_picture(dataset[index][0], value_range), caption, frame
     sheet = []
-    for query, values, places in zip(queries, nearest.values.tolist(), nearest.indices.tolist()):
-        row = [tile(data[split], test["rows"][query], names[labels[query]])]
-        for value, place in zip(values, places):
-            label = int(train["labels"][place])
-            row.append(tile(data["train"], train["rows"][place], f"{names[label]}\n{value:.2f}",
-                            "green" if label == labels[query] else "red"))
-        sheet.append(row)
-    pictures.contact_sheet(f"{stem}-{split}-neighbours.png", sheet, f"Nearest training images of {title}\n"
-                           "cosine similarity of CLS features; green frame = same class, red = another", 160,
-                           ["test image"] + [f"nearest {i + 1}" for i in range(nearest.values.shape[1])])
+    for query, values, neighbours in zip(queries, nearest.values, nearest.indices):
+        label = labels[query]
+        tiles = [tile(data[split], test["indices"][query], class_names[label])]
+        for value, neighbour in zip(values.tolist(), neighbours.tolist()):
+            other = int(train["labels"][neighbour])
+            tiles.append(tile(data["train"], train["indices"][neighbour],
+                              f"{class_names[other]}\n{value:.2f}",
+                              "green" if other == label else "red"))
+        sheet.append(tiles)
+    columns = ["test image", *(f"nearest {i + 1}" for i in range(nearest.values.shape[1]))]
+    pictures.contact_sheet(
+        f"{path}-{split}-neighbours.png", sheet, f"Nearest training images of {title}\ncosine "
+        "similarity of CLS features; green frame = same class, red = another", 160, columns)
 
 
-def map_rows(n):
-    """Which of n images are on a map: all, or MAP_IMAGES drawn by seed, in their order."""
+def map_indices(n):
+    """Indices of the images on a map, sorted: all n, or MAP_IMAGES drawn by seed."""
     return np.sort(np.random.default_rng(seed).permutation(n)[:MAP_IMAGES])
 
 
+# ---- data ----
+
 def open_data(config):
-    """({'train', 'tune', test splits: Dataset}, notes): the data that all networks are measured on. config: of the
-    first run, {} without. 'tune' picks the probe's penalty: val, or where val is missing or is measured, a tenth of
-    train."""
+    """({split: Dataset}, notes): the data that all networks are measured on.
+
+    The splits, in this order: 'train'; 'tune', which chooses the probe's penalty: val, or a tenth
+    of train if there is no val or val is measured; the test splits. config: of the first run or {}.
+    """
     source = dataset_path or config.get("dataset_path", "")
     if not source:
-        raise UserError("dataset_path is not given, and there is no run to take it from; add --dataset_path=...")
+        raise UserError("dataset_path is not given, and there is no run to take it from; add "
+                        "--dataset_path=...")
     splits = [split.strip() for split in test_splits.split(",") if split.strip()]
     if not splits or "train" in splits:
-        raise UserError(f"test_splits={test_splits!r}: name splits other than train, like test or val,test")
+        raise UserError(f"test_splits={test_splits!r}: name splits other than train, like test or "
+                        "val,test")
 
     def open_split(split):
-        return load_dataset(source, split, dataset_size or config.get("dataset_size", 224), cache_dir, download_url,
-                            config.get("num_channels", 0), seed)
-    train, tests, notes = open_split("train"), {split: open_split(split) for split in splits}, []
+        return load_dataset(source, split, dataset_size or config.get("dataset_size", 224),
+                            cache_dir, download_url, config.get("num_channels", 0), seed)
+    train, notes = open_split("train"), []
+    tests = {split: open_split(split) for split in splits}
     if train.labels is None:
-        raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a sub-folder per class")
+        raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a "
+                        "sub-folder per class")
     if "val" in splits:
-        train, val = (train.subset(rows, "train") for rows in cut_tenth(len(train), seed))
-        notes.append(f"val is measured, so {len(val)} images of train (seed {seed}) pick the probe's penalty")
+        rest, tenth = cut_tenth(len(train), seed)
+        train, tune = train.subset(rest, "train"), train.subset(tenth, "train")
+        notes.append(f"val is measured, so {len(tune)} images of train (seed {seed}) pick the "
+                     "probe's penalty")
     else:
-        val = open_split("val")
+        tune = open_split("val")
         if "val" not in train.splits:
-            notes.append(f"no val split: {len(val)} images of train (a tenth, seed {seed}) pick the probe's penalty")
-    return dict(train=train, tune=val, **tests), notes
+            notes.append(f"no val split: {len(tune)} images of train (a tenth, seed {seed}) pick "
+                         "the probe's penalty")
+    return dict(train=train, tune=tune, **tests), notes
 
+
+def mask_classes(data):
+    """(values [c], names, notes): the values in the training masks; no values, () and [], if a
+    split has no masks or the values cannot be classes."""
+    train = data["train"]
+    if any(dataset.masks is None for dataset in data.values()):
+        return (), [], []
+    masks = (train.masks[i] for i in range(len(train)))  # without the images: they decode slowly
+    found = [np.unique(mask) for mask in masks if mask is not None]
+    values = np.unique(np.concatenate(found))
+    if not 2 <= len(values) <= 32:
+        return (), [], [f"masks have {len(values)} different values, which are no classes: no "
+                        "patch probe"]
+    names = dict(enumerate(train.mask_names))
+    return values, [names.get(value, f"mask value {value}") for value in values], []
+
+
+def find_copies(collected, data, tests):
+    """Notes on test images that are training images as well: those are remembered, not recognised.
+    collected: of `measure`."""
+    notes = []
+    for split in tests:
+        digests = collected[split]["digests"]
+        for other in ("train", "tune"):
+            known = set(collected[other]["digests"])
+            if n_copies := sum(digest in known for digest in digests):
+                notes.append(f"{n_copies} of {len(digests)} {split} images are also in "
+                             f"{data[other].split}, pixel for pixel")
+    return notes
+
+
+# ---- the script ----
 
 def main(sources):
-    """Evaluate what the config in this module's globals names; sources: from configurator.override."""
+    """Evaluate with the config in this module's globals. sources: of configurator.override."""
     run_device = setup(device)
-    names = [name.strip() for name in f"{run},{model_type},{compare}".split(",") if name.strip()]
+    config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
+    names = [name.strip() for name in f"{run},{model_type},{compare}".split(",")]
+    names = [name for name in names if name]
     if not names:
-        raise UserError("nothing to evaluate: give --run=out/NAME, --model_type=ID or --compare=ID,out/A,out/B")
-    if checkpoint not in ("best", "last") or mixed_precision not in ("bf16", "no"):
-        raise UserError(f"checkpoint={checkpoint!r}, mixed_precision={mixed_precision!r}; needs 'best' or 'last', and "
-                        "'bf16' or 'no'")
+        raise UserError("nothing to evaluate: give --run=out/NAME, --model_type=ID or "
+                        "--compare=ID,out/A,out/B")
+    check = Checks(config)
+    check.one_of(checkpoint=("best", "last"), mixed_precision=("bf16", "no"))
+    check.report()
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
-    configs = [network["config"] for network in networks if network["config"]]
+    first_config = next((network["config"] for network in networks if network["config"]), {})
 
     # ---- data ----
-    data, notes = open_data(configs[0] if configs else {})
-    train, tests = data["train"], [split for split in data if split not in ("train", "tune")]
-    values, mask_names = (), []
-    if all(dataset.masks is not None for dataset in data.values()):
-        masks = (train.masks[i] for i in range(len(train)))    # of the masks alone: an image is slow to decode
-        values = np.unique(np.concatenate([np.unique(mask) for mask in masks if mask is not None]))
-        mask_names = [train.mask_names[v] if v < len(train.mask_names) else f"mask value {v}" for v in values]
-        if not 2 <= len(values) <= 32:
-            notes.append(f"masks have {len(values)} different values, which are no classes: no patch probe")
-            values = ()
-    notes.insert(0, f"{train.name}: " + ", ".join(f"{len(dataset)} {dataset.split}" for dataset in data.values()))
+    data, notes = open_data(first_config)
+    train, tests = data["train"], list(data)[2:]
+    values, mask_names, mask_notes = mask_classes(data)
+    sizes = ", ".join(f"{len(dataset)} {dataset.split}" for dataset in data.values())
+    notes = [f"{train.name}: {sizes}", *notes, *mask_notes]
     print("\n".join(notes), flush=True)
 
     # ---- every network, one at a time; before the first one the raw pixels, in its patches ----
-    workers, autocast, rows = loader_workers(num_workers), autocast_for(run_device, mixed_precision), []
+    measured = []
 
-    def record(network, backbone, settings, patch):
-        network["results"], found = measure(backbone, data, settings, values, patch)
-        network["map"] = {split: found[split]["features"].cpu()[map_rows(len(found[split]["rows"]))]
-                          for split in tests}
-        network["size"] = settings["size"]
-        rows.append(network)
-        print(f"{network['name']}, {network['adaptation']}, {settings['size']} px: " + "; ".join(
-            f"{split} {knn_k}-NN {result['knn']['accuracy']:.4f}, linear probe {result['linear']['accuracy']:.4f}"
-            for split, result in network["results"].items()), flush=True)
-        return found
-
+    def measure_one(network, backbone, settings, patch):
+        network["results"], collected = measure(backbone, data, settings, values, patch)
+        network["size"], network["map"] = settings["size"], {}
+        for split in tests:
+            cls = collected[split]["features"].cpu()
+            network["map"][split] = cls[map_indices(len(cls))]
+        measured.append(network)
+        accuracies = []
+        for split, result in network["results"].items():
+            accuracies.append(f"{split} {knn_k}-NN {result['knn']['accuracy']:.4f}, linear probe "
+                              f"{result['linear']['accuracy']:.4f}")
+        print(f"{network['name']}, {network['adaptation']}, {settings['size']} px: "
+              + "; ".join(accuracies), flush=True)
+        return collected
+    forward = dict(num_workers=loader_workers(num_workers), batch_size=batch_size,
+                   on_bad_image=on_bad_image, autocast=autocast_for(run_device, mixed_precision))
+    teacher_dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
     for network in networks:
-        config = network["config"] or (configs[0] if configs else {})
-        backbone, reading = load_network(network, config, train, run_device, image_size, intensity_range, seed,
-                                         on_bad_image, torch.float32 if mixed_precision == "no" else torch.bfloat16)
-        settings = dict(reading, num_workers=workers, batch_size=batch_size, on_bad_image=on_bad_image,
-                        autocast=autocast)
+        backbone, inputs = load_network(
+            network, network["config"] or first_config, train, run_device, image_size,
+            intensity_range, seed, on_bad_image, teacher_dtype)
+        settings = dict(inputs, **forward)
         patch = getattr(backbone, "patch_size", 0) or backbone.config.patch_size
-        if not rows:
-            pixels = dict(name="raw pixels", model="raw pixels", adaptation="-", group="raw pixels")
-            found = record(pixels, None, settings, patch)
-            for split in tests:                                # the same image on both sides is memory, not insight
-                for other in ("train", "tune"):
-                    known = set(found[other]["digests"])
-                    if copies := sum(digest in known for digest in found[split]["digests"]):
-                        notes.append(f"{copies} of {len(found[split]['digests'])} {split} images are also in "
-                                     f"{data[other].split}, pixel for pixel")
-                        print(notes[-1])
-        found = record(network, backbone, settings, patch)
+        if not measured:
+            pixels = dict.fromkeys(("name", "model", "group"), "raw pixels")
+            collected = measure_one(dict(pixels, adaptation="-"), None, settings, patch)
+            for note in find_copies(collected, data, tests):
+                notes.append(note)
+                print(note)
+        collected = measure_one(network, backbone, settings, patch)
 
     # ---- tables and pictures ----
-    folder = os.path.join(out_dir or (run if len(names) == 1 and run else "out/evaluate"), "results")
-    stem = os.path.join(folder, os.path.splitext(os.path.basename(train.name.rstrip("/")))[0])
+    default = names[0] if run and len(names) == 1 else "out/evaluate"
+    folder = os.path.join(out_dir or default, "results")
+    file_name = os.path.basename(train.name.rstrip("/"))
+    data_name = os.path.splitext(file_name)[0]
+    path = os.path.join(folder, data_name)
     os.makedirs(folder, exist_ok=True)
-    if generate_pictures and "start" in network:               # the last one is a run
-        records = [json.loads(line) for line in open(os.path.join(network["name"], "log.jsonl"))]
-        pictures.curves_picture(f"{stem}-curves.png", records, f"training of {network['name']}")
-    text = f"# {os.path.basename(stem)}\n\n" + "".join(f"- {note}\n" for note in notes)
+    if generate_pictures and "start" in network:  # the last network is a run
+        records = [json.loads(line) for line in open(f"{network['name']}/log.jsonl")]
+        pictures.curves_picture(f"{path}-curves.png", records, f"training of {network['name']}")
+    text = f"# {data_name}\n\n" + "".join(f"- {note}\n" for note in notes)
     for split in tests:
-        text += f"\n## {split}, {len(data[split])} images\n\n{tabulate(rows, split, mask_names)}"
+        table = tabulate(measured, split, mask_names)
+        text += f"\n## {split}, {len(data[split])} images\n\n{table}"
         if generate_pictures:
-            draw(rows, found, split, data, settings["intensity_range"], stem)
+            draw(measured, collected, split, data, settings["intensity_range"], path)
     print("\n" + text)
-    with open(f"{stem}.md", "w") as file:
+    with open(f"{path}.md", "w") as file:
         file.write(text)
-    with open(f"{stem}.json", "w") as file:
-        json.dump(jsonable(dict(notes=notes, config={key: globals()[key] for key in config_keys}, networks=[
-            {key: network[key] for key in ("name", "model", "adaptation", "size", "results")} for network in rows])),
-            file, indent=1)
+    keys = ("name", "model", "adaptation", "size", "results")
+    rows = [{key: network[key] for key in keys} for network in measured]
+    report = dict(notes=notes, config=vars(config), networks=rows)
+    with open(f"{path}.json", "w") as file:
+        json.dump(jsonable(report), file, indent=1)
     print(f"tables and pictures are in {folder}")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(override(globals(), config_keys, sys.argv[1:]))
+        main(sources)

@@ -1,6 +1,7 @@
-"""Features of a whole data set by any network, and which networks and weights there are.
+"""Features of a whole data set by any network; which networks there are, and how to load them.
 
-train.py and distill.py measure k-NN with these functions, evaluate.py and attention.py tables and pictures. 
+train.py and distill.py measure k-NN with these functions. evaluate.py and attention.py load
+networks with them.
 """
 import ast
 import contextlib
@@ -28,8 +29,9 @@ from teachers import FrozenTeacher, build_teacher
 # ---- features ----
 
 class WholeImages(torch.utils.data.Dataset):
-    """The images of a data set at one size: item i -> dict with i, pixels [C,size,size] in native dtype, mask
-    [size,size] or None, and digest, a hash of the image as it was read; or with i and error, a text."""
+    """The images of a data set at one size. Item i is a dict with i, pixels [C,size,size] in the
+    images' dtype, digest (a hash of the image as it was read), and mask [size,size] or None; for an
+    unreadable image a dict with i and error, a text."""
 
     def __init__(self, dataset, size, with_masks=False):
         self.dataset, self.size, self.with_masks = dataset.at_least(size), size, with_masks
@@ -40,94 +42,130 @@ class WholeImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image, mask = self.dataset[i]
-        except UserError as error:                             # as text: an exception from a worker is a page long
+        except UserError as error:  # as text: an exception from a worker fills a page
             return dict(i=i, error=str(error))
-        item = dict(i=i, pixels=resize_center(image, self.size),
-                    digest=hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest(), mask=None)
-        if self.with_masks and mask is not None:               # nearest: a class between two classes means nothing
+        content = np.ascontiguousarray(image).tobytes()
+        item = dict(i=i, pixels=resize_center(image, self.size), mask=None,
+                    digest=hashlib.blake2b(content, digest_size=16).digest())
+        if self.with_masks and mask is not None:  # the nearest pixel: classes have no mean
             square = center_square(mask)
-            near = ((np.arange(self.size) + 0.5) * len(square) / self.size).astype(int)
-            item["mask"] = square[near][:, near]
+            nearest = (np.arange(self.size) + 0.5) * len(square) / self.size
+            nearest = nearest.astype(int)
+            item["mask"] = square[nearest][:, nearest]
         return item
 
 
 @torch.no_grad()
-def stream(backbone, dataset, size=224, intensity_range=(0, 255), mean=(0.5,), std=(0.5,), batch_size=64,
-           num_workers=0, autocast=contextlib.nullcontext, on_bad_image="error", patch=0, with_masks=False):
+def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
+                    mean=(0.5,), std=(0.5,), batch_size=64, num_workers=0,
+                    autocast=contextlib.nullcontext, on_bad_image="error", patch=0,
+                    with_masks=False):
     """Features of a data set batch by batch, in its order, with a progress bar.
 
-    Args: backbone: any that forward_features takes, in eval mode, on its device, or a teachers.FrozenTeacher, which
-    normalises by itself (mean 0, std 1 then); None for the raw pixels (at `size`,
-    normalised, flattened; patches of `patch` pixels): the baseline that features have to beat. size: pixels of the
-    square the images are resized to; intensity_range, mean, std: as in training; autocast: called for a context around
-    the forward pass; on_bad_image: 'skip' leaves out what cannot be read, 'error' raises UserError.
-    Yields: dicts with cls [b,D] and patches [b,P,D] fp32 on the backbone's device (None for raw pixels without patch),
-    and lists of length b: rows (place in the data set), digests, masks ([size,size] arrays or None).
+    Args: backbone: in eval mode, on its device; any that forward_features takes; a
+    teachers.FrozenTeacher, which normalises by itself and needs mean 0, std 1; or None for the raw
+    pixels, the baseline that features have to beat. size: pixels, images are resized to a square;
+    intensity_range, mean, std: as in training; autocast: makes a context for the forward pass;
+    on_bad_image: 'skip' leaves out unreadable images, 'error' raises UserError; patch: pixels, the
+    patch size of the raw pixels, 0 = no patches; with_masks: also yield masks.
+    Yields: dicts of cls [b,D] and patches [b,P,D] (or None), fp32 on the backbone's device; and
+    lists of length b: indices into the data set, digests, masks ([size,size] arrays or None).
     """
-    its_device = next(backbone.parameters()).device if backbone is not None else torch.device("cpu")
+    device = torch.device("cpu")
+    if backbone is not None:
+        device = next(backbone.parameters()).device
     photometrics = Photometrics("medical", intensity_range, mean, std)
-    loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size, num_workers=num_workers,
-                        collate_fn=list)
+    loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size,
+                        num_workers=num_workers, collate_fn=list)
     for items in tqdm(loader, desc=f"{dataset.split} features", leave=False, disable=None):
-        if on_bad_image == "error" and (errors := [item["error"] for item in items if "error" in item]):
+        errors = [item["error"] for item in items if "error" in item]
+        if errors and on_bad_image == "error":
             raise UserError(errors[0])
         items = [item for item in items if "error" not in item]
         if not items:
             continue
-        pixels = photometrics.plain(torch.stack([item["pixels"] for item in items]).to(its_device))   # [b,C,size,size]
+        pixels = torch.stack([item["pixels"] for item in items])
+        pixels = photometrics.plain(pixels.to(device))  # [b,C,size,size]
         if backbone is None:
-            cls = pixels.flatten(1)
-            patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2) if patch else None   # [b,P,C*p*p]
+            cls, patches = pixels.flatten(1), None
+            if patch:
+                patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2)  # [b,P,C*p*p]
         else:
             with autocast():
-                cls, patches = (tokens.float() for tokens in (
-                    backbone(pixels) if isinstance(backbone, FrozenTeacher) else forward_features(backbone, pixels)))
-        yield dict(cls=cls, patches=patches, rows=[item["i"] for item in items],
-                   digests=[item["digest"] for item in items], masks=[item["mask"] for item in items])
+                if isinstance(backbone, FrozenTeacher):
+                    cls, patches = backbone(pixels)
+                else:
+                    cls, patches = forward_features(backbone, pixels)
+            cls, patches = cls.float(), patches.float()
+        yield dict(cls=cls, patches=patches, indices=[item["i"] for item in items],
+                   digests=[item["digest"] for item in items],
+                   masks=[item["mask"] for item in items])
 
 
-def gather(backbone, dataset, with_patch_mean=False, **settings):
-    """The features of a whole data set in one array, and what belongs to them; memory is that of the features.
+def collect_features(backbone, dataset, with_patch_mean=False, **settings):
+    """All features of a data set in one tensor, with labels. It needs the memory of the features.
 
-    Args: with_patch_mean: the mean patch token behind the CLS token, [N,2D]; settings: of `stream`.
-    Returns: dict with features [N,D] fp32 on the backbone's device (raw pixels: CPU), labels [N] int64 ([N,c]
-    multi-label) or None, and lists rows and digests. Images that on_bad_image='skip' leaves out are missing from all.
+    Args: with_patch_mean: put the mean patch token behind the CLS token, [N,2D]; settings: of
+    stream_features.
+    Returns: dict of features [N,D] fp32 on the backbone's device (raw pixels: on the CPU); labels
+    [N] int64, [N,c] for multi-label, or None; and lists of N indices and digests. Images that
+    on_bad_image='skip' leaves out are missing from all four. Raises UserError if none can be read.
     """
-    features, rows, digests = None, [], []
-    for batch in stream(backbone, dataset, **settings):
-        x = torch.cat([batch["cls"], batch["patches"].mean(dim=1)], dim=1) if with_patch_mean else batch["cls"]
+    features, indices, digests = None, [], []
+    for batch in stream_features(backbone, dataset, **settings):
+        x = batch["cls"]
+        if with_patch_mean:
+            patch_mean = batch["patches"].mean(dim=1)
+            x = torch.cat([x, patch_mean], dim=1)
         if features is None:
             features = x.new_empty(len(dataset), x.shape[1])
-        features[len(rows):len(rows) + len(x)] = x
-        rows += batch["rows"]
+        n = len(indices)
+        features[n:n + len(x)] = x
+        indices += batch["indices"]
         digests += batch["digests"]
     if features is None:
-        raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images can be read")
-    labels = None if dataset.labels is None else torch.from_numpy(np.asarray(dataset.labels)[rows].astype(np.int64))
-    return dict(features=features[:len(rows)], labels=labels, rows=rows, digests=digests)
+        raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images can be "
+                        "read")
+    labels = None
+    if dataset.labels is not None:
+        labels = np.asarray(dataset.labels)[indices].astype(np.int64)
+        labels = torch.from_numpy(labels)
+    return dict(features=features[:len(indices)], labels=labels, indices=indices,
+                digests=digests)
 
 
 def extract_features(backbone, dataset, **settings):
-    """(CLS features [N,D] fp32, labels [N] int64, [N,c] or None) of a data set, in its order; see gather and stream."""
-    found = gather(backbone, dataset, **settings)
-    return found["features"], found["labels"]
+    """(CLS features [N,D] fp32, labels [N] int64, [N,c] or None) of a data set, in its order.
+    settings: of stream_features."""
+    collected = collect_features(backbone, dataset, **settings)
+    return collected["features"], collected["labels"]
 
 
 def shared_features(backbone, dataset, **settings):
-    """As extract_features, every rank computing its share. The shares are equally long, the last one goes on at the
-    first image: a sharded network has to be called equally often on all ranks."""
+    """Like extract_features, but every rank computes a share, and all ranks get all features.
+
+    All ranks must call a sharded network equally often, so all shares have the same length: the
+    last share continues with the first images.
+    """
     n = math.ceil(len(dataset) / world_size())
-    share = np.arange(rank() * n, (rank() + 1) * n) % len(dataset)
-    found = gather(backbone, dataset.subset(share, dataset.split), **settings)
-    mine = (share[found["rows"]], found["features"].cpu().numpy(), found["labels"].numpy())
-    rows, features, labels = (np.concatenate(parts) for parts in zip(*gather_objects(mine)))
-    _, first = np.unique(rows, return_index=True)
-    return torch.from_numpy(features[first]).to(found["features"].device), torch.from_numpy(labels[first])
+    first = rank() * n
+    share = np.arange(first, first + n) % len(dataset)
+    collected = collect_features(backbone, dataset.subset(share, dataset.split), **settings)
+    device = collected["features"].device
+    own_part = (share[collected["indices"]], collected["features"].cpu().numpy(),
+                collected["labels"].numpy())
+    parts = zip(*gather_objects(own_part))
+    indices, features, labels = (np.concatenate(part) for part in parts)
+    _, kept = np.unique(indices, return_index=True)  # each image once, in order
+    return torch.from_numpy(features[kept]).to(device), torch.from_numpy(labels[kept])
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
-    """{name: share of right predictions} for every data set of `queries` {name: Dataset}, neighbours from `bank`;
-    settings: of `stream`; backbone None = raw pixels. All ranks work and have the same dict."""
+    """{name: accuracy of k-NN} of every data set in `queries`, {name: Dataset}.
+
+    Args: backbone: of stream_features, None = raw pixels; bank: Dataset of the neighbours;
+    settings: of stream_features. All ranks work and get the same dict.
+    """
     if not queries:
         return {}
     train_features, train_labels = shared_features(backbone, bank, **settings)
@@ -148,7 +186,9 @@ class KnnMeasure:
         inputs: of loader.input_settings; autocast: of distributed.autocast_for."""
         n, seed = config.eval_max_images, config.seed
         self.bank = train_set.limited(n, seed)
-        self.splits = {name: dataset.limited(n, seed) for name, dataset in splits.items()}
+        self.splits = {}
+        for name, dataset in splits.items():
+            self.splits[name] = dataset.limited(n, seed)
         self.size = config.global_crops_size
         self.settings = dict(inputs, num_workers=loader_workers(config.num_workers),
                              autocast=autocast, on_bad_image=config.on_bad_image)
@@ -166,99 +206,129 @@ class KnnMeasure:
 
 # ---- which networks ----
 
+REPETITION_KEYS = {  # runs that differ in these keys only are repetitions of one experiment
+    "seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log",
+    "cache_dir", "generate_samples", "log_interval", "saveckp_freq", "teacher_cache"}
+
+
 def read_run(folder):
-    """The resolved config of a run, a dict, from its config.py; parsed as literals, so nothing in it is executed."""
+    """The resolved config of a run, a dict, from its config.py. The file is parsed as literals:
+    nothing in it is executed."""
     tree = ast.parse(open(os.path.join(folder, "config.py")).read())
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
 
 def adaptation(config):
     """What a run trains, in the words of the paper's tables."""
-    kinds = ["LoRA"] * config["use_lora"] + ["layer freezing"] * (config["freeze_backbone_layers"] > 0)
-    words = " + ".join(kinds) or ("standard" if config["use_pretrained"] else "from scratch")
+    words = []
+    if config["use_lora"]:
+        words.append("LoRA")
+    if config["freeze_backbone_layers"] > 0:
+        words.append("layer freezing")
+    if not words:
+        words.append("standard" if config["use_pretrained"] else "from scratch")
+    text = " + ".join(words)
     teacher = os.path.basename(config.get("distilled_model_type", "").rstrip("/"))
-    return words + (f", distilled from {teacher} ({config['objective']})" if teacher else "")
+    if teacher:
+        text += f", distilled from {teacher} ({config['objective']})"
+    return text
+
+
+def short_name(path):
+    """The last part of a hub id or a path; of weights that a run exported, the name of the run."""
+    return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
+
+
+def run_networks(folder, checkpoint, start_inputs):
+    """(start, trained): the networks of a run before and after training, dicts of find_networks.
+
+    start_inputs: {model_type: how the first run that started from it reads images}; this run is
+    added. A run with other inputs gets a start of its own. Raises UserError without the checkpoint.
+    """
+    config = read_run(folder)
+    weights_path = os.path.join(folder, "checkpoints", checkpoint, "hf")
+    if not os.path.isdir(weights_path):
+        raise UserError(f"{folder} has no checkpoints/{checkpoint}/hf; 'best' is there once a run "
+                        "has begun, 'last' when it has finished: train on with --resume_from, or "
+                        "choose the other checkpoint")
+    model_type = config["model_type"]
+    input_keys = ("global_crops_size", "intensity_range", "image_mean", "image_std")
+    inputs = [config[key] for key in input_keys]
+    start_name, kind = f"start of {folder}", "untrained"
+    if config["use_pretrained"]:
+        kind = "pretrained"
+        if start_inputs.setdefault(model_type, inputs) == inputs:
+            start_name = model_type
+    common = dict(model=short_name(model_type), settings_path=weights_path, config=config)
+    start = dict(common, name=start_name, adaptation=kind, weights_path="",
+                 group=repr((kind, model_type, inputs)))
+    settings = {key: value for key, value in config.items() if key not in REPETITION_KEYS}
+    trained = dict(common, name=folder, adaptation=adaptation(config), weights_path=weights_path,
+                   start=start_name, group=repr(settings))
+    return start, trained
 
 
 def find_networks(names, checkpoint):
-    """What is to be measured: all names that are no runs as they are, then every run behind its untouched start.
+    """The networks to measure: released weights first, then every run behind its start.
 
-    Returns: list of dicts: name, model, adaptation; group: equal for what differs by its seed alone; loads: where its
-    weights lie, '' = those that the run `config` started from; reads: where its input settings lie; config: of the run,
-    or None; start: of a run, the name of its start. Raises UserError for a run without the checkpoint asked for.
+    Args: names: hub ids, directories of weights, timm:NAME, or folders of runs; in all of them *
+    stands for any text; checkpoint: of the runs, 'best' or 'last'. Runs that started from the same
+    weights and read images alike have one start.
+    Returns: list of dicts with
+    name, model, adaptation: texts.
+    group: a text that is equal for networks that differ by their seed only.
+    weights_path: where its weights are; '' = those that the run of `config` started from.
+    settings_path: where its input settings are.
+    config: of its run, or None.
+    start: only of a trained network, the name of its start.
+    Raises UserError for a run without the checkpoint, and if nothing is found.
     """
-    def short(path):                                           # a run that began where another one ended
-        return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
-
-    ignored = ("seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log", "cache_dir",
-               "generate_samples", "log_interval", "saveckp_freq", "teacher_cache")
-    asked = ", ".join(names)
-    names = dict.fromkeys(path for name in names for path in (sorted(glob.glob(name)) if "*" in name else [name]))
-    runs = [name for name in names if os.path.isfile(os.path.join(name, "config.py"))]
-    networks, pipelines = [], {}
-    for name in runs:
-        config, weights = read_run(name), os.path.join(name, "checkpoints", checkpoint, "hf")
-        if not os.path.isdir(weights):
-            raise UserError(f"{name} has no checkpoints/{checkpoint}/hf; 'best' is there once a run has begun, 'last' "
-                            "when it has finished: train on with --resume_from, or choose the other checkpoint")
-        # one start for all runs that begin with the same weights and read images alike
-        pipeline = [config[key] for key in ("global_crops_size", "intensity_range", "image_mean", "image_std")]
-        shared = config["use_pretrained"] and pipelines.setdefault(config["model_type"], pipeline) == pipeline
-        start, kind = config["model_type"] if shared else f"start of {name}", \
-            "pretrained" if config["use_pretrained"] else "untrained"
-        both = dict(model=short(config["model_type"]), reads=weights, config=config)
-        if all(start != network["name"] for network in networks):
-            networks.append(dict(both, name=start, adaptation=kind, loads="",
-                                 group=repr((kind, config["model_type"], pipeline))))
-        networks.append(dict(both, name=name, adaptation=adaptation(config), loads=weights, start=start,
-                             group=repr({key: value for key, value in config.items() if key not in ignored})))
-    plain = [dict(name=name, model=short(name), adaptation="pretrained", group=name, loads=name, reads=name,
-                  config=None)
-             for name in names if name not in runs and name not in pipelines]
-    if not plain + networks:
-        raise UserError(f"nothing to evaluate: {asked!r} matches no folder")
-    return plain + networks
+    paths = []
+    for name in names:
+        paths += sorted(glob.glob(name)) if "*" in name else [name]
+    paths = list(dict.fromkeys(paths))  # each once
+    runs = [path for path in paths if os.path.isfile(f"{path}/config.py")]
+    networks, start_inputs = [], {}
+    for folder in runs:
+        start, trained = run_networks(folder, checkpoint, start_inputs)
+        if all(network["name"] != start["name"] for network in networks):
+            networks.append(start)
+        networks.append(trained)
+    released = []
+    for path in paths:
+        if path not in runs and path not in start_inputs:
+            released.append(dict(name=path, model=short_name(path), adaptation="pretrained",
+                                 group=path, weights_path=path, settings_path=path, config=None))
+    if not released + networks:
+        raise UserError(f"nothing to evaluate: {', '.join(names)!r} matches no folder")
+    return released + networks
 
 
-def load_network(network, config, dataset, run_device, image_size=0, intensity_range=(0.0, 0.0), seed=0,
-                 on_bad_image="error", teacher_dtype=torch.bfloat16):
-    """The weights of one network, ready to measure, and how they want their images.
+def load_network(network, config, dataset, run_device, image_size=0, intensity_range=(0.0, 0.0),
+                 seed=0, on_bad_image="error", teacher_dtype=torch.bfloat16):
+    """The weights of one network, ready to measure, and the settings of its input.
 
-    Args: network: of find_networks; config: its run's, or that of the first run, {} without; dataset: what unknown
-    intensities are measured on, its channels are the network's; image_size, intensity_range: the user's, 0 = not given;
-    teacher_dtype: of the weights of a timm teacher.
-    Returns: backbone in eval mode on run_device, for timm:NAME a teachers.FrozenTeacher; dict of size, intensity_range,
-    mean, std for `stream`.
+    Args: network: of find_networks; config: of its run, or of the first run, or {}; dataset: gives
+    the number of channels, and unknown intensities are measured on it; image_size, intensity_range:
+    what the user asks for, 0 = nothing; teacher_dtype: of the weights of a timm network.
+    Returns: backbone in eval mode on run_device (for timm:NAME a teachers.FrozenTeacher); dict of
+    size, intensity_range, mean, std for stream_features.
     """
-    torch.manual_seed(config.get("seed", 0))                   # a start from scratch: the weights that the run drew
-    if network["loads"].startswith("timm:"):                   # normalises by itself
-        backbone = build_teacher(network["loads"], dtype=teacher_dtype)
-        expected, patch = dict(mean=(0.0,) * 3, std=(1.0,) * 3), backbone.patch_size
+    torch.manual_seed(config.get("seed", 0))  # a start from scratch: the run's own first weights
+    weights_path = network["weights_path"]
+    if weights_path.startswith("timm:"):  # normalises by itself
+        backbone = build_teacher(weights_path, dtype=teacher_dtype)
+        expected = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+        patch = backbone.patch_size
     else:
-        expected = pretrained_input(network["reads"])
-        backbone = build_backbone(network["loads"], True, dataset.num_channels) if network["loads"] else \
-            backbone_from_config(config, dataset.num_channels)
+        expected = pretrained_input(network["settings_path"])
+        if weights_path:
+            backbone = build_backbone(weights_path, True, dataset.num_channels)
+        else:
+            backbone = backbone_from_config(config, dataset.num_channels)
         patch = backbone.config.patch_size
     size = image_size or config.get("global_crops_size") or expected.get("size") or 224
     inputs, _ = input_settings(dataset, expected, intensity_range, seed=seed,
                                on_bad_image=on_bad_image)
     return backbone.to(run_device).eval(), dict(inputs, size=size // patch * patch)
-
-
-# ---- tables as text ----
-
-def markdown(header, rows):
-    """A table in Markdown, columns padded so that it reads well in a terminal, too."""
-    lines = [header, ["-" * len(cell) for cell in header], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines[1] = ["-" * width for width in widths]
-    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in lines)
-
-
-def jsonable(value):
-    """Nested dicts and lists with None for nan, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

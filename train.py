@@ -265,7 +265,8 @@ def main(sources):
     # ---- student ----
     torch.manual_seed(seed)  # the same first weights on every rank
     with built_by_main(distribution) as holds_values:
-        backbone = adapted_backbone(config, train_set.num_channels, run_device, run.say)
+        backbone = adapted_backbone(config, train_set.num_channels, run_device, run.say,
+                                    changed=sources)
         width, new_patch_embed = backbone.config.hidden_size, backbone.patch_embed_inflated
         head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim,
                     weight_norm=head_weight_norm)

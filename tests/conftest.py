@@ -5,13 +5,14 @@ torch and transformers themselves, so that the settings below are made before.
 """
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors threads wait for each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # and do not spin while they wait
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,8 @@ def npz(tmp_path_factory):
 
     from phantom import make_phantom
     arrays = {}
-    for split, n, seed in (("train", 40, 0), ("val", 12, 1), ("test", 12, 2)):
+    sizes = dict(train=40, val=12, test=12)
+    for seed, (split, n) in enumerate(sizes.items()):
         for key, value in make_phantom(n, 40, seed).items():
             arrays[f"{split}_{key}"] = value
     path = str(tmp_path_factory.mktemp("data") / "phantom40.npz")

@@ -1,25 +1,33 @@
-"""Parity with the reference implementations of DINO, DINOv2 and DINOv3, by numbers computed with them (tests/golden).
+"""Parity with the reference implementations of DINO, DINOv2 and DINOv3, by numbers computed with
+them (tests/golden).
 
-Every size, case name and hyper-parameter is read from the files: GOLDEN=/another/family of files with the same keys
-must pass too.
-Compositions and trajectories run through train.py's own functions, with its config globals set as the files say.
+Every size, case name and hyper-parameter is read from the files: GOLDEN=/another/family of files
+with the same keys must pass, too. Compositions and trajectories run through dino.py, the step of
+train.py, with train.py's config set as the files say.
 """
+import contextlib
+import inspect
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import dino
 from augment import sample_masks
-from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
-from model import DINOHead, EMATeacher, Student, build_backbone, forward_features
-from optim import clip_gradients, cosine_schedule, linear_schedule, param_groups
+from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp,
+                    softmax_center, update_center)
 from metrics import knn_classify
-from tests_support import load_script
+from model import DINOHead, EMATeacher, Student, build_backbone, forward_features
+from optim import (build_optimizer, cosine_schedule, linear_schedule, param_groups,
+                   set_learning_rates)
+from run import State
+from tests_support import ROOT, load_script
 
-GOLDEN = os.environ.get("GOLDEN", os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden"))
+GOLDEN = os.environ.get("GOLDEN", os.path.join(ROOT, "tests", "golden"))
 
 
 def golden(name):
@@ -30,13 +38,18 @@ def golden(name):
         return {key: file[key] for key in file.files}
 
 
+def matches(pattern, keys):
+    """The distinct first groups of a pattern among keys that match it from their start, sorted."""
+    found = [re.match(pattern, key) for key in keys]
+    return sorted({match[1] for match in found if match})
+
+
 def cases(name, pattern):
-    """The distinct first groups of a pattern among the keys of a file, known before any test runs."""
+    """`matches` among the keys of a file, known before any test runs."""
     try:
-        keys = golden(name)
+        return matches(pattern, golden(name))
     except pytest.skip.Exception:
         return []
-    return sorted({match[1] for key in keys if (match := re.match(pattern, key))})
 
 
 def tensor(array):
@@ -44,12 +57,14 @@ def tensor(array):
 
 
 def close(ours, theirs, rtol=1e-5, atol=0.0):
-    ours = ours.detach().double().numpy() if torch.is_tensor(ours) else np.asarray(ours, dtype=np.float64)
-    theirs = np.asarray(theirs, dtype=np.float64)
+    if torch.is_tensor(ours):
+        ours = ours.detach().double().numpy()
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape
     # of the whole array: a gradient's small entries are rounding
-    scale = np.abs(theirs).max() if theirs.size else 0
-    assert np.abs(ours - theirs).max(initial=0) <= rtol * scale + atol, (np.abs(ours - theirs).max(), scale)
+    scale = np.abs(theirs).max(initial=0)
+    difference = np.abs(ours - theirs).max(initial=0)
+    assert difference <= rtol * scale + atol, (difference, scale)
 
 
 def value_and_grad(function, x):
@@ -61,20 +76,23 @@ def value_and_grad(function, x):
 
 # ---- losses and targets ----
 
-def test_dino_v1_loss_and_centre():
+def test_dino_v1_loss_and_center():
     g = golden("dino_v1_loss")
-    for run in sorted({key.split("_")[0] for key in g if key.endswith("_center_0")}):
+    student_temp, momentum = float(g["student_temp"]), float(g["center_momentum"])
+    for run in matches(r"(.+?)_.*center_0$", g):
         B, crops = int(g[f"{run}_B"]), 2 + int(g[f"{run}_n_local"])
         center = tensor(g[f"{run}_center_0"])
-        for c in sorted(int(key.rsplit("_", 1)[1]) for key in g if re.fullmatch(rf"{run}_student_\d+", key)):
+        for c in sorted(map(int, matches(rf"{run}_student_(\d+)$", g))):
             teacher = tensor(g[f"{run}_teacher_{c}"])
-            probs = softmax_center(teacher, center, float(g[f"{run}_teacher_temp_{c}"])).view(2, B, -1)
-            loss, grad = value_and_grad(lambda s: dino_loss(s.view(crops, B, -1), probs, float(g["student_temp"])),
-                                        g[f"{run}_student_{c}"])
+            probs = softmax_center(teacher, center, float(g[f"{run}_teacher_temp_{c}"]))
+            probs = probs.view(2, B, -1)
+            loss, grad = value_and_grad(
+                lambda s: dino_loss(s.view(crops, B, -1), probs, student_temp),
+                g[f"{run}_student_{c}"])
             close(loss, g[f"{run}_loss_{c}"])
             close(loss, g[f"{run}_loss_fp64_{c}"])
             close(grad, g[f"{run}_grad_student_{c}"])
-            center = update_center(center, teacher, float(g["center_momentum"]))
+            center = update_center(center, teacher, momentum)
             close(center, g[f"{run}_center_{c + 1}"], atol=1e-7)
             close(center, g[f"{run}_center_fp64_{c + 1}"], atol=1e-7)
 
@@ -86,8 +104,8 @@ def test_softmax_centering():
         for c, temp in enumerate(g["temps"]):
             logits = tensor(g[f"{kind}_logits_{c}"]).flatten(0, -2)
             close(center, g[f"{kind}_center_used_{c}"].reshape(1, -1), atol=1e-7)
-            close(softmax_center(logits, center, float(temp)), g[f"{kind}_probs_{c}"].reshape(len(logits), -1),
-                  rtol=1e-6, atol=1e-6)
+            probs = g[f"{kind}_probs_{c}"].reshape(len(logits), -1)
+            close(softmax_center(logits, center, float(temp)), probs, rtol=1e-6, atol=1e-6)
             center = update_center(center, logits, float(g["center_momentum"]))
         close(center, g[f"{kind}_center_final"].reshape(1, -1), atol=1e-7)
 
@@ -97,8 +115,9 @@ def test_sinkhorn():
     for key in g:
         match = re.fullmatch(r"(.+)_(cls|patch)_T(\d+)(_1it|_count_x3)?", key)
         if match:
-            probs = sinkhorn_knopp(tensor(g[f"{match[1]}_{match[2]}_logits"]), int(match[3]) / 1000,
-                                   1 if match[4] == "_1it" else 3)
+            case, kind, temp, suffix = match.groups()
+            logits = tensor(g[f"{case}_{kind}_logits"])
+            probs = sinkhorn_knopp(logits, int(temp) / 1000, 1 if suffix == "_1it" else 3)
             close(probs, g[key], rtol=1e-6, atol=1e-6)
             found += 1
     assert found >= 8
@@ -106,13 +125,16 @@ def test_sinkhorn():
 
 def test_dino_cross_entropy_of_v2_and_v3():
     g = golden("dino_ce_v2_v3")
-    for case in sorted({key.split("_")[0] for key in g if key.endswith("_student")}):
+    for case in matches(r"(.+?)_.*student$", g):
         probs = tensor(g[f"{case}_teacher_probs"])
         S, T = map(int, re.fullmatch(r"s(\d+)t(\d+)", case).groups())
-        for name, ignore, scale in (("v2", False, S * T), ("v3_ignore_false", False, 1), ("v3_ignore_true", True, 1)):
-            if f"{case}_{name}_loss" in g and not (ignore and S * T == min(S, T)):
-                loss, grad = value_and_grad(lambda s: scale * dino_loss(s, probs, ignore_diagonal=ignore),
-                                            g[f"{case}_student"])
+        for name, ignore, scale in (("v2", False, S * T), ("v3_ignore_false", False, 1),
+                                    ("v3_ignore_true", True, 1)):
+            no_pair = ignore and S * T == min(S, T)
+            if f"{case}_{name}_loss" in g and not no_pair:
+                loss, grad = value_and_grad(
+                    lambda s: scale * dino_loss(s, probs, ignore_diagonal=ignore),
+                    g[f"{case}_student"])
                 close(loss, g[f"{case}_{name}_loss"])
                 close(grad, g[f"{case}_{name}_grad"])
 
@@ -129,31 +151,40 @@ def test_ibot():
 
 def test_koleo():
     g = golden("koleo")
-    for case in sorted({key[:-2] for key in g if key.endswith("_x")}):
+    for case in matches(r"(.+)_x$", g):
         loss, grad = value_and_grad(koleo_loss, g[f"{case}_x"])
-        nearest = float(torch.pdist(F.normalize(tensor(g[f"{case}_x"]).double(), dim=1)).min())
-        for version in ("v2", "v3", "fp64"):                   # fp32 knows a small distance to few digits only
+        x = F.normalize(tensor(g[f"{case}_x"]).double(), dim=1)
+        nearest = float(torch.pdist(x).min())
+        for version in ("v2", "v3", "fp64"):
+            # fp32 has few digits of a small distance
             close(loss, g[f"{case}_{version}_loss"], rtol=1e-5 if nearest > 0.01 else 2e-5)
-            if f"{case}_{version}_grad" in g and nearest > 1e-6:     # at distance 0 it is that of the added 1e-8
+            # at distance 0 the gradient is that of the added 1e-8
+            if f"{case}_{version}_grad" in g and nearest > 1e-6:
                 close(grad, g[f"{case}_{version}_grad"], rtol=1e-5 + 1e-6 / nearest)
 
 
 def test_gram():
     g = golden("gram")
     student, teacher = g["student"], tensor(g["teacher"])
+
+    def in_one_matrix(x):
+        return x.flatten(0, 1)[None]
     for case in g["cases"]:
-        norm, neg, tneg, img = (int(digit) for digit in re.findall(r"\d", str(case)))
-        together = (lambda x: x) if img else (lambda x: x.flatten(0, 1)[None])
-        options = bool(neg), bool(tneg), bool(norm)
-        loss, grad = value_and_grad(lambda s: gram_loss(together(s), together(teacher), *options), student)
+        digits = [int(digit) for digit in re.findall(r"\d", str(case))]
+        normalize, remove_neg, teacher_neg, per_image = map(bool, digits)
+
+        def loss_of(s):
+            tokens = (s, teacher) if per_image else map(in_one_matrix, (s, teacher))
+            return gram_loss(*tokens, remove_neg, teacher_neg, normalize)
+        loss, grad = value_and_grad(loss_of, student)
         close(loss, g[f"{case}_loss"])
         close(grad, g[f"{case}_grad"])
-    mask = tensor(g["flat_mask"])
-    loss, grad = value_and_grad(lambda s: gram_loss(s[None], teacher[mask][None]), student[g["flat_mask"]])
+    masked = teacher[tensor(g["flat_mask"])]
+    loss, grad = value_and_grad(lambda s: gram_loss(s[None], masked[None]), student[g["flat_mask"]])
     close(loss, g["flat_loss"])
     close(grad, g["flat_grad"])
-    close(gram_loss(tensor(g["hires_student"]), tensor(g["hires_teacher"])), g["hires_loss"])
-    close(gram_loss(tensor(g["hires_student"]), tensor(g["hires_teacher_resized"])), g["hires_loss"])
+    for key in ("hires_teacher", "hires_teacher_resized"):
+        close(gram_loss(tensor(g["hires_student"]), tensor(g[key])), g["hires_loss"])
     with pytest.raises(ValueError, match="exclude each other"):
         gram_loss(tensor(student), teacher, True, True)
 
@@ -161,19 +192,22 @@ def test_gram():
 # ---- heads ----
 
 def head_names(name):
-    """Their state-dict name -> ours: weight norm is a parametrization now."""
-    return name.replace("last_layer.weight_g", "last_layer.parametrizations.weight.original0").replace(
-        "last_layer.weight_v", "last_layer.parametrizations.weight.original1")
+    """Their name in the state dict -> ours: weight norm is a parametrization now."""
+    parametrized = "last_layer.parametrizations.weight.original"
+    name = name.replace("last_layer.weight_g", f"{parametrized}0")
+    return name.replace("last_layer.weight_v", f"{parametrized}1")
 
 
 def build_head(weights, trainable=None):
-    """A DINOHead of the shape of a golden state dict {their name: array}, with these weights in it, strictly."""
+    """A DINOHead of the shape of a golden state dict {their name: array}, with these weights in it,
+    strictly."""
     linear = [key for key in weights if re.fullmatch(r"mlp(\.\d+)?\.weight", key)]
     first = weights[linear[0]]
     last = weights.get("last_layer.weight_v", weights.get("last_layer.weight"))
     norm = trainable is not None and "last_layer.weight_g" not in trainable
-    head = DINOHead(first.shape[1], last.shape[0], first.shape[0], last.shape[1], norm_last_layer=norm,
-                    weight_norm="last_layer.weight_v" in weights, n_layers=len(linear))
+    head = DINOHead(first.shape[1], last.shape[0], first.shape[0], last.shape[1],
+                    norm_last_layer=norm, weight_norm="last_layer.weight_v" in weights,
+                    n_layers=len(linear))
     head.load_state_dict({head_names(key): tensor(value) for key, value in weights.items()})
     return head
 
@@ -184,7 +218,7 @@ def prefixed(g, prefix):
 
 def test_heads():
     g = golden("heads")
-    for version in sorted({key.split("/")[0] for key in g if "/w/" in key}):
+    for version in matches(r"(.+?)/w/", g):
         trainable = [str(name) for name in g[f"{version}/trainable"]]
         head = build_head(prefixed(g, f"{version}/w/"), trainable)
         ours = {name for name, param in head.named_parameters() if param.requires_grad}
@@ -195,25 +229,28 @@ def test_heads():
         (y * tensor(g[f"{version}/R"])).sum().backward()
         close(x.grad, g[f"{version}/grad_x"])
         params, compared = dict(head.named_parameters()), 0
-        for name in ("weight_v", "weight_g", "last_layer"):    # the gradients in the file
-            if f"{version}/grad_{name}" in g:
-                close(params[head_names(f"last_layer.{name}" if name != "last_layer" else "last_layer.weight")].grad,
-                      g[f"{version}/grad_{name}"])
+        names = dict(weight_v="last_layer.weight_v", weight_g="last_layer.weight_g",
+                     last_layer="last_layer.weight")
+        for key, name in names.items():  # the gradients in the file
+            if f"{version}/grad_{key}" in g:
+                close(params[head_names(name)].grad, g[f"{version}/grad_{key}"])
                 compared += 1
         assert compared
 
 
 def test_heads_start_like_the_reference():
     g = golden("heads")
-    for version in sorted({key.split("_init")[0] for key in g if "_init/names" in key}):
+    for version in matches(r"(.+?)_init/names", g):
         names = [str(name) for name in g[f"{version}_init/names"]]
         torch.manual_seed(0)
-        head = dict(DINOHead(64, 512, 128, 64, weight_norm="last_layer.weight_v" in names).named_parameters())
+        head = DINOHead(64, 512, 128, 64, weight_norm="last_layer.weight_v" in names)
+        params = dict(head.named_parameters())
         for i, name in enumerate(names):
-            ours = head[head_names(name)].detach()
-            std, absmax = float(g[f"{version}_init/std"][i]), float(g[f"{version}_init/absmax"][i])
+            ours = params[head_names(name)].detach()
+            std, mean, absmax = (float(g[f"{version}_init/{key}"][i])
+                                 for key in ("std", "mean", "absmax"))
             assert abs(float(ours.std()) - std) <= 0.05 * std + 1e-9
-            assert abs(float(ours.mean()) - float(g[f"{version}_init/mean"][i])) <= 0.1 * std + 1e-9
+            assert abs(float(ours.mean()) - mean) <= 0.1 * std + 1e-9
             assert absmax * 0.7 - 1e-9 <= float(ours.abs().max()) <= absmax * 1.4 + 1e-9
 
 
@@ -221,22 +258,27 @@ def test_heads_start_like_the_reference():
 
 def test_knn():
     g = golden("knn")
-    for case in sorted({key.split("_")[0] for key in g}):
-        train, labels, test, truth = (tensor(g[f"{case}_{key}"]) for key in ("train_x", "train_y", "test_x", "test_y"))
-        for key in g:
-            if match := re.fullmatch(rf"{case}_k(\d+)_top1", key):
-                predictions = knn_classify(train, labels, test, int(match[1]), temperature=0.07)
-                close(100 * (predictions == truth).float().mean(), g[key], rtol=1e-6)
-                if f"{case}_k{match[1]}_pred" in g:
-                    assert (predictions.numpy() == g[f"{case}_k{match[1]}_pred"]).all()
-            if match := re.fullmatch(rf"{case}_majority_k(\d+)_pred", key):
-                # equal votes go to the nearest class here, to the smallest label there: they may differ in these only
-                k = int(match[1])
-                nearest = labels.long()[(F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(k).indices]
-                votes = F.one_hot(nearest, int(g[f"{case}_num_classes"])).sum(1).sort(descending=True).values
-                clear = votes[:, 0] > votes[:, 1]
-                assert int((~clear).sum()) == int(g[f"{case}_majority_k{k}_n_vote_ties"])
-                assert (knn_classify(train, labels, test, k).numpy() == g[key])[clear.numpy()].all()
+    for case in matches(r"(.+?)_", g):
+        arrays = prefixed(g, f"{case}_")
+        features, labels, test_features, test_labels = (
+            tensor(arrays[key]) for key in ("train_x", "train_y", "test_x", "test_y"))
+        for k in map(int, matches(r"k(\d+)_top1$", arrays)):
+            predictions = knn_classify(features, labels, test_features, k, temperature=0.07)
+            accuracy = (predictions == test_labels).float().mean()
+            close(100 * accuracy, arrays[f"k{k}_top1"], rtol=1e-6)
+            if f"k{k}_pred" in arrays:
+                assert (predictions.numpy() == arrays[f"k{k}_pred"]).all()
+        for k in map(int, matches(r"majority_k(\d+)_pred$", arrays)):
+            # equal votes go to the nearest class here, to the smallest label there: predictions
+            # may differ in these only
+            similarity = F.normalize(test_features, dim=1) @ F.normalize(features, dim=1).T
+            nearest = labels.long()[similarity.topk(k).indices]
+            votes = F.one_hot(nearest, int(arrays["num_classes"])).sum(1)
+            votes = votes.sort(descending=True).values
+            clear = (votes[:, 0] > votes[:, 1]).numpy()
+            assert (~clear).sum() == int(arrays[f"majority_k{k}_n_vote_ties"])
+            predictions = knn_classify(features, labels, test_features, k).numpy()
+            assert (predictions == arrays[f"majority_k{k}_pred"])[clear].all()
 
 
 # ---- schedules ----
@@ -249,18 +291,28 @@ def exact(ours, theirs):
     close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
+def cosine_series(start, end, total, warmup=0, warmup_start=0.0, n=None, reach_end=False):
+    """cosine_schedule of the first n iterations; n = None: all of them."""
+    return series(lambda i: cosine_schedule(start, end, i, total, warmup, warmup_start, reach_end),
+                  n or total)
+
+
+def linear_series(start, end, n_iterations, n):
+    return series(lambda i: linear_schedule(start, end, i, n_iterations), n)
+
+
 def test_schedules_v1():
     g = golden("schedules")
     epochs, per_epoch = int(g["v1_epochs"]), int(g["v1_niter_per_epoch"])
     total, warmup = epochs * per_epoch, int(g["v1_warmup_epochs"]) * per_epoch
     base, low = float(g["v1_lr_base"]), float(g["v1_lr_min"])
-    exact(series(lambda i: cosine_schedule(base, low, i, total, warmup), total), g["v1_lr"])
-    exact(series(lambda i: cosine_schedule(base, low, i, total, warmup, base / 10), total), g["v1_lr_startwarmup"])
-    exact(series(lambda i: cosine_schedule(0.04, 0.4, i, total), total), g["v1_wd"])
-    exact(series(lambda i: cosine_schedule(float(g["v1_momentum_base"]), 1.0, i, total), total), g["v1_momentum"])
+    exact(cosine_series(base, low, total, warmup), g["v1_lr"])
+    exact(cosine_series(base, low, total, warmup, base / 10), g["v1_lr_startwarmup"])
+    exact(cosine_series(0.04, 0.4, total), g["v1_wd"])
+    exact(cosine_series(float(g["v1_momentum_base"]), 1.0, total), g["v1_momentum"])
     n = int(g["v1_teacher_temp_warmup_epochs"])
-    exact(series(lambda i: linear_schedule(0.04, 0.07, i, n), epochs), g["v1_teacher_temp_per_epoch"])
-    exact(series(lambda i: linear_schedule(0.04, 0.04, i, 0), epochs), g["v1_teacher_temp_nowarmup"])
+    exact(linear_series(0.04, 0.07, n, epochs), g["v1_teacher_temp_per_epoch"])
+    exact(linear_series(0.04, 0.04, 0, epochs), g["v1_teacher_temp_nowarmup"])
 
 
 def test_schedules_v2():
@@ -268,23 +320,24 @@ def test_schedules_v2():
     total, warmup, freeze = (int(g[f"v2_{key}_iters"]) for key in ("total", "warmup", "freeze"))
     base, final = float(g["v2_lr_base"]), float(g["v2_lr_final"])
 
-    def frozen(start):                                         # zeros first, then the same schedule over what is left
-        return lambda i: 0.0 if i < freeze else cosine_schedule(base, final, i - freeze, total - freeze, warmup, start)
-    exact(series(lambda i: cosine_schedule(base, final, i, total, warmup), total), g["v2_lr"])
-    exact(series(frozen(0.0), total), g["v2_lr_freeze"])
-    exact(series(frozen(base / 5), total), g["v2_lr_startwarmup"])
-    exact(series(lambda i: cosine_schedule(base, final, i, total), total), g["v2_nowarmup"])
-    exact(series(lambda i: cosine_schedule(base, final, total + i, total, warmup), len(g["v2_lr_beyond"])),
-          g["v2_lr_beyond"])
+    def frozen(start):  # zeros first, then the same schedule over the iterations that are left
+        after = cosine_series(base, final, total - freeze, warmup, start)
+        return [0.0] * freeze + after
+    exact(cosine_series(base, final, total, warmup), g["v2_lr"])
+    exact(frozen(0.0), g["v2_lr_freeze"])
+    exact(frozen(base / 5), g["v2_lr_startwarmup"])
+    exact(cosine_series(base, final, total), g["v2_nowarmup"])
+    n = len(g["v2_lr_beyond"])
+    exact(cosine_series(base, final, total, warmup, n=total + n)[total:], g["v2_lr_beyond"])
     per_epoch, peak = int(g["v2cfg_epoch_length"]), float(g["v2cfg_scaled_lr"])
     total, n = int(g["v2cfg_epochs"]) * per_epoch, len(g["v2cfg_lr"])
     exact(peak, float(g["v2cfg_base_lr"]) * (float(g["v2cfg_batch_size"]) / 1024) ** 0.5)
-    exact(series(lambda i: cosine_schedule(peak, 1e-6, i, total, 2 * per_epoch), n), g["v2cfg_lr"])
-    exact(series(lambda i: 0.0 if i < per_epoch else cosine_schedule(peak, 1e-6, i, total, 2 * per_epoch), n),
-          g["v2cfg_last_layer_lr"])
-    exact(series(lambda i: cosine_schedule(0.04, 0.4, i, total), n), g["v2cfg_wd"])
-    exact(series(lambda i: cosine_schedule(0.992, 1.0, i, total), n), g["v2cfg_momentum"])
-    exact(series(lambda i: linear_schedule(0.04, 0.07, i, 3 * per_epoch), n), g["v2cfg_teacher_temp"])
+    lr = cosine_series(peak, 1e-6, total, 2 * per_epoch, n=n)
+    exact(lr, g["v2cfg_lr"])
+    exact([0.0] * per_epoch + lr[per_epoch:], g["v2cfg_last_layer_lr"])
+    exact(cosine_series(0.04, 0.4, total, n=n), g["v2cfg_wd"])
+    exact(cosine_series(0.992, 1.0, total, n=n), g["v2cfg_momentum"])
+    exact(linear_series(0.04, 0.07, 3 * per_epoch, n), g["v2cfg_teacher_temp"])
 
 
 def test_schedules_v3():
@@ -293,30 +346,31 @@ def test_schedules_v3():
     start, peak, end = (float(g[f"v3_{key}"]) for key in ("start", "peak", "end"))
 
     def v3(peak, end, warmup, cosine, start=start):
-        return series(lambda i: cosine_schedule(peak, end, i, warmup + cosine, warmup, start, reach_end=True), total)
+        return cosine_series(peak, end, warmup + cosine, warmup, start, total, reach_end=True)
     exact(v3(peak, end, warmup, total - warmup), g["v3_full"])
     exact(v3(peak, end, warmup, cosine), g["v3_partial"])
     exact(v3(peak, end, 0, total), g["v3_nowarmup"])
     # truncated: the first part of a cosine 1.25 times as long, stretched to arrive at the end
     n = total - warmup
-    u = np.array(series(lambda i: cosine_schedule(1.0, 0.0, i, int(1.25 * n), reach_end=True), n))
+    u = np.array(cosine_series(1.0, 0.0, int(1.25 * n), n=n, reach_end=True))
     u = (u - u[-1]) / (1 - u[-1])
-    exact(series(lambda i: linear_schedule(0.0, peak, i, warmup), warmup) + list(end + (peak - end) * u),
-          g["v3_trunc025"])
+    rise = linear_series(0.0, peak, warmup, warmup)
+    exact(rise + list(end + (peak - end) * u), g["v3_trunc025"])
     exact(v3(1.0, 0.5, warmup, 1, start=1.0), g["v3_cosine1"])
     exact(v3(peak, peak, warmup, cosine, start=peak), g["v3_constant"])
     per_epoch, n = int(g["v3cfg_epoch_length"]), len(g["v3cfg_lr"])
-    scale, total_cfg = 4 * (float(g["v3cfg_batch_size"]) / 1024) ** 0.5, int(g["v3cfg_epochs"]) * per_epoch
+    total_cfg = int(g["v3cfg_epochs"]) * per_epoch
 
-    def lr_at(i):
-        return cosine_schedule(1e-3 * scale, 1e-6 * scale, i, total_cfg, 2 * per_epoch, 1e-6, reach_end=True)
-    exact(series(lr_at, n), g["v3cfg_lr"])
-    exact(series(lambda i: 0.0 if i < per_epoch else lr_at(i), n), g["v3cfg_last_layer_lr"])
-    exact(series(lambda i: cosine_schedule(0.04, 0.2, i, total_cfg, reach_end=True), n), g["v3cfg_wd"])
-    exact(series(lambda i: cosine_schedule(0.99, 1.0, i, 6 * per_epoch, reach_end=True), n), g["v3cfg_momentum"])
+    def cfg(start, end, warmup=0, warmup_start=0.0, total=total_cfg):
+        return cosine_series(start, end, total, warmup, warmup_start, n, reach_end=True)
+    scale = 4 * (float(g["v3cfg_batch_size"]) / 1024) ** 0.5
+    lr = cfg(1e-3 * scale, 1e-6 * scale, 2 * per_epoch, 1e-6)
+    exact(lr, g["v3cfg_lr"])
+    exact([0.0] * per_epoch + lr[per_epoch:], g["v3cfg_last_layer_lr"])
+    exact(cfg(0.04, 0.2), g["v3cfg_wd"])
+    exact(cfg(0.99, 1.0, total=6 * per_epoch), g["v3cfg_momentum"])
     # the temperature of v3: a warm-up that stops short of its end, then constant
-    exact(series(lambda i: cosine_schedule(0.07, 0.07, i, total_cfg, 3 * per_epoch, 0.04, reach_end=True), n),
-          g["v3cfg_teacher_temp"])
+    exact(cfg(0.07, 0.07, 3 * per_epoch, 0.04), g["v3cfg_teacher_temp"])
 
 
 # ---- masks ----
@@ -339,94 +393,110 @@ def components(mask):
 def test_masks_have_the_distribution_of_the_reference(prefix):
     g = prefixed(golden("masks"), f"{prefix}_")
     grid, (batches, crops) = g["examples"].shape[1], g["counts"].shape
-    rng = np.random.default_rng(0)
-    masks = torch.stack([sample_masks(crops, grid, rng, exact=prefix.startswith("v3")) for _ in range(batches)])
+    rng, exactly = np.random.default_rng(0), prefix.startswith("v3")
+    masks = torch.stack([sample_masks(crops, grid, rng, exact=exactly) for _ in range(batches)])
     counts = masks.sum(-1).numpy()
     # exactly so many in every batch
     assert ((counts > 0).mean(axis=1) == float(g["fraction_masked"])).all() or grid < 4
-    if prefix.startswith("v3"):
-        # the same numbers in every batch
+    if exactly:  # the same numbers in every batch
         assert (np.sort(counts, axis=1) == np.sort(g["counts"], axis=1)).all()
-    masked, theirs = counts[counts > 0], g["counts"][g["counts"] > 0]
-    assert abs(masked.mean() / theirs.mean() - 1) < 0.005
+    ours, theirs = counts[counts > 0], g["counts"][g["counts"] > 0]
+    assert abs(ours.mean() / theirs.mean() - 1) < 0.005
     bins = np.arange(grid * grid + 2)
-    ours, reference = (np.histogram(x, bins)[0].cumsum() / len(x) for x in (masked, theirs))
-    assert np.abs(ours - reference).max() < 0.02
+    ours, theirs = (np.histogram(x, bins)[0].cumsum() / len(x) for x in (ours, theirs))
+    assert np.abs(ours - theirs).max() < 0.02
     blocks = masks.flatten(0, 1)[counts.flatten() > 0].view(-1, grid, grid).numpy()
-    assert abs(np.mean([components(mask) for mask in blocks]) / float(g["mean_components"]) - 1) < 0.02
-    assert np.abs(masks.float().mean((0, 1)).numpy().reshape(grid, grid) - g["occupancy"]).max() < 0.01
+    n_parts = np.mean([components(mask) for mask in blocks])
+    assert abs(n_parts / float(g["mean_components"]) - 1) < 0.02
+    occupancy = masks.float().mean((0, 1)).numpy().reshape(grid, grid)
+    assert np.abs(occupancy - g["occupancy"]).max() < 0.01
 
 
 # ---- parameter groups ----
 
-def student_like(family, hf_names, head_names_, head):
-    """A tiny Student of the family, as deep as the names say, to ask for its groups under the names of the file."""
-    depth = 1 + max(int(match[1]) for name in hf_names if (match := re.search(r"layers?\.(\d+)\.", name)))
-    backbone = build_backbone(family, False, hidden_size=8, num_hidden_layers=depth, num_attention_heads=2,
-                              image_size=16, patch_size=8)
-    n_layers = sum(re.search(r"mlp(\.\d+)?\.weight", name) is not None for name in head_names_)
-    return Student(backbone, DINOHead(8, 6, 5, 4, n_layers=n_layers, **head))
+def student_like(family, hf_names, names_of_head, head):
+    """A tiny Student of the family, as deep as the names say, to ask for its groups under the names
+    of the file."""
+    depth = 1 + max(map(int, matches(r".*?layers?\.(\d+)\.", hf_names)))
+    backbone = build_backbone(family, False, hidden_size=8, num_hidden_layers=depth,
+                              num_attention_heads=2, image_size=16, patch_size=8)
+    linear = [name for name in names_of_head if re.search(r"mlp(\.\d+)?\.weight", name)]
+    return Student(backbone, DINOHead(8, 6, 5, 4, n_layers=len(linear), **head))
 
 
 def groups_by_name(student, **settings):
-    return {name: group for group in param_groups(student, 1.0, 1.0, **settings) for name in group["names"]}
+    found = {}
+    for group in param_groups(student, 1.0, 1.0, **settings):
+        found.update(dict.fromkeys(group["names"], group))
+    return found
 
 
 def hf_list(entry):
-    """The HF names of one official tensor: three where it is the fused qkv, none where HF has none."""
+    """The HF names of one official tensor: three for the fused qkv, none if HF has none."""
     return [name for name in str(entry).split("|") if name]
 
 
 @pytest.mark.parametrize("case", cases("param_groups", r"v1_(.+)_group$"))
 def test_param_groups_v1(case):
     g = golden("param_groups")
-    names = [hf_list(entry) for entry in g[f"v1_{case}_hf_names"]]
-    flat = sum(names, [])
-    group_of = {our_name(name): group for hf, group in zip(names, g[f"v1_{case}_group"]) for name in hf}
-    frozen_gain = group_of["dino_head.last_layer.parametrizations.weight.original0"] == -1
+    group_of, flat = {}, []
+    for entry, group in zip(g[f"v1_{case}_hf_names"], g[f"v1_{case}_group"]):
+        flat += hf_list(entry)
+        group_of.update({our_name(name): group for name in hf_list(entry)})
+    gain_group = group_of["dino_head.last_layer.parametrizations.weight.original0"]
     student = student_like("vit", flat, [name for name in flat if name.startswith("head.")],
-                           dict(norm_last_layer=bool(frozen_gain)))
+                           dict(norm_last_layer=bool(gain_group == -1)))
     found = groups_by_name(student)
-    assert set(found) - {"backbone.embeddings.mask_token"} == {name for name, group in group_of.items() if group >= 0}
+    trained = {name for name, group in group_of.items() if group >= 0}
+    assert set(found) - {"backbone.embeddings.mask_token"} == trained
     for name in found.keys() & group_of.keys():
-        assert found[name]["wd_mult"] == (1.0 if group_of[name] == 0 else 0.0) and found[name]["lr_mult"] == 1.0, name
+        assert found[name]["wd_mult"] == (1.0 if group_of[name] == 0 else 0.0), name
+        assert found[name]["lr_mult"] == 1.0, name
 
 
 @pytest.mark.parametrize("version", cases("param_groups", r"(v\d)_backbone_names$"))
 def test_param_groups_with_layer_decay(version):
     g = golden("param_groups")
-    names = {part: [hf_list(entry) for entry in g.get(f"{version}_{part}_hf_names", g[f"{version}_{part}_names"])]
-             for part in ("backbone", "dino_head")}
-    flat = {part: sum(entries, []) for part, entries in names.items()}
-    registers = "embeddings.register_tokens" in flat["backbone"]
-    family = "dinov3_vit" if version == "v3" else "dinov2_with_registers" if registers else "dinov2"
+    names, flat = {}, {}  # by part: per official tensor a list of HF names; all of them
+    for part in ("backbone", "dino_head"):
+        entries = g.get(f"{version}_{part}_hf_names", g[f"{version}_{part}_names"])
+        names[part] = [hf_list(entry) for entry in entries]
+        flat[part] = sum(names[part], [])
+    family = "dinov2"
+    if version == "v3":
+        family = "dinov3_vit"
+    elif "embeddings.register_tokens" in flat["backbone"]:
+        family = "dinov2_with_registers"
+    weight_norm = "last_layer.weight_v" in flat["dino_head"]
     student = student_like(family, flat["backbone"], flat["dino_head"],
-                           dict(norm_last_layer=False, weight_norm="last_layer.weight_v" in flat["dino_head"]))
+                           dict(norm_last_layer=False, weight_norm=weight_norm))
     found = groups_by_name(student, layerwise_decay=float(g["layerwise_decay"]),
                            patch_embed_lr_mult=float(g["patch_embed_lr_mult"]))
-    # HF's keys have no bias, the official qkv has
-    absent = {name for name in flat["backbone"] if version == "v3" and name.endswith("k_proj.bias")}
     expected = {}
     for part, entries in names.items():
-        keys = (f"{version}_{part}_{key}" for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))
-        for entry, *settings in zip(entries, *(g[key] for key in keys)):
-            expected.update({head_names(f"{part}.{name}"): settings for name in entry if name not in absent})
+        settings = [g[f"{version}_{part}_{key}"]
+                    for key in ("lr_multiplier", "wd_multiplier", "is_last_layer")]
+        for entry, *values in zip(entries, *settings):
+            expected.update({head_names(f"{part}.{name}"): values for name in entry})
+    if version == "v3":  # HF's keys have no bias, the official qkv has
+        expected = {name: values for name, values in expected.items()
+                    if not name.endswith("k_proj.bias")}
     # every trainable parameter of the real model, and no other
     assert set(found) == set(expected)
-    for name, (lr_mult, wd_mult, last) in expected.items():
+    for name, (lr_mult, wd_mult, is_last_layer) in expected.items():
         exact(found[name]["lr_mult"], lr_mult)
-        assert found[name]["wd_mult"] == wd_mult and found[name]["is_last_layer"] == bool(last), name
+        assert found[name]["wd_mult"] == wd_mult, name
+        assert found[name]["is_last_layer"] == bool(is_last_layer), name
 
 
 # ---- compositions ----
 
-def configured(**keys):
-    """A fresh train.py with these config globals."""
+def train_config(**changed):
+    """train.py's config as a namespace, with these values."""
     train = load_script("train")
-    for key, value in keys.items():
-        assert key in train.config_keys
-        setattr(train, key, value)
-    return train
+    assert set(changed) <= set(train.config_keys)
+    values = {key: getattr(train, key) for key in train.config_keys}
+    return SimpleNamespace(**{**values, **changed})
 
 
 def compare_parameter_grads(head, grads):
@@ -435,54 +505,64 @@ def compare_parameter_grads(head, grads):
         close(params[head_names(name)].grad, grad, rtol=2e-5)
 
 
-def run_composition(train, inputs, heads, centers, temp):
-    """Targets and losses from given backbone outputs. heads: {'student'|'teacher': {'dino_head': DINOHead, ...}}."""
+def run_composition(config, inputs, heads, centers, temp):
+    """Targets and losses from given backbone outputs.
+    heads: {'student'|'teacher': {'dino_head': DINOHead, ...}}."""
     masks = tensor(inputs["masks"])
     leaf = {name: tensor(inputs[name]).requires_grad_()
             for name in ("student_global_cls", "student_patch", "student_local_cls")}
-    teacher = dict(global_logits=heads["teacher"]["dino_head"](tensor(inputs["teacher_cls"])),
-                   masked_logits=heads["teacher"]["ibot_head"](tensor(inputs["teacher_patch"])[masks]))
-    targets = {name: value.detach() for name, value in train.make_targets(teacher, centers, temp).items()}
-    student = heads["student"]
-    logits = student["dino_head"](torch.cat([leaf["student_global_cls"], leaf["student_local_cls"]]))
-    n = len(leaf["student_global_cls"])
-    out = dict(global_cls=leaf["student_global_cls"], local_cls=leaf["student_local_cls"],
-               patches=leaf["student_patch"], global_logits=logits[:n], local_logits=logits[n:],
+    student, teacher = heads["student"], heads["teacher"]
+    teacher_patches = tensor(inputs["teacher_patch"])
+    teacher_out = dict(global_logits=teacher["dino_head"](tensor(inputs["teacher_cls"])),
+                       masked_logits=teacher["ibot_head"](teacher_patches[masks]))
+    targets = dino.make_targets(teacher_out, centers, temp, config)
+    targets = {name: value.detach() for name, value in targets.items()}
+    global_cls, local_cls = leaf["student_global_cls"], leaf["student_local_cls"]
+    logits = student["dino_head"](torch.cat([global_cls, local_cls]))
+    n = len(global_cls)
+    out = dict(global_cls=global_cls, local_cls=local_cls, patches=leaf["student_patch"],
+               global_logits=logits[:n], local_logits=logits[n:],
                masked_logits=student["ibot_head"](leaf["student_patch"][masks]))
-    total, terms = train.compute_losses(out, targets, masks, tensor(inputs["teacher_patch"]))
-    return total, terms, targets, leaf, teacher
+    total, terms = dino.compute_losses(out, targets, masks, teacher_patches, config)
+    return total, terms, targets, leaf, teacher_out
 
 
 def read_heads(g, prefix=""):
     heads = {}
     for who in ("student", "teacher"):
-        built = {name: build_head(weights) for name in ("dino_head", "ibot_head")
-                 if (weights := prefixed(g, f"{prefix}{who}/{name}/"))}
-        heads[who] = {"dino_head": built["dino_head"], "ibot_head": built.get("ibot_head", built["dino_head"])}
+        built = {}
+        for name in ("dino_head", "ibot_head"):
+            if weights := prefixed(g, f"{prefix}{who}/{name}/"):
+                built[name] = build_head(weights)
+        built.setdefault("ibot_head", built["dino_head"])
+        heads[who] = built
     return heads
 
 
 def loss_weights(g):
-    return dict(dino_head_loss_weight=float(g["dino_loss_weight"]), ibot_loss_weight=float(g["ibot_loss_weight"]),
-                koleo_loss_weight=float(g["koleo_loss_weight"]))
+    keys = dict(dino_head_loss_weight="dino_loss_weight", ibot_loss_weight="ibot_loss_weight",
+                koleo_loss_weight="koleo_loss_weight")
+    return {ours: float(g[theirs]) for ours, theirs in keys.items()}
 
 
 @pytest.mark.parametrize("case", cases("compose_v2", r"(.+?)/"))
 def test_composition_v2(case):
     whole = golden("compose_v2")
     g = prefixed(whole, f"{case}/")
-    train = configured(centering=case.split("_", 1)[1], **loss_weights(whole))
+    config = train_config(centering=case.split("_", 1)[1], **loss_weights(whole))
     heads = read_heads(g)
-    centers = {name: torch.zeros(1, heads["teacher"][f"{name}_head"].last_layer.weight.shape[0])
-               for name in ("dino", "ibot")}
-    for call in sorted({key.split("/")[0] for key in g if key.startswith("call")}):
+    centers = {}
+    for name in ("dino", "ibot"):
+        n_prototypes = heads["teacher"][f"{name}_head"].last_layer.weight.shape[0]
+        centers[name] = torch.zeros(1, n_prototypes)
+    for call in matches(r"(call.+?)/", g):
         inputs = prefixed(g, f"{call}/")
-        for who in heads.values():
-            for head in who.values():
-                head.zero_grad()
-        total, terms, targets, leaf, teacher = run_composition(train, inputs, heads, centers,
-                                                               float(whole["teacher_temps"][int(call[4:])]))
-        for name, center in centers.items():                   # those of the calls before
+        for head in [*heads["student"].values(), *heads["teacher"].values()]:
+            head.zero_grad()
+        temp = float(whole["teacher_temps"][int(call[4:])])
+        total, terms, targets, leaf, teacher_out = run_composition(config, inputs, heads, centers,
+                                                                   temp)
+        for name, center in centers.items():  # those of the calls before
             if f"{name}_center_used" in inputs:
                 close(center, inputs[f"{name}_center_used"], atol=1e-7)
         # stored in swapped crop order
@@ -492,52 +572,64 @@ def test_composition_v2(case):
         close(terms["dino_local_loss"], inputs["logged_dino_local_crops_loss"])
         close(terms["dino_global_loss"], inputs["logged_dino_global_crops_loss"])
         close(terms["ibot_loss"] / 2, inputs["logged_ibot_loss"])
-        close(terms["koleo_loss"] * float(whole["koleo_loss_weight"]) / 2, inputs["logged_koleo_loss"])
+        weighted = terms["koleo_loss"] * config.koleo_loss_weight
+        close(weighted / 2, inputs["logged_koleo_loss"])
         total.backward()
         for name, value in leaf.items():
             close(value.grad, inputs[f"grad_{name}"], rtol=2e-5)
         for name in ("dino_head", "ibot_head"):
             compare_parameter_grads(heads["student"][name], prefixed(inputs, f"grad/{name}/"))
         for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
-            centers[name] = update_center(centers[name], teacher[key].detach())
+            centers[name] = update_center(centers[name], teacher_out[key].detach())
+
+
+def v3_variant(case, g, expect, heads, terms, targets, leaf, config):
+    """The total of an option of DINOv3 that train.py does not offer, composed from the losses."""
+    V, B, _ = targets["dino"].shape
+    L = len(g["student_local_cls"]) // B
+    masks, step, diagonal = tensor(g["masks"]), int(expect["iteration"]), case.startswith("diag")
+    n_local = V * L
+    n_global = V * V if diagonal else V * (V - 1)
+    logits = heads["student"]["dino_head"](leaf["student_global_cls"]).view(V, B, -1)
+    global_mean = dino_loss(logits, targets["dino"], ignore_diagonal=not diagonal)
+    global_term = global_mean * n_global / (n_global + n_local)
+    close(global_term * (n_global + n_local) / n_global, expect["logged_dino_global_crops_loss"])
+    local_term = terms["dino_local_loss"] * (V * (V - 1) + n_local) / (n_global + n_local)
+    local_weight = float(expect["logged_dino_local_loss_weight"])
+    gram_weight = float(expect["logged_gram_loss_weight"])
+    student_patch, teacher_patch = leaf["student_patch"], tensor(g["teacher_patch"])
+    if diagonal:
+        assert local_weight == float(g["local_weight_schedule"][step])
+        gram = gram_loss(student_patch, teacher_patch)
+    elif "hires" in case:
+        assert gram_weight == float(g["gram_weight_schedule"][step])
+        gram = gram_loss(student_patch, tensor(g["gram_teacher_patch"]))
+    else:
+        gram = gram_loss(student_patch[masks][None], teacher_patch[masks][None], remove_neg=True)
+    close(gram, expect["logged_gram_loss"])
+    total = config.dino_head_loss_weight * (local_weight * local_term + global_term)
+    total = total + gram_weight * gram
+    total = total + config.ibot_loss_weight * terms["ibot_loss"]
+    return total + config.koleo_loss_weight * terms["koleo_loss"]
 
 
 def test_composition_v3():
     g = golden("compose_v3")
-    temp, weights = float(g["teacher_temp"]), loss_weights(g)
-    train = configured(centering="sinkhorn_knopp", **weights)
-    for case in sorted({key.split("/")[0] for key in g if key.endswith("/total_loss")}):
+    config = train_config(centering="sinkhorn_knopp", **loss_weights(g))
+    for case in matches(r"(.+?)/.*total_loss$", g):
         expect, heads = prefixed(g, f"{case}/"), read_heads(g)
-        total, terms, targets, leaf, _ = run_composition(train, g, heads, None, temp)
+        no_centers = dict(dino=None, ibot=None)  # Sinkhorn-Knopp needs none
+        total, terms, targets, leaf, _ = run_composition(config, g, heads, no_centers,
+                                                         float(g["teacher_temp"]))
         V, B, _ = targets["dino"].shape
         L = len(g["student_local_cls"]) // B
         close(targets["dino"], g["teacher_cls_probs"], rtol=1e-6, atol=1e-6)
         close(targets["ibot"], g["teacher_patch_probs"], rtol=1e-6, atol=1e-6)
-        # options that train.py does not offer: composed from the losses
         if case != "plain":
-            masks, step, diagonal = tensor(g["masks"]), int(expect["iteration"]), case.startswith("diag")
-            n_global, n_local = V * V - (0 if diagonal else V), V * L
-            logits = heads["student"]["dino_head"](leaf["student_global_cls"]).view(V, B, -1)
-            global_term = dino_loss(logits, targets["dino"],
-                                    ignore_diagonal=not diagonal) * n_global / (n_global + n_local)
-            local_term = terms["dino_local_loss"] * (V * (V - 1) + n_local) / (n_global + n_local)
-            local_weight = float(expect["logged_dino_local_loss_weight"])
-            weight = float(expect["logged_gram_loss_weight"])
-            student_patch, teacher_patch = leaf["student_patch"], tensor(g["teacher_patch"])
-            if diagonal:
-                assert local_weight == float(g["local_weight_schedule"][step])
-                gram = gram_loss(student_patch, teacher_patch)
-            elif "hires" in case:
-                assert weight == float(g["gram_weight_schedule"][step])
-                gram = gram_loss(student_patch, tensor(g["gram_teacher_patch"]))
-            else:
-                gram = gram_loss(student_patch[masks][None], teacher_patch[masks][None], remove_neg=True)
-            close(gram, expect["logged_gram_loss"])
-            close(global_term * (n_global + n_local) / n_global, expect["logged_dino_global_crops_loss"])
-            total = weights["dino_head_loss_weight"] * (local_weight * local_term + global_term) + weight * gram \
-                + sum(weights[f"{name}_weight"] * terms[name] for name in ("ibot_loss", "koleo_loss"))
+            total = v3_variant(case, g, expect, heads, terms, targets, leaf, config)
         close(total, expect["total_loss"])
-        close(terms["dino_local_loss"] * (V * (V - 1) + V * L) / (V * L), expect["logged_dino_local_crops_loss"])
+        local_mean = terms["dino_local_loss"] * (V * (V - 1) + V * L) / (V * L)
+        close(local_mean, expect["logged_dino_local_crops_loss"])
         close(terms["ibot_loss"], expect["logged_ibot_loss"])
         close(terms["koleo_loss"] / V, expect["logged_koleo_loss"])
         total.backward()
@@ -550,23 +642,31 @@ def test_composition_v3():
 
 # ---- trajectories: whole training steps ----
 
-def build_student(init, family, hp):
-    """A Student with exactly the given weights {name in the file: array}; all are used, all that trains is set."""
-    settings = dict(hidden_size=hp("hidden_size"), num_hidden_layers=hp("depth"), num_attention_heads=hp("heads"),
-                    image_size=hp("image_size"), patch_size=hp("patch_size"), pos_embed_rescale=None,
-                    layer_norm_eps=1e-5 if family == "dinov3_vit" else 1e-6)
+def setting(g, key):
+    """A hyper-parameter of a trajectory; DINOv2's and DINOv3's files have it with hp_."""
+    return g[f"hp_{key}"] if f"hp_{key}" in g else g[key]
+
+
+def build_student(init, family, g):
+    """A Student with exactly the given weights {name in the file: array}. All of them are used, and
+    every trained parameter is set."""
+    sizes = dict(hidden_size="hidden_size", num_hidden_layers="depth", num_attention_heads="heads",
+                 image_size="image_size", patch_size="patch_size")
     if family == "dinov3_vit":
-        settings["num_register_tokens"] = hp("num_register_tokens")
-    backbone = build_backbone(family, use_pretrained=False, **settings)
-    if family == "vit":                                        # v1 has no mask token
+        sizes["num_register_tokens"] = "num_register_tokens"
+    sizes = {ours: int(setting(g, theirs)) for ours, theirs in sizes.items()}
+    epsilon = 1e-5 if family == "dinov3_vit" else 1e-6
+    backbone = build_backbone(family, use_pretrained=False, pos_embed_rescale=None,
+                              layer_norm_eps=epsilon, **sizes)
+    if family == "vit":  # v1 has no mask token
         backbone.embeddings.mask_token.requires_grad_(False)
     parts = {name: prefixed(init, f"{name}.") for name in ("head", "dino_head", "ibot_head")}
     parts["dino_head"] = parts.pop("head") or parts["dino_head"]
     heads = {name: build_head(weights) for name, weights in parts.items() if weights}
     student = Student(backbone, heads["dino_head"], heads.get("ibot_head"))
     weights = {our_name(key): tensor(value) for key, value in init.items()}
-    missing = [name for name, param in student.named_parameters() if param.requires_grad and name not in weights]
-    assert missing == []
+    trained = {name for name, param in student.named_parameters() if param.requires_grad}
+    assert trained <= set(weights)
     student.load_state_dict(weights, strict=False)
     assert set(weights) <= set(student.state_dict())
     return student.train()
@@ -576,119 +676,159 @@ def our_name(name):
     return head_names(re.sub(r"^head\.", "dino_head.", name))
 
 
-def crops_of(g, step, image_size, local_size, full_size_locals=False):
-    """Normalised global and local crops of a step, view-major, from the file's bank of images."""
+def crops_of(g, step, full_size_locals=False):
+    """The normalised crops of a step, view-major, from the file's bank of images, as
+    dino.augment_batch gives them."""
     bank = (tensor(g["bank"]).float() - 128) / 64
     global_crops = bank[tensor(g["global_index"][step]).long().flatten()]
     local_crops = bank[tensor(g["local_index"][step]).long().flatten()]
     if not full_size_locals:
-        offsets = g["local_offset_yx"][step].reshape(-1, 2)
-        local_crops = torch.stack([crop[:, y:y + local_size, x:x + local_size]
-                                   for crop, (y, x) in zip(local_crops, offsets.astype(int))])
-    return global_crops, local_crops
+        size, windows = int(setting(g, "local_size")), []
+        offsets = g["local_offset_yx"][step].reshape(-1, 2).astype(int)
+        for crop, (y, x) in zip(local_crops, offsets):
+            windows.append(crop[:, y:y + size, x:x + size])
+        local_crops = torch.stack(windows)
+    masks = tensor(g["masks"][step]) if "masks" in g else None
+    return {"global": global_crops, "local": local_crops, "guided": None, "masks": masks,
+            "gram": None}
 
 
 def moved_error(w, reference, start):
     """E = |w - w_ref| / |w_ref - w_start|: 0 is perfect, 1 is as wrong as not having trained."""
     moved = np.linalg.norm(reference - start)
-    return np.linalg.norm(w - reference) / moved if moved else float(not np.array_equal(w, start))
+    if moved == 0:
+        return float(not np.array_equal(w, start))
+    return np.linalg.norm(w - reference) / moved
+
+
+MEASURES = dict(
+    l2=lambda w, start: np.linalg.norm(w), sum=lambda w, start: w.sum(),
+    l2_of_change=lambda w, start: np.linalg.norm(w - start))
+TOLERANCES = dict(l2=dict(rtol=1e-5), sum=dict(rtol=1e-5, atol=1e-4), l2_of_change=dict(rtol=5e-3))
 
 
 def check_weights(ours, g, prefix, init):
-    """E < 5e-3 for every stored tensor; what does not move there must not move here. Of tensors that are not stored,
-    the file has the length and the length of the change."""
-    final = next(found for folder in ("final_hf/", "final/") if (found := prefixed(g, f"{prefix}_{folder}")))
+    """E < 5e-3 for every stored tensor; what does not move there must not move here. Of tensors
+    that are not stored, the file has the length and the length of the change."""
+    def end_and_start(name):
+        return ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
+
+    def is_determined(name):  # the true gradient of a key's bias is 0: Adam makes steps of rounding
+        return not name.endswith("k_proj.bias")
+
+    final = prefixed(g, f"{prefix}_final_hf/") or prefixed(g, f"{prefix}_final/")
     assert final
     for name, reference in final.items():
-        # its true gradient is 0: Adam turns rounding into full steps
-        if not name.endswith("k_proj.bias"):
-            w, start = ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
-            assert moved_error(w, reference, start) < 5e-3, name
+        if is_determined(name):
+            end, start = end_and_start(name)
+            assert moved_error(end, reference, start) < 5e-3, name
     names = [str(name) for name in g.get("final_names", g.get("final_names_hf", []))]
-    measures = dict(l2=lambda w, start: np.linalg.norm(w), sum=lambda w, start: w.sum(),
-                    l2_of_change=lambda w, start: np.linalg.norm(w - start))
-    for key, measure in measures.items():
-        if f"{prefix}_final_{key}" in g:
-            for name, reference in zip(names, g[f"{prefix}_final_{key}"]):
-                if not name.endswith("k_proj.bias"):
-                    w, start = ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
-                    close(measure(w, start), reference, rtol=5e-3 if key == "l2_of_change" else 1e-5,
-                          atol=1e-4 if key == "sum" else 0.0)
+    for key, measure in MEASURES.items():
+        for name, reference in zip(names, g.get(f"{prefix}_final_{key}", ())):
+            if is_determined(name):
+                close(measure(*end_and_start(name)), reference, **TOLERANCES[key])
 
 
-def run_trajectory(train, g, student, hp, schedules, group_settings, clip_by, freeze_by, betas, local, masks=None,
-                   full_size_locals=False):
-    """The steps of train.py's loop over a golden file; yields a dict after each: step, total, terms, gradients (before
-    clipping), norm (what clip_gradients says), centers, out, teacher_out, teacher."""
-    teacher = EMATeacher(student)
-    optimizer = torch.optim.AdamW(param_groups(student, 1.0, 1.0, **group_settings), betas=betas,
-                                  eps=float(g.get("adamw_eps", 1e-8)))
-    sizes = [head.last_layer.weight.shape[0] for head in (student.dino_head, student.ibot_head or student.dino_head)]
-    centers = dict(zip(("dino", "ibot"), (torch.zeros(1, size) for size in sizes)))
-    for step in range(len(schedules["lr"])):
-        now = {name: float(values[step]) for name, values in schedules.items()}
-        train.set_learning_rates(optimizer, now["lr"], now.get("last_layer_lr", now["lr"]), now["wd"], 1.0)
-        global_crops, local_crops = crops_of(g, step, hp("image_size"), local, full_size_locals)
-        step_masks = None if masks is None else tensor(masks[step])
-        with teacher.teacher_weights(student) as network:
-            teacher_out = network(global_crops, masks=step_masks, apply_masks=False)
-        targets = train.make_targets(teacher_out, centers, now["teacher_temp"])
-        out = student(global_crops, local_crops, step_masks)
-        total, terms = train.compute_losses(out, targets, step_masks, teacher_out["patches"])
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        gradients = {name: param.grad.clone() for name, param in student.named_parameters() if param.grad is not None}
-        norm = clip_gradients(student, float(g.get("clip_grad", g.get("hp_clip_grad"))), clip_by)
-        if step < hp("freeze_last_layer_steps") and freeze_by == "grad":
-            for name, param in student.named_parameters():
-                if "last_layer" in name:
-                    param.grad = None
-        optimizer.step()
-        teacher.update(student, now["momentum"])
-        for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
-            if key in teacher_out:
-                centers[name] = update_center(centers[name], teacher_out[key], float(g.get("center_momentum", 0.9)))
-        yield dict(step=step, total=total, terms=terms, gradients=gradients, norm=norm, centers=centers, out=out,
-                   teacher_out=teacher_out, teacher=teacher)
+def trajectory_config(g, **changed):
+    """train.py's config with the hyper-parameters of a trajectory."""
+    return train_config(
+        global_crops_number=g["global_index"].shape[1], clip_grad=float(setting(g, "clip_grad")),
+        local_crops_number=g["local_index"].shape[1], use_pretrained=False,
+        freeze_last_layer=int(setting(g, "freeze_last_layer_steps")), **changed)
+
+
+def values_of(g, step, config):
+    """What dino.schedules returns, from the file's schedules."""
+    keys = dict(lr="lr", last_layer_lr="last_layer_lr" if "last_layer_lr" in g else "lr",
+                weight_decay="wd", momentum="momentum", teacher_temp="teacher_temp")
+    values = {ours: float(g[theirs][step]) for ours, theirs in keys.items()}
+    frozen = step < config.freeze_last_layer
+    return SimpleNamespace(**values, backbone_factor=1.0, last_layer_frozen=frozen)
+
+
+def run_trajectory(g, student, config, full_size_locals=False):
+    """The steps of train.py's loop over a golden file, by dino.forward_backward and dino.update.
+
+    Yields a namespace after each: step, terms with 'loss', gradients before clipping, grad_norm,
+    state, and the outputs of teacher and student.
+    """
+    # the reference's momentum of the centers is the one that dino.update has
+    momentum = inspect.signature(move_center).parameters["momentum"].default
+    assert momentum == float(g.get("center_momentum", 0.9))
+    optimizer, _, heads_only_iterations = build_optimizer(student, config, new_patch_embed=False)
+    assert heads_only_iterations == 0
+    for group in optimizer.param_groups:
+        group["eps"] = float(g.get("adamw_eps", 1e-8))
+    heads = dict(dino=student.dino_head, ibot=student.ibot_head or student.dino_head)
+    centers = {name: torch.zeros(1, head.last_layer.weight.shape[0])
+               for name, head in heads.items()}
+    state = State(student, EMATeacher(student), optimizer, centers=centers,
+                  scaler=torch.amp.GradScaler("cpu", enabled=False))
+    outputs = {}
+
+    def keep_output(module, args, kwargs, out):
+        is_teacher = kwargs.get("apply_masks") is False
+        outputs["teacher" if is_teacher else "student"] = out
+    student.register_forward_hook(keep_output, with_kwargs=True)
+    for step in range(len(g["lr"])):
+        values, crops = values_of(g, step, config), crops_of(g, step, full_size_locals)
+        set_learning_rates(optimizer, values.lr, values.last_layer_lr, values.weight_decay,
+                           values.backbone_factor)
+        terms, row_sums, _ = dino.forward_backward(state, crops, values.teacher_temp, config,
+                                                   autocast=contextlib.nullcontext)
+        gradients = {name: param.grad.clone() for name, param in student.named_parameters()
+                     if param.grad is not None}
+        grad_norm = dino.update(state, row_sums, values, config)
+        assert state.iteration == step + 1
+        yield SimpleNamespace(step=step, terms=terms, gradients=gradients, grad_norm=grad_norm,
+                              state=state, **outputs)
 
 
 def joint_norm(gradients, wanted):
     """L2 norm over the gradients whose name is wanted."""
-    return torch.stack([grad.norm() for name, grad in gradients.items() if wanted(name)]).norm()
+    norms = [grad.norm() for name, grad in gradients.items() if wanted(name)]
+    return torch.stack(norms).norm()
+
+
+def check_trained_weights(state, g, prefix, init):
+    student = dict(state.student.state_dict())
+    check_weights(student, g, f"{prefix}student", init)
+    check_weights({**student, **state.ema.values}, g, f"{prefix}teacher", init)
 
 
 @pytest.mark.parametrize("run", ["strict", "multires"])
 def test_trajectory_v1(run):
     init_file, g = golden("traj_v1_init"), golden(f"traj_v1_{run}")
     g["bank"] = init_file["bank"]
-    strict, prefix = run == "strict", "" if run == "strict" else "sizeinterp_"
+    prefix = "" if run == "strict" else "sizeinterp_"
     init = prefixed(init_file, "hf/")
-    student = build_student(init, "vit", lambda key: int(g[key]))
+    student = build_student(init, "vit", g)
     student.dino_head.last_layer.parametrizations.weight.original0.requires_grad_(False)
-    train = configured(centering="centering", student_temp=float(g["student_temp"]))
+    config = trajectory_config(
+        g, centering="centering", student_temp=float(g["student_temp"]), clip_grad_by="parameter",
+        freeze_last_layer_by="grad", adam_betas=tuple(g["adamw_betas"]))
     check_first_features(init_file, student)
     to_hf = dict(zip(map(str, init_file["map_official"]), map(hf_list, init_file["map_hf"])))
-    schedules = {name: g[name] for name in ("lr", "wd", "momentum", "teacher_temp")}
-    for now in run_trajectory(train, g, student, lambda key: int(g[key]), schedules, {}, "parameter", "grad",
-                              tuple(g["adamw_betas"]), int(g["local_size"]), full_size_locals=strict):
-        step, gradients = now["step"], now["gradients"]
-        close(now["total"], g[f"{prefix}loss"][step], rtol=0, atol=2e-5)
-        close(now["total"], g[f"{prefix}loss_fp64"][step], rtol=0, atol=2e-5)
-        close(now["norm"], g[f"{prefix}grad_norm_total"][step], rtol=1e-4)
+    for done in run_trajectory(g, student, config, full_size_locals=run == "strict"):
+        step, gradients, loss = done.step, done.gradients, done.terms["loss"]
+        close(loss, g[f"{prefix}loss"][step], rtol=0, atol=2e-5)
+        close(loss, g[f"{prefix}loss_fp64"][step], rtol=0, atol=2e-5)
+        close(done.grad_norm, g[f"{prefix}grad_norm_total"][step], rtol=1e-4)
         close(joint_norm(gradients, lambda name: "last_layer" not in name),
               g[f"{prefix}grad_norm_total_no_last_layer"][step], rtol=1e-4)
-        for name, reference in zip(g["param_names_official"], g[f"{prefix}grad_norm_per_param"][step]):
-            ours = {our_name(hf) for hf in to_hf[str(name)]}   # the parts of a fused qkv
+        norms = g[f"{prefix}grad_norm_per_param"][step]
+        for name, reference in zip(g["param_names_official"], norms):
+            ours = {our_name(hf) for hf in to_hf[str(name)]}  # the parts of a fused qkv
             close(joint_norm(gradients, ours.__contains__), reference, rtol=1e-3)
-        close(now["centers"]["dino"], g[f"{prefix}center_after_step"][step][None], rtol=1e-5)
+        center = done.state.centers["dino"]
+        close(center, g[f"{prefix}center_after_step"][step][None], rtol=1e-5)
         if step == 0:
-            close(torch.cat([now["out"]["global_logits"], now["out"]["local_logits"]]),
-                  g[f"{prefix}student_logits_step0"], rtol=1e-5)
-            close(now["teacher_out"]["global_logits"], g[f"{prefix}teacher_logits_step0"], rtol=1e-5)
-    close(now["centers"]["dino"], g[f"{prefix}center_final"], rtol=1e-5)
-    ours = dict(student.state_dict())
-    for who, weights in (("student", ours), ("teacher", {**ours, **now["teacher"].values})):
-        check_weights(weights, g, f"{prefix}{who}", init)
+            logits = torch.cat([done.student["global_logits"], done.student["local_logits"]])
+            close(logits, g[f"{prefix}student_logits_step0"], rtol=1e-5)
+            logits = done.teacher["global_logits"]
+            close(logits, g[f"{prefix}teacher_logits_step0"], rtol=1e-5)
+    close(done.state.centers["dino"], g[f"{prefix}center_final"], rtol=1e-5)
+    check_trained_weights(done.state, g, prefix, init)
 
 
 def check_first_features(g, student):
@@ -697,10 +837,11 @@ def check_first_features(g, student):
     low, high = int(g["local_offset"]), int(g["local_offset"]) + int(g["hp_local_size"])
     student.eval()
     with torch.no_grad():
-        cls = forward_features(student.backbone, images)[0]
+        cls, _ = forward_features(student.backbone, images)
         close(cls, g["feat_global_hf"])
         close(cls, g["feat_global_official"], rtol=1e-5)
-        close(forward_features(student.backbone, images[..., low:high, low:high])[0], g["feat_local_hf"])
+        local_cls, _ = forward_features(student.backbone, images[..., low:high, low:high])
+        close(local_cls, g["feat_local_hf"])
         close(student.dino_head(cls), g["head_out_global"])
     student.train()
 
@@ -708,58 +849,66 @@ def check_first_features(g, student):
 @pytest.mark.parametrize("run", cases("traj_v2", r"(.+?)/") + ["v3"])
 def test_trajectory_v2_and_v3(run):
     v3 = run == "v3"
-    g = golden("traj_v3") if v3 else {"bank": golden("traj_v2")["bank"], **prefixed(golden("traj_v2"), f"{run}/")}
+    if v3:
+        g = golden("traj_v3")
+    else:
+        whole = golden("traj_v2")
+        g = {"bank": whole["bank"], **prefixed(whole, f"{run}/")}
     init = prefixed(g, "init/")
-    student = build_student(init, "dinov3_vit" if v3 else "dinov2", lambda key: int(g[f"hp_{key}"]))
-    train = configured(centering="centering" if "centering" in run else "sinkhorn_knopp",
-                       dino_head_loss_weight=float(g["hp_dino_weight"]),
-                       ibot_loss_weight=float(g["hp_ibot_weight"]), koleo_loss_weight=float(g["hp_koleo_weight"]),
-                       gram_loss_weight=float(g.get("hp_gram_weight", 0.0)))
+    student = build_student(init, "dinov3_vit" if v3 else "dinov2", g)
+    config = trajectory_config(
+        g, centering="centering" if "centering" in run else "sinkhorn_knopp",
+        clip_grad_by="module", freeze_last_layer_by="lr",
+        adam_betas=(0.9, float(g["hp_adamw_beta2"])),
+        layerwise_decay=float(g["hp_layerwise_decay"]),
+        patch_embed_lr_mult=float(g["hp_patch_embed_lr_mult"]),
+        dino_head_loss_weight=float(g["hp_dino_weight"]),
+        ibot_loss_weight=float(g["hp_ibot_weight"]),
+        koleo_loss_weight=float(g["hp_koleo_weight"]),
+        gram_loss_weight=float(g.get("hp_gram_weight", 0.0)))
     if v3:
         check_features(g, student)
-    schedules = {name: g[name] for name in ("lr", "last_layer_lr", "wd", "momentum", "teacher_temp")}
-    settings = dict(layerwise_decay=float(g["hp_layerwise_decay"]),
-                    patch_embed_lr_mult=float(g["hp_patch_embed_lr_mult"]))
-    submodules = [str(name) for name in g["grad_norm_submodules"]]
-    pairs = (2, 2 * int(g["hp_n_local"]))
-    share_global, share_local = (n / sum(pairs) for n in pairs)
-    # v2 logs each DINO mean times its share of the pairs, koleo weighted, koleo and ibot halved; v3 logs plain means
-    scale = dict(dino_global_crops=1.0, dino_local_crops=1.0, ibot=2.0, koleo=2.0 / float(g["hp_koleo_weight"]))
+    # v2 logs each DINO mean times its share of the pairs, KoLeo weighted, KoLeo and iBOT halved; v3
+    # logs plain means
+    scale = dict(dino_global_crops=1.0, dino_local_crops=1.0, ibot=2.0,
+                 koleo=2.0 / config.koleo_loss_weight)
     if v3:
-        scale = dict(dino_global_crops=share_global, dino_local_crops=share_local, ibot=1.0, koleo=2.0, gram=1.0)
-    for now in run_trajectory(train, g, student, lambda key: int(g[f"hp_{key}"]), schedules, settings, "module", "lr",
-                              (0.9, float(g["hp_adamw_beta2"])), int(g["hp_local_size"]), g["masks"]):
-        step = now["step"]
-        close(now["total"], g["total_loss"][step], rtol=0, atol=2e-5)
-        close(now["total"], g["total_loss_fp64"][step], rtol=0, atol=2e-5)
-        close(now["norm"], np.linalg.norm(g["grad_norm"][step]), rtol=1e-4)
+        local_share = 2 * config.local_crops_number / (2 + 2 * config.local_crops_number)
+        scale = dict(dino_global_crops=1 - local_share, dino_local_crops=local_share, ibot=1.0,
+                     koleo=2.0, gram=1.0)
+    submodules = [str(name) for name in g["grad_norm_submodules"]]
+    for done in run_trajectory(g, student, config):
+        step, loss = done.step, done.terms["loss"]
+        close(loss, g["total_loss"][step], rtol=0, atol=2e-5)
+        close(loss, g["total_loss_fp64"][step], rtol=0, atol=2e-5)
+        close(done.grad_norm, np.linalg.norm(g["grad_norm"][step]), rtol=1e-4)
         for name, reference in zip(submodules, g["grad_norm"][step]):
-            close(joint_norm(now["gradients"], lambda param: param.startswith(f"{name}.")), reference, rtol=1e-4)
+            norm = joint_norm(done.gradients, lambda param: param.startswith(f"{name}."))
+            close(norm, reference, rtol=1e-4)
         for name, factor in scale.items():
-            close(now["terms"][f"{name}_loss".replace("_crops", "")], factor * g[f"logged_{name}_loss"][step],
-                  rtol=1e-5, atol=2e-5)
-    for name, center in now["centers"].items():
+            term = done.terms[f"{name}_loss".replace("_crops", "")]
+            close(term, factor * g[f"logged_{name}_loss"][step], rtol=1e-5, atol=2e-5)
+    for name, center in done.state.centers.items():
         if f"{name}_center_final" in g:
             close(center, g[f"{name}_center_final"], rtol=1e-5)
-    ours = dict(student.state_dict())
-    for who, weights in (("student", ours), ("teacher", {**ours, **now["teacher"].values})):
-        check_weights(weights, g, who, init)
+    check_trained_weights(done.state, g, "", init)
 
 
 def check_features(g, student):
     """CLS and patches of the start weights, plain, masked and on a small window, in eval mode."""
     n, size = len(g["feat_cls"]), int(g["hp_local_size"])
     images = (tensor(g["bank"])[:n].float() - 128) / 64
+    inputs = {"": (images, None), "_masked": (images, tensor(g["masks"])[0, :n]),
+              "_local": (images[..., :size, :size], None)}
     student.eval()
-    with torch.no_grad():
-        for suffix, pixels, masks in (("", images, None), ("_masked", images, tensor(g["masks"])[0, :n]),
-                                      ("_local", images[..., :size, :size], None)):
+    for suffix, (pixels, masks) in inputs.items():
+        with torch.no_grad():
             cls, patches = forward_features(student.backbone, pixels, masks)
-            found = 0
-            for key, value in (("cls", cls), ("patch", patches), ("patches", patches)):
-                for name in (f"feat_{key}{suffix}", f"feat{suffix}_{key}"):
-                    if name in g:
-                        close(value, g[name], rtol=1e-5)
-                        found += 1
-            assert found, suffix
+        found = 0
+        for key, value in (("cls", cls), ("patch", patches), ("patches", patches)):
+            for name in (f"feat_{key}{suffix}", f"feat{suffix}_{key}"):
+                if name in g:
+                    close(value, g[name], rtol=1e-5)
+                    found += 1
+        assert found, suffix
     student.train()

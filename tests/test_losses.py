@@ -1,4 +1,4 @@
-"""Every loss against the plain double loop of its docstring, and the targets against what they promise."""
+"""Every loss against the loops of its docstring, and the targets against what they promise."""
 import math
 
 import pytest
@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (CrossEntropy, dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss, move_center, resize_grid, sinkhorn_knopp,
-                    softmax_center, sum_rows, update_center)
+from losses import (CrossEntropy, dino_loss, feature_loss, gram_loss, ibot_loss, koleo_loss,
+                    move_center, resize_grid, sinkhorn_knopp, softmax_center, sum_rows,
+                    update_center)
 
 
 def normal(*shape, seed=0):
@@ -19,7 +20,8 @@ def random_probs(*shape, seed=1):
 
 
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=rtol, atol=atol)
+    b = torch.as_tensor(b, dtype=a.dtype)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def cross_entropy(probs, logits, temp):
@@ -28,22 +30,26 @@ def cross_entropy(probs, logits, temp):
 
 # ---- softmax centering ----
 
-def test_softmax_center_subtracts_the_centre_and_divides_by_the_temperature():
+def test_softmax_center_subtracts_the_center_and_divides_by_the_temperature():
     logits, center = normal(5, 7), normal(1, 7, seed=3)
     exponent = ((logits - center) / 0.07).exp()
-    assert_close(softmax_center(logits, center, 0.07), exponent / exponent.sum(dim=1, keepdim=True))
+    expected = exponent / exponent.sum(dim=1, keepdim=True)
+    assert_close(softmax_center(logits, center, 0.07), expected)
 
 
 def test_update_center_is_an_average_of_batch_means():
     logits, center = normal(5, 7), normal(1, 7, seed=3)
-    assert_close(update_center(center, logits, momentum=0.8), 0.8 * center + 0.2 * logits.mean(dim=0, keepdim=True))
+    batch_mean = logits.mean(dim=0, keepdim=True)
+    expected = 0.8 * center + 0.2 * batch_mean
+    assert_close(update_center(center, logits, momentum=0.8), expected)
 
 
 def test_center_of_micro_batches_is_that_of_all_their_rows():
-    """As many masked patches as there are: 5, 0 and 2 rows count as 7, none as a mean of its own."""
+    """Micro-batches of 5, 0 and 2 masked patches count as 7 rows, not as 3 means."""
     center, logits = normal(1, 7), normal(7, 7, seed=1)
     sums = sum(sum_rows(part) for part in logits.split([5, 0, 2]))
-    assert_close(move_center(center, sums, momentum=0.8), update_center(center, logits, momentum=0.8))
+    expected = update_center(center, logits, momentum=0.8)
+    assert_close(move_center(center, sums, momentum=0.8), expected)
 
 
 def test_update_center_without_rows_changes_nothing():
@@ -68,12 +74,14 @@ def sinkhorn_loop(logits, temp, n_iterations):
 @pytest.mark.parametrize("n, k, iterations", [(6, 20, 3), (50, 8, 3), (9, 9, 1)])
 def test_sinkhorn_is_its_loop(n, k, iterations):
     logits = 0.1 * normal(n, k)
-    assert_close(sinkhorn_knopp(logits, 0.05, iterations), sinkhorn_loop(logits, 0.05, iterations))
+    expected = sinkhorn_loop(logits, 0.05, iterations)
+    assert_close(sinkhorn_knopp(logits, 0.05, iterations), expected)
 
 
 def test_sinkhorn_rows_sum_to_one_and_columns_are_balanced():
-    logits = 0.1 * normal(400, 10) + torch.linspace(0, 0.2, 10)          # the last prototypes are much liked
-    assert F.softmax(logits / 0.05, dim=1).sum(dim=0).max() > 80         # softmax alone does not balance them
+    logits = 0.1 * normal(400, 10) + torch.linspace(0, 0.2, 10)  # the last have the largest logits
+    softmax = F.softmax(logits / 0.05, dim=1)
+    assert softmax.sum(dim=0).max() > 80  # softmax alone does not balance them
     for iterations, tolerance in ((3, 0.05), (50, 1e-4)):
         probs = sinkhorn_knopp(logits, 0.05, iterations)
         assert_close(probs.sum(dim=1), torch.ones(400))
@@ -86,10 +94,11 @@ def test_sinkhorn_without_rows():
 
 def test_sinkhorn_does_not_overflow():
     logits = 0.5 * normal(12, 6)
-    shifted = sinkhorn_knopp(logits + 1000, 0.04)                        # exp(1000 / 0.04) is inf
+    shifted = sinkhorn_knopp(logits + 1000, 0.04)  # exp(1000 / 0.04) is inf
     assert_close(shifted.sum(dim=1), torch.ones(12))
-    assert_close(shifted, sinkhorn_knopp(logits, 0.04), rtol=1e-2, atol=1e-3)      # 1000 costs digits in fp32
-    for scale in (1e3, 1e6):                                             # whole rows and columns vanish
+    unshifted = sinkhorn_knopp(logits, 0.04)
+    assert_close(shifted, unshifted, rtol=1e-2, atol=1e-3)  # adding 1000 costs digits in fp32
+    for scale in (1e3, 1e6):  # whole rows and columns vanish
         probs = sinkhorn_knopp(scale * logits, 0.04)
         assert probs.isfinite().all() and (probs >= 0).all()
 
@@ -102,20 +111,23 @@ def dino_loop(student, teacher, temp, ignore_diagonal):
         for s in range(len(student)):
             if ignore_diagonal and s == t:
                 continue
-            total += sum(cross_entropy(teacher[t, b], student[s, b], temp) for b in range(B)) / B
+            for b in range(B):
+                total += cross_entropy(teacher[t, b], student[s, b], temp) / B
             pairs += 1
     return total / pairs
 
 
-@pytest.mark.parametrize("S, T, ignore_diagonal", [(2, 2, True), (5, 2, True), (5, 2, False), (3, 3, True),
-                                                   (2, 3, True), (1, 2, True), (3, 1, False), (1, 1, False)])
+@pytest.mark.parametrize("S, T, ignore_diagonal", [
+    (2, 2, True), (5, 2, True), (5, 2, False), (3, 3, True),
+    (2, 3, True), (1, 2, True), (3, 1, False), (1, 1, False)])
 def test_dino_loss_is_its_loop(S, T, ignore_diagonal):
     student, teacher = normal(S, 3, 8), random_probs(T, 3, 8)
-    assert_close(dino_loss(student, teacher, 0.2, ignore_diagonal), dino_loop(student, teacher, 0.2, ignore_diagonal))
+    loss = dino_loss(student, teacher, 0.2, ignore_diagonal)
+    assert_close(loss, dino_loop(student, teacher, 0.2, ignore_diagonal))
 
 
 def test_dino_loss_never_compares_a_crop_with_itself():
-    """Of two crops, student crop 0 answers to teacher crop 1 only: teacher crop 0 is nothing to its gradient."""
+    """With two crops, the gradient of student crop 0 depends on teacher crop 1 only."""
     def gradient(teacher):
         student = normal(2, 3, 8).requires_grad_()
         dino_loss(student, teacher).backward()
@@ -156,9 +168,11 @@ def ibot_loop(student, teacher, masks, temp):
 
 def test_ibot_loss_is_its_loop():
     masks = normal(6, 9) > 0.3
-    masks[2] = False                                          # a crop without masks counts in the mean all the same
-    student, teacher = normal(int(masks.sum()), 8), random_probs(int(masks.sum()), 8)
-    assert_close(ibot_loss(student, teacher, masks, 0.2), ibot_loop(student, teacher, masks, 0.2))
+    masks[2] = False  # a crop without masks counts in the mean, too
+    M = int(masks.sum())
+    student, teacher = normal(M, 8), random_probs(M, 8)
+    loss = ibot_loss(student, teacher, masks, 0.2)
+    assert_close(loss, ibot_loop(student, teacher, masks, 0.2))
 
 
 def test_ibot_loss_without_masks_is_zero_with_a_gradient():
@@ -179,14 +193,16 @@ def test_ibot_loss_of_a_uniform_student_with_half_of_the_crops_masked():
 def koleo_loop(features, eps=1e-8):
     x, total = [row / row.norm() for row in features], 0
     for i in range(len(x)):
-        j = max((j for j in range(len(x)) if j != i), key=lambda j: (x[i] @ x[j]).item())
+        others = [j for j in range(len(x)) if j != i]
+        j = max(others, key=lambda j: (x[i] @ x[j]).item())
         total -= ((x[i] - x[j] + eps).norm() + eps).log()
     return total / len(x)
 
 
 def test_koleo_loss_and_gradient_are_its_loop():
     a, b = (normal(7, 5).requires_grad_() for _ in range(2))
-    loss, loop = koleo_loss(a), koleo_loop(b)
+    loss = koleo_loss(a)
+    loop = koleo_loop(b)
     loss.backward()
     loop.backward()
     assert_close(loss.detach(), loop.detach())
@@ -194,7 +210,8 @@ def test_koleo_loss_and_gradient_are_its_loop():
 
 
 def test_koleo_of_an_orthonormal_batch():
-    assert_close(koleo_loss(3 * torch.eye(6)), -math.log(math.sqrt(2)))  # sqrt 2 apart, whatever their length
+    expected = -math.log(math.sqrt(2))  # their distance on the sphere is sqrt 2
+    assert_close(koleo_loss(3 * torch.eye(6)), expected)
 
 
 def test_koleo_of_two_identical_images_is_finite():
@@ -212,7 +229,8 @@ def test_koleo_refuses_a_batch_of_one():
 
 
 def test_koleo_chooses_its_neighbours_in_fp32_under_autocast():
-    features = torch.ones(20, 5) + 1e-3 * normal(20, 5)       # so near that bf16 products cannot tell them apart
+    # so near to each other that bf16 products cannot tell them apart
+    features = torch.ones(20, 5) + 1e-3 * normal(20, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = koleo_loss(features)
     assert torch.equal(inside, koleo_loss(features))
@@ -227,8 +245,10 @@ def gram_loop(student, teacher, remove_neg=False, remove_only_teacher_neg=False)
             for j in range(len(s)):
                 a = s[i] @ s[j] / (s[i].norm() * s[j].norm())
                 b = t[i] @ t[j] / (t[i].norm() * t[j].norm())
-                a = a.clamp_min(0) if remove_neg else a
-                b = b.clamp_min(0) if remove_neg or remove_only_teacher_neg else b
+                if remove_neg:
+                    a = a.clamp_min(0)
+                if remove_neg or remove_only_teacher_neg:
+                    b = b.clamp_min(0)
                 entries.append((a - b) ** 2)
     return sum(entries) / len(entries)
 
@@ -236,64 +256,83 @@ def gram_loop(student, teacher, remove_neg=False, remove_only_teacher_neg=False)
 @pytest.mark.parametrize("options", [{}, dict(remove_neg=True), dict(remove_only_teacher_neg=True)])
 def test_gram_loss_is_its_loop(options):
     student, teacher = normal(2, 4, 6), normal(2, 4, 6, seed=5)
-    assert_close(gram_loss(student, teacher, **options), gram_loop(student, teacher, **options))
+    loss = gram_loss(student, teacher, **options)
+    assert_close(loss, gram_loop(student, teacher, **options))
 
 
 def test_gram_of_equal_similarities_is_zero():
     patches = normal(2, 4, 6)
     assert gram_loss(patches, patches).item() == 0
-    rotation = torch.linalg.qr(normal(6, 6, seed=8)).Q        # other directions and lengths, the same similarities
+    # other directions and lengths, the same similarities
+    rotation = torch.linalg.qr(normal(6, 6, seed=8)).Q
     assert_close(gram_loss(patches, 7 * patches @ rotation), 0.0)
 
 
 def test_gram_is_blind_to_the_length_of_tokens():
-    student, teacher, lengths = normal(2, 4, 6), normal(2, 4, 6, seed=5), normal(2, 4, 1, seed=9).abs() + 0.1
-    assert_close(gram_loss(student * lengths, teacher / lengths), gram_loss(student, teacher))
+    student, teacher = normal(2, 4, 6), normal(2, 4, 6, seed=5)
+    lengths = normal(2, 4, 1, seed=9).abs() + 0.1
+    loss = gram_loss(student * lengths, teacher / lengths)
+    assert_close(loss, gram_loss(student, teacher))
 
 
 def test_gram_of_a_finer_teacher_is_resized():
     student, flat = normal(2, 4, 6), normal(2, 1, 6, seed=5)
-    assert_close(gram_loss(student, flat.repeat(1, 36, 1)), gram_loss(student, flat.repeat(1, 4, 1)))
+    finer, equal = flat.repeat(1, 36, 1), flat.repeat(1, 4, 1)
+    assert_close(gram_loss(student, finer), gram_loss(student, equal))
 
 
 def test_gram_refuses_both_options():
+    patches = normal(2, 4, 6)
     with pytest.raises(ValueError, match="exclude each other"):
-        gram_loss(normal(2, 4, 6), normal(2, 4, 6), remove_neg=True, remove_only_teacher_neg=True)
+        gram_loss(patches, patches, remove_neg=True, remove_only_teacher_neg=True)
 
 
 # ---- what all of them share ----
 
-def test_nothing_changes_its_arguments():
-    masks = torch.tensor([[True, False, True, True]])
-    calls = [(dino_loss, normal(3, 2, 8), random_probs(2, 2, 8)), (ibot_loss, normal(3, 8), random_probs(3, 8), masks),
-             (koleo_loss, normal(4, 5)), (gram_loss, normal(2, 4, 6), normal(2, 4, 6, seed=5)),
-             (sinkhorn_knopp, normal(5, 7), 0.04), (softmax_center, normal(5, 7), normal(1, 7), 0.04),
-             (update_center, normal(1, 7), normal(5, 7, seed=5))]
-    for function, *args in calls:
-        before = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
-        function(*args)
-        assert all(torch.equal(a, b) for a, b in zip(args, before) if torch.is_tensor(a)), function.__name__
+@pytest.mark.parametrize("function, args", [
+    (dino_loss, (normal(3, 2, 8), random_probs(2, 2, 8))),
+    (ibot_loss, (normal(3, 8), random_probs(3, 8), torch.tensor([[True, False, True, True]]))),
+    (koleo_loss, (normal(4, 5),)),
+    (gram_loss, (normal(2, 4, 6), normal(2, 4, 6, seed=5))),
+    (sinkhorn_knopp, (normal(5, 7), 0.04)),
+    (softmax_center, (normal(5, 7), normal(1, 7), 0.04)),
+    (update_center, (normal(1, 7), normal(5, 7, seed=5)))])
+def test_nothing_changes_its_arguments(function, args):
+    tensors = [arg for arg in args if torch.is_tensor(arg)]
+    before = [tensor.clone() for tensor in tensors]
+    function(*args)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before))
 
 
 def test_sinkhorn_row_far_below_the_others_keeps_a_target():
     logits = torch.randn(6, 8)
-    logits[2] -= 50                                            # possible with DINOv3's unnormalised prototypes
-    assert torch.allclose(sinkhorn_knopp(logits, 0.04).sum(dim=1), torch.ones(6), atol=1e-4)
+    logits[2] -= 50  # possible with DINOv3's unnormalised prototypes
+    row_sums = sinkhorn_knopp(logits, 0.04).sum(dim=1)
+    assert torch.allclose(row_sums, torch.ones(6), atol=1e-4)
 
 
 # ---- distillation ----
 
+def neighbours(cell, size, q):
+    """Of a new cell: the indices of the old cells on both sides of its center, and the weight of
+    the second one."""
+    position = max((cell + 0.5) * q / size - 0.5, 0)
+    first = int(position)
+    return first, min(first + 1, q - 1), position - first
+
+
 def bilinear_loop(square, size):
-    """[q,q] at size x size, by the definition: each new cell's centre, looked up among the four old centres around it."""
+    """[q,q] at size x size by the definition: each new cell is a mean of the four old cells around
+    its center."""
     q = len(square)
     result = torch.zeros(size, size)
     for y in range(size):
         for x in range(size):
-            at = [max((place + 0.5) * q / size - 0.5, 0) for place in (y, x)]
-            (y0, fy), (x0, fx) = ((int(place), place - int(place)) for place in at)
-            y1, x1 = min(y0 + 1, q - 1), min(x0 + 1, q - 1)
-            result[y, x] = (1 - fy) * ((1 - fx) * square[y0, x0] + fx * square[y0, x1]) \
-                + fy * ((1 - fx) * square[y1, x0] + fx * square[y1, x1])
+            y0, y1, fy = neighbours(y, size, q)
+            x0, x1, fx = neighbours(x, size, q)
+            upper = (1 - fx) * square[y0, x0] + fx * square[y0, x1]
+            lower = (1 - fx) * square[y1, x0] + fx * square[y1, x1]
+            result[y, x] = (1 - fy) * upper + fy * lower
     return result
 
 
@@ -303,29 +342,35 @@ def test_resize_grid_is_bilinear(own, grid):
     resized = resize_grid(tokens, grid)
     for image in range(2):
         for channel in range(3):
-            assert_close(resized[image, :, channel].reshape(grid, grid), bilinear_loop(tokens[image, :, channel].reshape(own, own), grid), atol=1e-5)
+            square = tokens[image, :, channel].reshape(own, own)
+            found = resized[image, :, channel].reshape(grid, grid)
+            assert_close(found, bilinear_loop(square, grid), atol=1e-5)
 
 
 def test_feature_loss_is_its_loop():
-    student, teacher = (2 * normal(4, 5, 6)).requires_grad_(), 2 * normal(4, 5, 6, seed=3)
+    student = (2 * normal(4, 5, 6)).requires_grad_()
+    teacher = 2 * normal(4, 5, 6, seed=3)
     cosine = smooth = 0.0
     for b in range(4):
         for p in range(5):
             s, t = student[b, p].detach(), teacher[b, p]
             cosine += float(1 - s @ t / (s.norm() * t.norm())) / 20
-            smooth += sum(float(d * d / 2 if abs(d) < 1 else abs(d) - 0.5) for d in s - t) / 120
+            for d in (s - t).tolist():
+                smooth += (d * d / 2 if abs(d) < 1 else abs(d) - 0.5) / 120
     assert_close(feature_loss(student, teacher), cosine)
     assert_close(feature_loss(student, teacher, "smooth_l1"), smooth)
-    assert float(feature_loss(torch.zeros(4, 6), teacher[:, 0])) == 1.0                     # who says nothing
-    assert_close(feature_loss(3 * teacher, teacher), 0.0)                                  # the cosine ignores length
+    assert float(feature_loss(torch.zeros(4, 6), teacher[:, 0])) == 1.0  # a student of zeros
+    assert_close(feature_loss(3 * teacher, teacher), 0.0)  # the cosine ignores length
     feature_loss(student, teacher).backward()
     assert student.grad.abs().sum() > 0
 
 
 def test_cross_entropy_by_few_rows_is_that_of_autograd(monkeypatch):
-    """Value and gradient, for chunks of all sizes, none dividing the rows; rows of probs need not sum to 1; bf16 comes back as bf16."""
+    """Value and gradient, for chunks that do not divide the rows. Rows of probs need not sum to 1.
+    The gradient of bf16 logits is bf16."""
     torch.manual_seed(0)
-    logits, probs, weight = torch.randn(11, 6) * 3, torch.rand(11, 6), torch.randn(11)
+    logits, probs = torch.randn(11, 6) * 3, torch.rand(11, 6)
+    weight = torch.randn(11)
     expected = logits.clone().requires_grad_()
     wanted = -(probs * F.log_softmax(expected / 0.1, dim=-1)).sum(-1)
     (wanted * weight).sum().backward()
@@ -336,7 +381,8 @@ def test_cross_entropy_by_few_rows_is_that_of_autograd(monkeypatch):
         (found * weight).sum().backward()
         torch.testing.assert_close(found, wanted)
         targets = softmax_center(logits, probs[:1], 0.05)
-        torch.testing.assert_close(targets, F.softmax((logits - probs[:1]) / 0.05, dim=-1))
+        expected_targets = F.softmax((logits - probs[:1]) / 0.05, dim=-1)
+        torch.testing.assert_close(targets, expected_targets)
         torch.testing.assert_close(x.grad, expected.grad, rtol=1e-5, atol=1e-5)
     half = logits.bfloat16().requires_grad_()
     CrossEntropy.apply(half, probs, 0.1).sum().backward()
@@ -344,7 +390,8 @@ def test_cross_entropy_by_few_rows_is_that_of_autograd(monkeypatch):
 
 
 def test_targets_leave_the_logits_as_they_are():
-    """They are computed in place, on a copy of their own, also of fp32 logits; the centre reads the logits afterwards."""
+    """Targets are computed in place on a copy, also of fp32 logits: the center reads the logits
+    afterwards."""
     logits = torch.randn(5, 7)
     kept = logits.clone()
     softmax_center(logits, torch.randn(1, 7), 0.05)

@@ -62,6 +62,13 @@ def state(out, name="last"):
     return torch.load(path, weights_only=True)
 
 
+def ema_backbone(saved):
+    """The state dict of the EMA's backbone, from a checkpoint of `state`."""
+    weights, prefix = {**saved["student"], **saved["ema"]}, "backbone."
+    return {name.removeprefix(prefix): value for name, value in weights.items()
+            if name.startswith(prefix)}
+
+
 def assert_same(a, b):
     """Bitwise, through nested dicts and lists."""
     assert type(a) is type(b)
