@@ -1,21 +1,19 @@
 """What things cost: strategies, augmentation, the parts of a step, loading, and how they grow.
 
     python bench.py --model_type=vit               # ViT-S/16, every strategy (paper Table 10)
-    python bench.py --strategy=lora --use_pretrained=true --model_type=facebook/dinov2-small \
-        --local_crops_size=98
+    python bench.py --strategy=lora --model_type=facebook/dino-vits16 --use_pretrained=true
     python bench.py --what=augment                 # images/s of one core, and of torchvision on PIL
     python bench.py --what=step                    # DINO, ViT-S/16: its share of the GEMM limit
     python bench.py --what=step --ibot=true --model_type=dinov2 --patch_size=14 \
-        --local_crops_size=98
+        --local_crops_size=98                      # DINOv2
     python bench.py --what=data --n_images=100000  # a folder of JPEG files
     python bench.py --what=growth                  # time against batch, crops, K, number of images
     python bench.py --what=all --n_images=100000   # all of these, for docs/RESULTS.md
 
 A step is that of train.py: the same functions in the same order. `strategy` uses the same random
 crops in all steps. Every strategy runs in a process of its own, so its peak memory is its own.
-`rounds` repeats all strategies in turn, so that a slow minute of the machine hits all of them.
-The tables compare time with the number of multiplications, memory with the sum of the tensors. A
-family also gets the computed bytes of its sizes S, B and L.
+`rounds` repeats all strategies in turn, so that a slow minute of the machine hits all of them. The
+tables compare time with the number of multiplications, and memory with the sum of the tensors.
 """
 from types import SimpleNamespace
 
@@ -58,20 +56,20 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 import dino
 import train
 from augment import MultiCrop, Photometrics
 from data import Dataset, load_dataset
 from distributed import autocast_for, loader_workers, memory_gb, setup
-from loader import BatchOrder, CropDataset, make_loader
+from loader import CropDataset, make_loader
 from metrics import knn_classify
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
                    compile_blocks, frozen_blocks, set_trainable, shared_blocks)
@@ -79,12 +77,14 @@ from optim import build_optimizer, set_learning_rates
 from run import State, check_finite, gradient_scaler, mean_over_ranks, seed_iteration
 
 STRATEGIES = dict(  # use LoRA, freeze the first blocks, run them once for student and teacher
-    standard=(False, False, False), lora=(True, False, False), freeze=(False, True, False),
-    freeze_shared=(False, True, True), lora_freeze=(True, True, True))
-DINOV2 = dict(model_type="dinov2", patch_size=14, local_crops_size=98,
-              ibot=True)  # the second step of what=all
-SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16))  # width, blocks, attention heads
-WARM_UP = 2  # steps before the measured ones
+    standard=(False, False, False), lora=(True, False, False),
+    freeze=(False, True, False), freeze_shared=(False, True, True),
+    lora_freeze=(True, True, True))
+DINOV2 = dict(model_type="dinov2", patch_size=14, local_crops_size=98, ibot=True)  # in what=all
+SIZES = dict(S=(384, 12, 6), B=(768, 12, 12),  # width, blocks, attention heads
+             L=(1024, 24, 16))
+PHOTOMETRICS = Photometrics("rgb", intensity_range=(0.0, 255.0), mean=(0.485, 0.456, 0.406),
+                            std=(0.229, 0.224, 0.225))
 
 
 def read_config():
@@ -100,10 +100,9 @@ def changed(config, **changes):
 # ---- what train.py builds ----
 
 def make_train_config(config, name):
-    """train.py's config for a strategy, at the sizes of this bench: nothing waits or warms up."""
+    """train.py's config for a strategy, at the sizes of this bench; no part waits or warms up."""
     use_lora, freezes, _ = STRATEGIES[name]
-    values = {key: getattr(train, key) for key in train.config_keys}
-    values.update({key: value for key, value in vars(config).items() if key in values})
+    values = {key: getattr(config, key, getattr(train, key)) for key in train.config_keys}
     values.update(global_batch_size=config.batch_size, ibot_out_dim=config.dino_head_out_dim,
                   use_lora=use_lora, warmup_iterations=0, freeze_last_layer=0,
                   freeze_backbone_iterations=0)
@@ -115,7 +114,7 @@ def make_train_config(config, name):
 
 
 def build_student(train_config, run_device):
-    """The student of make_train_config, on the CPU or, in torch.device('meta'), without memory."""
+    """The student of make_train_config, on the CPU or, inside torch.device('meta'), there."""
     backbone = adapted_backbone(train_config, 3, run_device)
     head = DINOHead(backbone.config.hidden_size, train_config.dino_head_out_dim,
                     train_config.head_hidden_dim, train_config.head_bottleneck_dim,
@@ -129,10 +128,10 @@ def build_state(train_config, shares, run_device):
     student = build_student(train_config, run_device).to(run_device).train()
     optimizer, train_from, _ = build_optimizer(student, train_config, new_patch_embed=False)
     set_trainable(student, train_from, 0)
-    K = train_config.dino_head_out_dim
-    centers = {key: torch.zeros(1, K, device=run_device) for key in ("dino", "ibot")}
+    center = torch.zeros(1, train_config.dino_head_out_dim, device=run_device)
     scaler = gradient_scaler(run_device, train_config.mixed_precision)
-    state = State(student, EMATeacher(student), optimizer, scaler, centers)
+    state = State(student, EMATeacher(student), optimizer, scaler,
+                  centers=dict(dino=center, ibot=center.clone()))
     if shares and train_config.ibot_loss_weight == 0:
         state.n_shared_blocks = shared_blocks(student, state.ema)
     if train_config.compile:
@@ -140,24 +139,17 @@ def build_state(train_config, shares, run_device):
     return state
 
 
-def multi_crop(config):
-    """The crops of the DINO recipe at the config's sizes."""
-    return MultiCrop(config.global_crops_size, (0.4, 1.0), 2, config.local_crops_size, (0.05, 0.4),
-                     config.local_crops_number, vertical_flip=0.0)
+def crop_dataset(config, dataset, batch_size, seed=0, grid=1, masks=None):
+    """The crops of the DINO recipe at the config's sizes. Other arguments: of CropDataset."""
+    crops = MultiCrop(config.global_crops_size, (0.4, 1.0), 2, config.local_crops_size,
+                      (0.05, 0.4), config.local_crops_number, vertical_flip=0.0)
+    return CropDataset(dataset, crops, seed, batch_size, grid, masks)
 
 
-def make_photometrics():
-    """The photometrics of RGB images, with the mean and std of ImageNet."""
-    return Photometrics("rgb", (0.0, 255.0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def make_batches(config, train_config, patch, run_device):
-    """(loader, photometrics) as train.py makes them, from random images in memory."""
-    masks = {} if config.ibot else None  # the defaults are DINOv2's
-    crop_set = CropDataset(Dataset(example_images(64), name="random"), multi_crop(config), 0,
-                           config.batch_size, config.global_crops_size // patch, masks)
-    loader = make_loader(crop_set, train_config, 1, 0, WARM_UP + config.n_steps, run_device)
-    return loader, make_photometrics()
+def describe_crops(config):
+    """Such as '2 x 224 + 8 x 96'."""
+    return (f"2 x {config.global_crops_size} + {config.local_crops_number} x "
+            f"{config.local_crops_size}")
 
 
 # ---- counting ----
@@ -166,51 +158,48 @@ def count_matmuls(config, width, depth, patch, mlp_ratio, n_frozen, use_lora, sh
                   channels=3, masked=0):
     """Multiplications of one step per image.
 
-    Args: masked: patches per image that the iBOT head reads; shares: as build_state.
+    Args: shares: as build_state; masked: patches per image that the iBOT head reads.
     Returns: dict with backbone and heads, each a dict of teacher, student, activations and weights;
-    and unit, one forward of all student tokens through the backbone. The last two are the backward:
-    activations are their gradients, down to the first trained parameter, weights those of trained
-    weights. Each of the two costs as much as the forward.
-    The two products of attention are counted like a Linear and its weight. In fact both need both
-    gradients even if the weights are frozen, so LoRA's ratio is 0.01 too low.
+    and unit, one forward of all student tokens through the backbone. The last two of the four are
+    the backward, each as costly as the forward: the gradients of activations, down to the first
+    trained parameter, and those of trained weights.
+    The two products of attention count like a Linear and its weight. Both need both gradients even
+    if the weights are frozen, so LoRA's ratio is 0.01 too low.
     """
-    def in_blocks(size, first, last):  # of one crop through the blocks first to last
+    def in_blocks(size, n_blocks):  # of one crop
         n = (size // patch) ** 2 + 1
-        per_token = (4 + 2 * mlp_ratio) * width**2  # projections and MLP
-        per_token += 2 * n * width  # attention
-        return (last - first) * n * per_token
+        per_token = (4 + 2 * mlp_ratio) * width**2 + 2 * n * width  # projections, MLP; attention
+        return n_blocks * n * per_token
 
     def in_embedding(size):
         return (size // patch) ** 2 * patch**2 * channels * width
 
-    large = config.global_crops_size
-    crops = [large] * 2 + [config.local_crops_size] * config.local_crops_number
+    large, small = config.global_crops_size, config.local_crops_size
+    crops = [large] * 2 + [small] * config.local_crops_number
     embedded = sum(in_embedding(size) for size in crops)
-    unit = sum(in_blocks(size, 0, depth) for size in crops) + embedded
-    teacher = 2 * (in_blocks(large, 0, depth) + in_embedding(large))
-    shared = 2 * (in_blocks(large, 0, n_frozen) + in_embedding(large)) if shares else 0
-    with_backward = sum(in_blocks(size, n_frozen, depth) for size in crops)
-    backbone = dict(teacher=teacher, student=unit - shared, activations=with_backward,
-                    weights=0 if use_lora else with_backward)
-    if not use_lora and n_frozen == 0:
-        backbone["weights"] += embedded
-    if use_lora:  # A and B on queries and values
+    unit = sum(in_blocks(size, depth) for size in crops) + embedded
+    teacher = 2 * (in_blocks(large, depth) + in_embedding(large))
+    shared = 2 * (in_blocks(large, n_frozen) + in_embedding(large)) if shares else 0
+    trained = sum(in_blocks(size, depth - n_frozen) for size in crops)
+    backbone = dict(teacher=teacher, student=unit - shared, activations=trained, weights=trained)
+    if use_lora:  # no gradients of the weights; A and B on queries and values
         share = 2 * 2 * r / ((4 + 2 * mlp_ratio) * width)
-        backbone["teacher"] += share * teacher
-        for part in ("student", "activations", "weights"):
-            backbone[part] += share * with_backward
-    head = width * config.head_hidden_dim + config.head_hidden_dim**2
-    head += config.head_hidden_dim * config.head_bottleneck_dim
-    head += config.head_bottleneck_dim * config.dino_head_out_dim
-    of_student = (len(crops) + masked) * head
-    heads = dict(teacher=(2 + masked) * head, student=of_student, activations=of_student,
-                 weights=of_student)
+        backbone.update(teacher=teacher + share * teacher,
+                        student=backbone["student"] + share * trained,
+                        activations=trained + share * trained, weights=share * trained)
+    elif n_frozen == 0:
+        backbone["weights"] += embedded
+    head = (width * config.head_hidden_dim + config.head_hidden_dim**2
+            + config.head_hidden_dim * config.head_bottleneck_dim
+            + config.head_bottleneck_dim * config.dino_head_out_dim)
+    student = (len(crops) + masked) * head
+    heads = dict(teacher=(2 + masked) * head, student=student, activations=student, weights=student)
     return dict(backbone=backbone, heads=heads, unit=unit)
 
 
-def multiplications(flops, *parts):
-    """Sum over count_matmuls: of backbone and heads, or only of the parts that are named."""
-    return sum(sum(flops[part].values()) for part in parts or ("backbone", "heads"))
+def multiplications(flops, parts=("backbone", "heads")):
+    """Sum over the parts of count_matmuls."""
+    return sum(sum(flops[part].values()) for part in parts)
 
 
 def bytes_of(tensors):
@@ -230,7 +219,8 @@ def count_bytes(student):
 
 def total_bytes(counts):
     """(bytes of everything, bytes of the backbone) from count_bytes."""
-    return sum(map(sum, counts.values())), sum(backbone for backbone, _ in counts.values())
+    backbone = sum(backbone for backbone, _ in counts.values())
+    return sum(map(sum, counts.values())), backbone
 
 
 # ---- measuring ----
@@ -244,21 +234,20 @@ class Laps:
 
     def __call__(self, part):
         """Say that a part ends."""
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
-            mark = torch.cuda.Event(enable_timing=True)
             mark.record()
-        else:
-            mark = time.perf_counter()
         self.marks.append((part, mark))
 
     def seconds(self):
-        """{part: seconds}; parts of the same name are added."""
+        """{part: seconds}; parts of the same name are added up."""
         if self.cuda:
             torch.cuda.synchronize()
-        parts = {}
-        for (_, before), (part, after) in zip(self.marks, self.marks[1:]):
+        parts, before = Counter(), self.marks[0][1]
+        for part, after in self.marks[1:]:
             length = before.elapsed_time(after) / 1000 if self.cuda else after - before
-            parts[part] = parts.get(part, 0) + length
+            parts[part] += length
+            before = after
         return parts
 
 
@@ -268,13 +257,13 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts = {}
+        self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm"):
-            key = name, tuple((tuple(x.shape), x.stride(), x.dtype) for x in args)
-            self.counts[key] = self.counts.get(key, 0) + 1
+            operands = [(tuple(x.shape), x.stride(), x.dtype) for x in args]
+            self.counts[name, tuple(operands)] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -291,17 +280,31 @@ def products_alone(config, counts):
     return total
 
 
-def run_steps(state, train_config, loader, photometrics, n_steps, with_data, run_device):
-    """Train for n_steps as train.py does; with_data=False uses the first batch in every step.
+def measure(config, name, with_data=False):
+    """Run some steps of train.py with a strategy, in this process. Without with_data all steps use
+    the first batch.
 
-    Returns: namespace of laps, a {part: seconds} per step; losses of the last step; gradients,
-    their bytes; masked, patches per step under a mask; products, of Products in the second step.
+    Returns: dict of seconds, of every measured step; parts, {part: median of its seconds}; peak and
+    libraries, bytes at the end and at the start; held and computed, {item: bytes}; flops, of
+    count_matmuls; loss, of the last step; products, of Products.
     """
-    autocast = autocast_for(run_device, train_config.mixed_precision)
-    batches, laps, masked, products = iter(loader), [], [], Products()
+    run_device = setup(config.device)
+    torch.manual_seed(0)
+    libraries = peak_bytes(run_device)
+    train_config, (use_lora, _, shares) = make_train_config(config, name), STRATEGIES[name]
+    state = build_state(train_config, shares, run_device)
+    backbone, computed = state.student.backbone, count_bytes(state.student)
+    autocast = autocast_for(run_device, config.mixed_precision)
+    n_steps, shape = 2 + config.n_steps, backbone.config  # two to warm up
+    if not with_data:
+        train_config.num_workers = 0  # no worker runs beside the steps
+    masks = {} if config.ibot else None  # the defaults are DINOv2's
+    crop_set = crop_dataset(config, Dataset(example_images(64), name="random"), config.batch_size,
+                            grid=config.global_crops_size // shape.patch_size, masks=masks)
+    batches = iter(make_loader(crop_set, train_config, 1, 0, n_steps, run_device))
+    laps, masked, products = [], [], Products()
     for step in range(n_steps):
-        # a compiled step calls no products
-        counts_products = step == 1 and not train_config.compile
+        counts_products = step == 1 and not config.compile  # a compiled step calls no products
         with products if counts_products else contextlib.nullcontext():
             lap = Laps(run_device)
             seed_iteration(train_config.seed, step)
@@ -311,7 +314,7 @@ def run_steps(state, train_config, loader, photometrics, n_steps, with_data, run
             if with_data or step == 0:
                 batch = next(batches)
                 lap("data wait")
-                crops = dino.augment_batch(batch, photometrics, train_config, run_device)
+                crops = dino.augment_batch(batch, PHOTOMETRICS, train_config, run_device)
                 lap("augmentation")
             terms, row_sums, _ = dino.forward_backward(
                 state, crops, values.teacher_temp, train_config, autocast, lap=lap)
@@ -324,44 +327,21 @@ def run_steps(state, train_config, loader, photometrics, n_steps, with_data, run
             lap("optimizer + EMA")
         laps.append(lap.seconds())
         masked.append(0 if crops["masks"] is None else int(crops["masks"].sum()))
-    return SimpleNamespace(laps=laps, losses=losses, gradients=gradients,
-                           masked=statistics.mean(masked), products=products.counts)
-
-
-def measure(config, name, with_data=False):
-    """Run some steps of train.py with a strategy, in this process.
-
-    Returns: dict of seconds, of every measured step; parts, {part: median of its seconds}; peak and
-    libraries, bytes at the end and at the start; held and computed, {item: bytes}; flops, of
-    count_matmuls; loss; products, of Products.
-    """
-    run_device = setup(config.device)
-    torch.manual_seed(0)
-    libraries = peak_bytes(run_device)
-    train_config = make_train_config(config, name)
-    if not with_data:
-        train_config.num_workers = 0  # no worker beside the steps
-    use_lora, _, shares = STRATEGIES[name]
-    state = build_state(train_config, shares, run_device)
-    backbone, computed = state.student.backbone, count_bytes(state.student)
-    shape = backbone.config
-    loader, photometrics = make_batches(config, train_config, shape.patch_size, run_device)
-    steps = run_steps(state, train_config, loader, photometrics, WARM_UP + config.n_steps,
-                      with_data, run_device)
-    laps = steps.laps[WARM_UP:]
     moments = []
     for entry in state.optimizer.state.values():
         moments += [value for value in entry.values() if value.ndim > 0]  # not the step counter
-    held = dict(weights=bytes_of(state.student.parameters()), gradients=steps.gradients,
+    held = dict(weights=bytes_of(state.student.parameters()), gradients=gradients,
                 optimizer=bytes_of(moments), teacher=bytes_of(state.ema.values.values()))
     mlp_ratio = getattr(shape, "mlp_ratio", None) or shape.intermediate_size / shape.hidden_size
     flops = count_matmuls(config, shape.hidden_size, len(blocks(backbone)), shape.patch_size,
                           mlp_ratio, frozen_blocks(backbone), use_lora, state.n_shared_blocks > 0,
-                          config.lora_r, masked=steps.masked / config.batch_size)
-    return dict(seconds=[sum(lap.values()) for lap in laps],
-                parts={part: statistics.median(lap[part] for lap in laps) for part in laps[0]},
-                peak=peak_bytes(run_device), libraries=libraries, computed=computed, held=held,
-                flops=flops, loss=steps.losses["loss"], products=steps.products)
+                          config.lora_r, masked=statistics.mean(masked) / config.batch_size)
+    parts = {}
+    for part in laps[-1]:
+        parts[part] = statistics.median(lap[part] for lap in laps[2:])
+    return dict(seconds=[sum(lap.values()) for lap in laps[2:]], parts=parts, held=held,
+                computed=computed, peak=peak_bytes(run_device), libraries=libraries, flops=flops,
+                loss=losses["loss"], products=products.counts)
 
 
 def alone(function, *args):
@@ -395,6 +375,11 @@ def fastest(function, run_device, repeats=5, clock=time.perf_counter):
     return min(times[1:])
 
 
+def core_seconds(function):
+    """Like fastest, by the time that this process has the cores: other programs do not count."""
+    return fastest(function, torch.device("cpu"), clock=time.process_time)
+
+
 def peak_bytes(run_device):
     """Largest memory so far. CPU: of the process on Linux, elsewhere what it has at present. CUDA:
     of the tensors."""
@@ -421,9 +406,9 @@ def print_times(results):
         median, flops = statistics.median(result["seconds"]), result["flops"]
         ratio = median / first_median
         counted = multiplications(flops) / multiplications(first["flops"])
-        apart = multiplications(flops, "backbone") / multiplications(first["flops"], "backbone")
+        apart = multiplications(flops, ["backbone"]) / multiplications(first["flops"], ["backbone"])
         parts = [part / flops["unit"] for part in flops["backbone"].values()]
-        heads = multiplications(flops, "heads") / flops["unit"]
+        heads = multiplications(flops, ["heads"]) / flops["unit"]
         print(f"{name:13} {median:8.3f} {min(result['seconds']):8.3f} {ratio:6.2f} {counted:8.2f} "
               f"{ratio / counted:7.2f} {apart:12.2f} | "
               + "{:7.2f} {:7.2f} {:11.2f} {:7.2f} | ".format(*parts) + f"{heads:5.2f}")
@@ -494,29 +479,33 @@ def example_images(n, size=256):
     """[n,size,size,3] uint8: smooth random colours with edges and grain."""
     rng, images, shape = np.random.default_rng(0), [], (size, size)
     for _ in range(n):
-        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        colours = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        small = Image.fromarray(colours)
         smooth = np.asarray(small.resize(shape, Image.BICUBIC)).astype(float)
         x = smooth + rng.normal(0, 8, (size, size, 3))
         squares = np.asarray(small.resize(shape, Image.NEAREST))
-        images.append(np.where(squares > 200, 250 - x, x).clip(0, 255))
+        x = np.where(squares > 200, 250 - x, x)
+        images.append(x.clip(0, 255))
     return np.stack(images).astype(np.uint8)
 
 
-def our_crops(config, images, run_device, seed=0):
+def our_crops(config, images, seed=0):
     """(native crops by kind, {kind: seeds}) of all images, as a batch of the loader."""
     n = len(images)
-    crop_set = CropDataset(Dataset(images, name="random"), multi_crop(config), seed, n, 1)
+    crop_set = crop_dataset(config, Dataset(images, name="random"), n, seed)
     batch = crop_set.collate([crop_set[i, i] for i in range(n)])
-    crops, seeds = batch["global_crops"].to(run_device), batch["global_seeds"]
-    local = batch["local_crops"].to(run_device)
-    return (dict(global1=crops[:n], global2=crops[n:], local=local),
-            dict(global1=seeds[:n], global2=seeds[n:], local=batch["local_seeds"]))
+    parts = []
+    for name in ("crops", "seeds"):
+        first, second = batch[f"global_{name}"].split(n)
+        parts.append(dict(global1=first, global2=second, local=batch[f"local_{name}"]))
+    return parts
 
 
 def torchvision_crops(config):
     """{kind: function from a PIL image to [3,S,S] in 0..1}: DINO's augmentations as one writes them
     with torchvision."""
     from torchvision import transforms as T
+    jitter = T.ColorJitter(0.4, 0.4, 0.2, 0.1)
 
     def gaussian_blur(picture):
         return picture.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
@@ -524,8 +513,8 @@ def torchvision_crops(config):
     def pipeline(size, scale, blur, solarize):
         return T.Compose([
             T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(0.5), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-            T.RandomGrayscale(0.2), T.RandomApply([T.Lambda(gaussian_blur)], blur),
+            T.RandomHorizontalFlip(0.5), T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2),
+            T.RandomApply([T.Lambda(gaussian_blur)], blur),
             T.RandomApply([T.Lambda(ImageOps.solarize)], solarize), T.ToTensor()])
     return dict(global1=pipeline(config.global_crops_size, (0.4, 1.0), 1.0, 0.0),
                 global2=pipeline(config.global_crops_size, (0.4, 1.0), 0.1, 0.2),
@@ -533,22 +522,18 @@ def torchvision_crops(config):
 
 
 def bench_augment(config, n=32):
-    """Images/s of our crops and photometrics, and of torchvision's pipeline, on one core. The clock
-    is the time that the process has the core, so other programs do not count. On a CUDA device
-    also our photometrics there."""
-    threads, run_device, cpu = torch.get_num_threads(), setup(config.device), torch.device("cpu")
+    """Images/s of our crops and photometrics, and of torchvision's pipeline, on one core; on a CUDA
+    device also of our photometrics there."""
+    run_device = setup(config.device)
     torch.set_num_threads(1)
-    images, photometrics = example_images(n), make_photometrics()
-    native, seeds = our_crops(config, images, cpu)
-
-    def core_seconds(function):
-        return fastest(function, cpu, clock=time.process_time)
+    images = example_images(n)
+    native, seeds = our_crops(config, images)
 
     def colour(crops):
         for kind, x in crops.items():
-            photometrics(x, seeds[kind], kind)
+            PHOTOMETRICS(x, seeds[kind], kind)
 
-    table = {"ours: crops, in a worker": core_seconds(lambda: our_crops(config, images, cpu)),
+    table = {"ours: crops, in a worker": core_seconds(lambda: our_crops(config, images)),
              "ours: photometrics, one core": core_seconds(lambda: colour(native))}
     ours = sum(table.values())
     table["ours: both"] = ours
@@ -562,21 +547,15 @@ def bench_augment(config, n=32):
 
         def torchvision():
             for picture in pictures:
-                [photometrics.normalize(pipelines[kind](picture)) for kind in kinds]
+                for kind in kinds:
+                    PHOTOMETRICS.normalize(pipelines[kind](picture))
         table["torchvision on PIL"] = core_seconds(torchvision)
     except ImportError:
         print("torchvision is not installed: pip install torchvision to compare with it")
-    torch.set_num_threads(threads)
     print(f"\naugmentation of 256 px RGB: {describe_crops(config)}\n"
           f"{'':30} {'ms/image':>9} {'images/s':>9} {'of ours':>8}")
     for name, value in table.items():
         print(f"{name:30} {value / n * 1000:9.2f} {n / value:9.0f} {value / ours:8.2f}")
-
-
-def describe_crops(config):
-    """Such as '2 x 224 + 8 x 96'."""
-    return (f"2 x {config.global_crops_size} + {config.local_crops_number} x "
-            f"{config.local_crops_size}")
 
 
 # ---- a step, and how things grow ----
@@ -678,39 +657,27 @@ def bench_data(config, sizes=(512, 2048), n_batches=8):
     print(f"\nloader of JPEG files, {describe_crops(config)}\n"
           f"{'files':>8} {'pixels':>7} {'workers':>8} {'images/s':>9} {'decoding':>9} "
           f"{'with crops':>11}   ms/image")
-    folders = [(max(10, config.n_images // part), sizes[0]) for part in (100, 10, 1)]
-    for n, size in folders + [(10, sizes[1])]:
+    cpu, train_config = torch.device("cpu"), make_train_config(config, "standard")
+    folders = []
+    for part in (100, 10, 1):
+        folders.append((max(10, config.n_images // part), sizes[0]))
+    for n, size in (*folders, (10, sizes[1])):
         with tempfile.TemporaryDirectory() as folder:
             make_folder(f"{folder}/images", n, size)
             files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
-            crop_set = CropDataset(files, multi_crop(config), 0, config.batch_size, 1)
-            decoding = seconds_per_image(lambda i: files[i])
-            with_crops = seconds_per_image(lambda i: crop_set[i, i])
+            crop_set = crop_dataset(config, files, config.batch_size)
+            decoding = core_seconds(lambda: [files[i] for i in range(8)]) / 8 * 1000
+            with_crops = core_seconds(lambda: [crop_set[i, i] for i in range(8)]) / 8 * 1000
             for workers in range(loader_workers(config.num_workers) + 1):
-                rate = loader_rate(crop_set, config.batch_size, workers, n_batches)
-                print(f"{n:8} {size:7} {workers:8} {rate:9.0f} {decoding * 1000:9.2f} "
-                      f"{with_crops * 1000:11.2f}")
-
-
-def seconds_per_image(read):
-    """Seconds on one core of read(i), the mean over eight images."""
-    def read_eight():
-        for i in range(8):
-            read(i)
-    return fastest(read_eight, torch.device("cpu"), clock=time.process_time) / 8
-
-
-def loader_rate(crop_set, batch_size, workers, n_batches):
-    """Images/s of a loader whose workers have started and have one batch ready each."""
-    order = BatchOrder(len(crop_set), batch_size, 1, 0, 1, 0, n_batches + workers + 1, 0)
-    batches = iter(DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate,
-                              num_workers=workers))
-    for _ in range(workers + 1):
-        next(batches)
-    began = time.perf_counter()
-    for _ in batches:
-        pass
-    return n_batches * batch_size / (time.perf_counter() - began)
+                train_config.num_workers, n_ready = workers, workers + 1
+                loader = make_loader(crop_set, train_config, 1, 0, n_batches + n_ready, cpu)
+                batches = iter(loader)
+                for _ in range(n_ready):  # workers start together and have one batch ready each
+                    next(batches)
+                began = time.perf_counter()
+                n_read = sum(len(batch["index"]) for batch in batches)
+                rate = n_read / (time.perf_counter() - began)
+                print(f"{n:8} {size:7} {workers:8} {rate:9.0f} {decoding:9.2f} {with_crops:11.2f}")
 
 
 def main(config):

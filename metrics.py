@@ -87,8 +87,8 @@ def fit_linear(x, y, strength, start=None, weights=None, max_iterations=200,
 
     def closure():
         optimizer.zero_grad()
-        penalty = (W * W).sum() / (2 * strength * len(x))
-        loss = probe_loss(x @ W + b, y, weights) + penalty
+        loss = probe_loss(x @ W + b, y, weights)
+        loss = loss + (W * W).sum() / (2 * strength * len(x))
         loss.backward()
         return loss
     optimizer.step(closure)

@@ -59,7 +59,8 @@ def tensor(array):
 def close(ours, theirs, rtol=1e-5, atol=0.0):
     if torch.is_tensor(ours):
         ours = ours.detach().double().numpy()
-    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    ours = np.asarray(ours, dtype=np.float64)
+    theirs = np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape
     # of the whole array: a gradient's small entries are rounding
     scale = np.abs(theirs).max(initial=0)
@@ -179,12 +180,13 @@ def test_gram():
         loss, grad = value_and_grad(loss_of, student)
         close(loss, g[f"{case}_loss"])
         close(grad, g[f"{case}_grad"])
-    masked = teacher[tensor(g["flat_mask"])]
-    loss, grad = value_and_grad(lambda s: gram_loss(s[None], masked[None]), student[g["flat_mask"]])
+    masked = teacher[tensor(g["flat_mask"])][None]
+    loss, grad = value_and_grad(lambda s: gram_loss(s[None], masked), student[g["flat_mask"]])
     close(loss, g["flat_loss"])
     close(grad, g["flat_grad"])
     for key in ("hires_teacher", "hires_teacher_resized"):
-        close(gram_loss(tensor(g["hires_student"]), tensor(g[key])), g["hires_loss"])
+        loss = gram_loss(tensor(g["hires_student"]), tensor(g[key]))
+        close(loss, g["hires_loss"])
     with pytest.raises(ValueError, match="exclude each other"):
         gram_loss(tensor(student), teacher, True, True)
 
@@ -205,15 +207,16 @@ def build_head(weights, trainable=None):
     first = weights[linear[0]]
     last = weights.get("last_layer.weight_v", weights.get("last_layer.weight"))
     norm = trainable is not None and "last_layer.weight_g" not in trainable
-    head = DINOHead(first.shape[1], last.shape[0], first.shape[0], last.shape[1],
-                    norm_last_layer=norm, weight_norm="last_layer.weight_v" in weights,
-                    n_layers=len(linear))
-    head.load_state_dict({head_names(key): tensor(value) for key, value in weights.items()})
+    hidden_dim, in_dim = first.shape
+    out_dim, bottleneck_dim = last.shape
+    head = DINOHead(in_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer=norm,
+                    weight_norm="last_layer.weight_v" in weights, n_layers=len(linear))
+    head.load_state_dict({head_names(name): tensor(w) for name, w in weights.items()})
     return head
 
 
 def prefixed(g, prefix):
-    return {key[len(prefix):]: value for key, value in g.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in g.items() if key.startswith(prefix)}
 
 
 def test_heads():
@@ -328,10 +331,12 @@ def test_schedules_v2():
     exact(frozen(base / 5), g["v2_lr_startwarmup"])
     exact(cosine_series(base, final, total), g["v2_nowarmup"])
     n = len(g["v2_lr_beyond"])
-    exact(cosine_series(base, final, total, warmup, n=total + n)[total:], g["v2_lr_beyond"])
+    lr = cosine_series(base, final, total, warmup, n=total + n)
+    exact(lr[total:], g["v2_lr_beyond"])
     per_epoch, peak = int(g["v2cfg_epoch_length"]), float(g["v2cfg_scaled_lr"])
     total, n = int(g["v2cfg_epochs"]) * per_epoch, len(g["v2cfg_lr"])
-    exact(peak, float(g["v2cfg_base_lr"]) * (float(g["v2cfg_batch_size"]) / 1024) ** 0.5)
+    scale = (float(g["v2cfg_batch_size"]) / 1024) ** 0.5
+    exact(peak, float(g["v2cfg_base_lr"]) * scale)
     lr = cosine_series(peak, 1e-6, total, 2 * per_epoch, n=n)
     exact(lr, g["v2cfg_lr"])
     exact([0.0] * per_epoch + lr[per_epoch:], g["v2cfg_last_layer_lr"])
@@ -394,22 +399,27 @@ def test_masks_have_the_distribution_of_the_reference(prefix):
     g = prefixed(golden("masks"), f"{prefix}_")
     grid, (batches, crops) = g["examples"].shape[1], g["counts"].shape
     rng, exactly = np.random.default_rng(0), prefix.startswith("v3")
-    masks = torch.stack([sample_masks(crops, grid, rng, exact=exactly) for _ in range(batches)])
+    masks = [sample_masks(crops, grid, rng, exact=exactly) for _ in range(batches)]
+    masks = torch.stack(masks)
     counts = masks.sum(-1).numpy()
     # exactly so many in every batch
-    assert ((counts > 0).mean(axis=1) == float(g["fraction_masked"])).all() or grid < 4
+    share = (counts > 0).mean(axis=1)
+    assert (share == float(g["fraction_masked"])).all() or grid < 4
     if exactly:  # the same numbers in every batch
-        assert (np.sort(counts, axis=1) == np.sort(g["counts"], axis=1)).all()
+        assert np.array_equal(np.sort(counts, axis=1), np.sort(g["counts"], axis=1))
     ours, theirs = counts[counts > 0], g["counts"][g["counts"] > 0]
     assert abs(ours.mean() / theirs.mean() - 1) < 0.005
     bins = np.arange(grid * grid + 2)
-    ours, theirs = (np.histogram(x, bins)[0].cumsum() / len(x) for x in (ours, theirs))
-    assert np.abs(ours - theirs).max() < 0.02
-    blocks = masks.flatten(0, 1)[counts.flatten() > 0].view(-1, grid, grid).numpy()
+
+    def cumulative(x):
+        return np.histogram(x, bins)[0].cumsum() / len(x)
+    assert np.abs(cumulative(ours) - cumulative(theirs)).max() < 0.02
+    masked = masks.flatten(0, 1)[counts.flatten() > 0]
+    blocks = masked.view(-1, grid, grid).numpy()
     n_parts = np.mean([components(mask) for mask in blocks])
     assert abs(n_parts / float(g["mean_components"]) - 1) < 0.02
-    occupancy = masks.float().mean((0, 1)).numpy().reshape(grid, grid)
-    assert np.abs(occupancy - g["occupancy"]).max() < 0.01
+    occupancy = masks.float().mean((0, 1)).view(grid, grid)
+    assert np.abs(occupancy.numpy() - g["occupancy"]).max() < 0.01
 
 
 # ---- parameter groups ----
@@ -587,7 +597,8 @@ def v3_variant(case, g, expect, heads, terms, targets, leaf, config):
     """The total of an option of DINOv3 that train.py does not offer, composed from the losses."""
     V, B, _ = targets["dino"].shape
     L = len(g["student_local_cls"]) // B
-    masks, step, diagonal = tensor(g["masks"]), int(expect["iteration"]), case.startswith("diag")
+    masks, step = tensor(g["masks"]), int(expect["iteration"])
+    diagonal = case.startswith("diag")
     n_local = V * L
     n_global = V * V if diagonal else V * (V - 1)
     logits = heads["student"]["dino_head"](leaf["student_global_cls"]).view(V, B, -1)
@@ -702,16 +713,21 @@ def moved_error(w, reference, start):
 
 
 MEASURES = dict(
-    l2=lambda w, start: np.linalg.norm(w), sum=lambda w, start: w.sum(),
+    l2=lambda w, start: np.linalg.norm(w),
+    sum=lambda w, start: w.sum(),
     l2_of_change=lambda w, start: np.linalg.norm(w - start))
-TOLERANCES = dict(l2=dict(rtol=1e-5), sum=dict(rtol=1e-5, atol=1e-4), l2_of_change=dict(rtol=5e-3))
+TOLERANCES = dict(
+    l2=dict(rtol=1e-5),
+    sum=dict(rtol=1e-5, atol=1e-4),
+    l2_of_change=dict(rtol=5e-3))
 
 
 def check_weights(ours, g, prefix, init):
     """E < 5e-3 for every stored tensor; what does not move there must not move here. Of tensors
     that are not stored, the file has the length and the length of the change."""
     def end_and_start(name):
-        return ours[our_name(name)].double().numpy(), init[name].astype(np.float64)
+        end = ours[our_name(name)].double()
+        return end.numpy(), init[name].astype(np.float64)
 
     def is_determined(name):  # the true gradient of a key's bias is 0: Adam makes steps of rounding
         return not name.endswith("k_proj.bias")
@@ -722,7 +738,8 @@ def check_weights(ours, g, prefix, init):
         if is_determined(name):
             end, start = end_and_start(name)
             assert moved_error(end, reference, start) < 5e-3, name
-    names = [str(name) for name in g.get("final_names", g.get("final_names_hf", []))]
+    names = g.get("final_names", g.get("final_names_hf", ()))
+    names = [str(name) for name in names]
     for key, measure in MEASURES.items():
         for name, reference in zip(names, g.get(f"{prefix}_final_{key}", ())):
             if is_determined(name):
@@ -808,7 +825,8 @@ def test_trajectory_v1(run):
         g, centering="centering", student_temp=float(g["student_temp"]), clip_grad_by="parameter",
         freeze_last_layer_by="grad", adam_betas=tuple(g["adamw_betas"]))
     check_first_features(init_file, student)
-    to_hf = dict(zip(map(str, init_file["map_official"]), map(hf_list, init_file["map_hf"])))
+    official = map(str, init_file["map_official"])
+    to_hf = dict(zip(official, map(hf_list, init_file["map_hf"])))
     for done in run_trajectory(g, student, config, full_size_locals=run == "strict"):
         step, gradients, loss = done.step, done.gradients, done.terms["loss"]
         close(loss, g[f"{prefix}loss"][step], rtol=0, atol=2e-5)
@@ -833,8 +851,9 @@ def test_trajectory_v1(run):
 
 def check_first_features(g, student):
     """Features and head outputs of the start weights."""
-    images = (tensor(g["bank"])[:len(g["feat_global_hf"])].float() - 128) / 64
-    low, high = int(g["local_offset"]), int(g["local_offset"]) + int(g["hp_local_size"])
+    n, low = len(g["feat_global_hf"]), int(g["local_offset"])
+    images = (tensor(g["bank"])[:n].float() - 128) / 64
+    high = low + int(g["hp_local_size"])
     student.eval()
     with torch.no_grad():
         cls, _ = forward_features(student.backbone, images)
@@ -898,12 +917,13 @@ def check_features(g, student):
     """CLS and patches of the start weights, plain, masked and on a small window, in eval mode."""
     n, size = len(g["feat_cls"]), int(g["hp_local_size"])
     images = (tensor(g["bank"])[:n].float() - 128) / 64
-    inputs = {"": (images, None), "_masked": (images, tensor(g["masks"])[0, :n]),
+    masks = tensor(g["masks"])[0, :n]
+    inputs = {"": (images, None), "_masked": (images, masks),
               "_local": (images[..., :size, :size], None)}
     student.eval()
-    for suffix, (pixels, masks) in inputs.items():
+    for suffix, args in inputs.items():
         with torch.no_grad():
-            cls, patches = forward_features(student.backbone, pixels, masks)
+            cls, patches = forward_features(student.backbone, *args)
         found = 0
         for key, value in (("cls", cls), ("patch", patches), ("patches", patches)):
             for name in (f"feat_{key}{suffix}", f"feat{suffix}_{key}"):
