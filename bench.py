@@ -193,7 +193,8 @@ def count_matmuls(config, width, depth, patch, mlp_ratio, n_frozen, use_lora, sh
             + config.head_hidden_dim * config.head_bottleneck_dim
             + config.head_bottleneck_dim * config.dino_head_out_dim)
     student = (len(crops) + masked) * head
-    heads = dict(teacher=(2 + masked) * head, student=student, activations=student, weights=student)
+    heads = dict(teacher=(2 + masked) * head, student=student, activations=student,
+                 weights=student)
     return dict(backbone=backbone, heads=heads, unit=unit)
 
 
@@ -262,7 +263,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm"):
-            operands = [(tuple(x.shape), x.stride(), x.dtype) for x in args]
+            operands = [(x.shape, x.stride(), x.dtype) for x in args]
             self.counts[name, tuple(operands)] += 1
         return function(*args, **(kwargs or {}))
 
@@ -336,12 +337,13 @@ def measure(config, name, with_data=False):
     flops = count_matmuls(config, shape.hidden_size, len(blocks(backbone)), shape.patch_size,
                           mlp_ratio, frozen_blocks(backbone), use_lora, state.n_shared_blocks > 0,
                           config.lora_r, masked=statistics.mean(masked) / config.batch_size)
-    parts = {}
-    for part in laps[-1]:
-        parts[part] = statistics.median(lap[part] for lap in laps[2:])
-    return dict(seconds=[sum(lap.values()) for lap in laps[2:]], parts=parts, held=held,
-                computed=computed, peak=peak_bytes(run_device), libraries=libraries, flops=flops,
-                loss=losses["loss"], products=products.counts)
+    measured, parts = laps[2:], {}
+    for part in measured[0]:
+        parts[part] = statistics.median(lap[part] for lap in measured)
+    seconds = [sum(lap.values()) for lap in measured]
+    return dict(seconds=seconds, parts=parts, held=held, computed=computed, flops=flops,
+                peak=peak_bytes(run_device), libraries=libraries, loss=losses["loss"],
+                products=products.counts)
 
 
 def alone(function, *args):
@@ -485,8 +487,8 @@ def example_images(n, size=256):
         x = smooth + rng.normal(0, 8, (size, size, 3))
         squares = np.asarray(small.resize(shape, Image.NEAREST))
         x = np.where(squares > 200, 250 - x, x)
-        images.append(x.clip(0, 255))
-    return np.stack(images).astype(np.uint8)
+        images.append(x.clip(0, 255).astype(np.uint8))
+    return np.stack(images)
 
 
 def our_crops(config, images, seed=0):
@@ -666,8 +668,8 @@ def bench_data(config, sizes=(512, 2048), n_batches=8):
             make_folder(f"{folder}/images", n, size)
             files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
             crop_set = crop_dataset(config, files, config.batch_size)
-            decoding = core_seconds(lambda: [files[i] for i in range(8)]) / 8 * 1000
-            with_crops = core_seconds(lambda: [crop_set[i, i] for i in range(8)]) / 8 * 1000
+            decoding = 1000 / 8 * core_seconds(lambda: [files[i] for i in range(8)])
+            with_crops = 1000 / 8 * core_seconds(lambda: [crop_set[i, i] for i in range(8)])
             for workers in range(loader_workers(config.num_workers) + 1):
                 train_config.num_workers, n_ready = workers, workers + 1
                 loader = make_loader(crop_set, train_config, 1, 0, n_batches + n_ready, cpu)

@@ -57,12 +57,12 @@ def read_command_line(namespace, keys):
     """Apply this program's command line to the globals of a script; returns sources of `override`.
 
     Call it before torch is imported: it also shortens how long OpenMP's threads spin while they
-    wait for each other. With the default, a run on cores that other programs use, too, takes seven
-    times as long; sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a fifth if the run is alone.
-    docs/RESULTS.md has the table. What the user has set stays.
+    wait for each other. With the default, a run on cores that other programs use as well takes
+    seven times as long. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a fifth if the run is
+    alone. docs/RESULTS.md has the table. What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's OpenMP, that of torch on Linux
     with one_line_errors():
         return override(namespace, keys, sys.argv[1:])
 

@@ -51,8 +51,8 @@ def mix(color, share):
 
 
 def class_color(index):
-    """The colour of class `index`, (r, g, b): the ten of the palette, then the same darker, then
-    lighter. More than 30 classes share colours."""
+    """The colour of a class, (r, g, b): the ten of the palette, then darker, then lighter ones.
+    More than 30 classes share colours."""
     color, lap = PALETTE[index % len(PALETTE)], index // len(PALETTE) % 3
     if lap == 2:
         return mix(color, 0.55)
@@ -84,8 +84,7 @@ def write(draw, xy, text, size, width=math.inf, anchor="la", fill=INK):
 
 
 def paper(width, height, title):
-    """White paper with a title and room of `height` below the title. Returns: image, its draw, y
-    where the room begins."""
+    """White paper with a title, and `height` below it. Returns: image, its draw, y below title."""
     headline, *remarks = title.split("\n")
     top = MARGIN + 42 + 22 * len(remarks)
     sheet = Image.new("RGB", (int(width), int(top + height + MARGIN)), "white")
@@ -114,8 +113,7 @@ def _fitted(size, side):
 
 
 def to_picture(image, intensity_range=(0, 255), side=None):
-    """An image of the data set as a picture: low..high becomes black..white, what is outside is
-    clipped.
+    """An image of the data set as a picture: low..high becomes black..white, clipped.
 
     Args: image [H,W] or [H,W,C], any dtype (1 or 2 channels: the first, as grey; 3 or more: the
     first three); intensity_range (low, high) in the image's own unit, such as Hounsfield; side: the
@@ -148,11 +146,8 @@ def heat_colors(values):
 
 
 def overlay(picture, heat, side, strength=0.75):
-    """Heat [h,w] in 0..1 over a picture, both at `side`: little heat lets the picture through, much
-    heat covers it.
-
-    Between patches the heat is interpolated. Returns: RGB picture, placed as to_picture does it.
-    """
+    """Heat [h,w] in 0..1, interpolated between patches, over a picture: much heat covers it.
+    Returns: RGB picture side x side, placed as to_picture does it."""
     under = np.asarray(to_picture(picture, side=side), dtype=float)  # [side,side,3]
     width, height = _fitted(picture.size, side)
     warm = Image.fromarray(np.asarray(heat, dtype=np.float32))
@@ -187,10 +182,10 @@ def outline(picture, mask, color=OUTLINE):
 def contact_sheet(path, rows, title, side=112, columns=(), scale=()):
     """Rows of captioned images, such as a query and its nearest training images.
 
-    Args: rows: lists, of any length, of (picture, caption of up to two lines, frame colour or None):
-    'green' and 'red' in shades that the colour-blind can tell, or any of Pillow's; side of an image;
-    columns: a heading for each column, or none; scale: three texts for the ends and the meaning of
-    a bar of heat colours below, or none.
+    Args: rows: lists, of any length, of (picture, caption of up to two lines, frame colour or
+    None): 'green' and 'red' in shades that the colour-blind can tell, or any of Pillow's; side: of
+    an image; columns: a heading for each column, or none; scale: three texts for the ends and the
+    meaning of a bar of heat colours below, or none.
     """
     gap, line, frame_width = 24, 18, 5
     head = 26 if columns else 0
@@ -327,7 +322,6 @@ def confusion_picture(path, confusion, class_names, title):
 
     def percent(part, whole):
         return f"{100 * part / whole:.1f} %" if whole else "-"
-
     for r in range(n):
         for c in range(n):
             share = counts[r, c] / max(n_true[r], 1)
@@ -517,7 +511,6 @@ def scatter_picture(path, panels, labels, class_names, title):
             for label, (px, py) in zip(labels[order], dots[order]):
                 canvas.circle((px * factor, py * factor), radius * factor,
                               fill=(*class_color(label), alpha))
-
         write(draw, (x, top - 26), name, 17, width)
         draw.rectangle([x, top, x + width - 1, top + height - 1], outline=RULE)
         smooth(sheet, (x, top, x + width, top + height), paint)
@@ -550,8 +543,7 @@ def curves_picture(path, records, title):
     first = min(iterations)
     x_range = first, max(max(iterations), first + 6)  # whole numbers on the axis
     n_columns = 2 if len(panels) in (1, 2, 4) else 3
-    width, height = 460, 310
-    n_rows = math.ceil(len(panels) / n_columns)
+    n_rows, width, height = math.ceil(len(panels) / n_columns), 460, 310
     sheet, draw, top = paper(n_columns * width + 2 * MARGIN, n_rows * height, title)
     for i, (lines, about) in enumerate(panels):
         x, y = MARGIN + i % n_columns * width, top + i // n_columns * height
@@ -570,12 +562,8 @@ def _loss_lines(records):
     fields = ["loss", *FIRST_LOSSES]
     for record in records:
         fields += [key for key in record if key.endswith("_loss") and key not in fields]
-    lines = []
-    for field in fields:
-        line = _line(records, field)
-        if any(line.values()):
-            lines.append((loss_label(field), line))
-    return lines
+    lines = [(loss_label(field), _line(records, field)) for field in fields]
+    return [(label, line) for label, line in lines if any(line.values())]
 
 
 def loss_label(field):
@@ -639,7 +627,6 @@ def draw_panel(sheet, draw, box, lines, x_range, title, unit, least, most, has_s
             if len(dots) <= 40:  # few are measurements, many are a curve
                 for dot in dots:
                     canvas.circle(dot, 3 * factor, fill=color)
-
     for tick, text in nice_ticks(low / one, high / one):
         y = round(to_pixels(0, tick * one)[1])
         draw.line([x0, y, x1, y], fill=RULE)
