@@ -669,7 +669,8 @@ def bench_data(config, sizes=(512, 2048), n_batches=8):
             files = load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
             crop_set = crop_dataset(config, files, config.batch_size)
             decoding = 1000 / 8 * core_seconds(lambda: [files[i] for i in range(8)])
-            with_crops = 1000 / 8 * core_seconds(lambda: [crop_set[i, i] for i in range(8)])
+            with_crops = 1000 / 8 * core_seconds(
+                lambda: [crop_set[i, i] for i in range(8)])
             for workers in range(loader_workers(config.num_workers) + 1):
                 train_config.num_workers, n_ready = workers, workers + 1
                 loader = make_loader(crop_set, train_config, 1, 0, n_batches + n_ready, cpu)

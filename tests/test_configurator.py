@@ -92,7 +92,8 @@ def test_keys_are_the_plain_lower_case_globals_above_the_call():
 
 def test_nothing_given_changes_nothing(apply):
     found = apply()
-    assert found["sources"] == {} and found["lr"] == 1e-4 and found["steps"] == 100
+    assert found["sources"] == {}
+    assert found["lr"] == 1e-4 and found["steps"] == 100
 
 
 def test_later_wins_and_flags_come_last(apply, config):
@@ -395,7 +396,7 @@ def test_help_whose_reader_has_gone_ends_without_a_traceback(script):
 
 @pytest.mark.parametrize("argv, status, words", [
     (["--help"], 0, "Config keys with their defaults"),
-    (["--sed=1"], 1, "unknown key 'sed', did you mean 'seed'?"),
+    (["--model_typ=vit"], 1, "unknown key 'model_typ', did you mean 'model_type'?"),
     (["config/phantm.py"], 1, "no such config file, did you mean config/phantom.py?")])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_a_mistake_answer_at_once(script, argv, status, words):
