@@ -1,39 +1,26 @@
-"""Where does the network look? Attention maps of a run or of released weights, and the lesions that they find.
+"""Where does the network look? Attention maps of a run or of released weights, and the lesions in
+the maps.
 
-    python attention.py --run=out/phantom_lg --split=test --n_images=16               # pictures of a split
-    python attention.py --run=out/phantom_lg --images=scan.png                        # of a file or a folder
-    python attention.py --model_type=facebook/dinov2-small --dataset_path=wbc_1.npz   # of weights as they are
-    python attention.py --run="out/lg*,out/random*" --detect                          # regions against masks: tables
+    python attention.py --run=out/phantom_lg --split=test --n_images=16  # images of a split
+    python attention.py --run=out/phantom_lg --images=scan.png  # a file or a folder
+    python attention.py --model_type=facebook/dinov2-small --dataset_path=wbc_1.npz
+    python attention.py --run="out/lg*,out/random*" --detection=true  # regions against masks
 
-Writes results/attention/ in the run's folder: sheet.png (image, attention, principal components of heads and of patch
-features, regions), NAME-heads.png (every head of one image), and with --detect (short for --detection=true) the
-table of the paper's section 3.2 as .md and .json. Whatever is chosen is chosen on val. One process, one device.
+The script writes results/attention/ in the run's folder: sheet.png (image, attention, principal
+components of heads and of patch features, regions), NAME-heads.png (every head of an image), and
+with --detection=true the table of the paper's section 3.2 as .md and .json. Whatever is chosen is
+chosen on val. It runs as one process on one device.
 """
-import json
-import math
-import os
-import sys
+from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from tqdm import tqdm
-
-import pictures
-from augment import Photometrics, is_labelled, resize
-from configurator import UserError, describe, list_keys, one_line_errors, override
-from data import EXTENSIONS, Dataset, ImageFiles, load_dataset, load_image
-from detection import detect, detection_metrics, labelled_patches, patch_metrics, pool_detections
-from distributed import setup
-from evaluate import find_networks, jsonable, load_network, markdown
-from model import blocks, embed, final_norm, run_blocks
+from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
+                          read_command_line)
 
 # ==== config: what is not given is taken from the run ====
 # ---- what ----
-run = ''                         # a run's folder, like out/phantom_lg; or several, comma-separated, * works
+run = ''                         # a run's folder, like out/phantom_lg; or several: "out/a,out/b*"
 model_type = ''                  # or weights: a hub id or a directory
-checkpoint = 'last'              # of a run: 'last' | 'best', which is best by k-NN and need not look better
+checkpoint = 'last'              # of a run: 'last' | 'best' by k-NN, which need not look better
 out_dir = ''                     # '' = results/attention of the run, or out/attention
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
 
@@ -43,398 +30,533 @@ masks = ''                       # their masks: a file, or a folder with files o
 dataset_path = ''                # as in train.py; '' = the run's
 dataset_size = 0                 # of MedMNIST and phantom images; 0 = the run's, else 224
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
-download_url = ''                # a mirror's folder with the MedMNIST files; '' = their own host
+download_url = ''                # a mirror of the MedMNIST files; '' = their own host
 split = 'test'                   # of dataset_path
-image_size = 0                   # pixels of the shorter side as the network sees it; 0 = as trained. More = finer maps
+image_size = 0                   # pixels of the shorter side; 0 = as trained. More = finer maps
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
-label_guided_classes = ()        # mask values that count as label; () = the run's, else all but 0
-n_images = 16                    # the first n are drawn; 0 = no pictures
+label_guided_classes = ()        # mask values that are labels; () = the run's, else all except 0
+n_images = 16                    # the first n images are drawn; 0 = no pictures
 
 # ---- heat and detection ----
-heat = 'auto'                    # 'mean' of the heads | 'pca' = their first component | 'head0', ... | 'auto' = by val
-detection = False                # regions of all images against masks; on the command line --detect will do
-low_threshold = 0.3              # hysteresis, of heat in 0..1: a region's patches reach this (paper: 0.3) ...
-high_threshold = 0.7             # ... and one of them this (paper: 0.7)
+heat = 'auto'                    # of the heads: 'mean' | 'pca' | 'head0', ... | 'auto' = by val
+detection = False                # compare the regions of all images with masks
+low_threshold = 0.3              # heat, 0..1, that every patch of a region reaches (paper: 0.3)
+high_threshold = 0.7             # heat that at least one patch of it reaches (paper: 0.7)
 min_iou = 0.1                    # overlap with which a region finds a lesion: detection_metrics
 config_keys = list_keys(globals())
+if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
+    sources = read_command_line(globals(), config_keys)
 
-QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)    # of the heat of val patches: what may count as 1
+import functools
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import pictures
+from augment import Photometrics, is_labelled, resize
+from data import Dataset, load_dataset
+from detection import detect, detection_metrics, labelled_patches, patch_metrics, pool_detections
+from distributed import setup
+from features import find_networks, load_network
+from images import EXTENSIONS, ImageFiles, load_image
+from model import blocks, embed, forward_features, run_blocks
+from tables import jsonable, markdown
+
+QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)  # of val patches: what heat may count as 1
+SIDE = 200  # pixels of a picture on a sheet
 
 
 # ---- attention maps ----
 
 def cls_attention(backbone, pixels):
-    """What the CLS token attends to in the last block, head by head: softmax(q k^T / sqrt(d)), the row of CLS only.
+    """What the CLS token attends to in the last block, for each head: the CLS row of
+    softmax(q k^T / sqrt(d)), equation 3 of the paper.
 
-    The matrix of all tokens is never made: one query against all keys is O(heads * patches) numbers, 0.2 MB for 12
-    heads and 4096 patches where the matrix would take 0.8 GB. (The blocks before run as the backbone is set; sdpa,
-    the default, makes no matrix either.)
-    Args: backbone: of any family, or its peft wrapper, in eval mode; pixels [B,C,H,W], normalised, H and W multiples
-    of the patch size. Returns: [B,heads,h,w] fp32. A head's map sums to less than 1: what goes to CLS itself and to
-    registers is left out and not handed to the patches, so that a head that rests on them stays dark. Paper equation 3.
+    The matrix of all tokens is never made: one query against all keys is O(heads * patches)
+    numbers. For 12 heads and 4096 patches this is 0.2 MB, the matrix would take 0.8 GB.
+    Args: backbone: of any family, or its peft wrapper, in eval mode; pixels [B,C,H,W], normalised,
+    H and W multiples of the patch size.
+    Returns: [B,heads,h,w] fp32. A head's map sums to less than 1: the attention on CLS itself and
+    on registers is left out, so the map of a head that attends to them is dark.
     """
     tokens, rope = embed(backbone, pixels)
-    tokens = run_blocks(backbone, tokens, rope, last=-1)                                   # [B,1+R+P,D]
-    block, patch, heads = blocks(backbone)[-1], backbone.config.patch_size, backbone.config.num_attention_heads
-    tokens = (block.layernorm_before if hasattr(block, "layernorm_before") else block.norm1)(tokens)
-    # called, not multiplied by their weights: LoRA may have wrapped them; the names changed with transformers 5
-    layers = {name.split(".")[-1]: module for name, module in block.attention.named_modules()}
-    query, key = (layers.get(new, layers.get(old)) for new, old in (("q_proj", "query"), ("k_proj", "key")))
-    q = query(tokens[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)                    # [B,heads,1,d]
-    k = key(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)                             # [B,heads,1+R+P,d]
-    prefix = 1 + getattr(backbone.config, "num_register_tokens", 0)
-    if rope:                                                  # DINOv3 turns the keys of patches; CLS has no place
-        cos, sin = rope["position_embeddings"]                                             # [P,d]
-        k_patches = k[:, :, prefix:]
-        half = k_patches.shape[-1] // 2
-        turned = torch.cat([-k_patches[..., half:], k_patches[..., :half]], dim=-1)
-        k = torch.cat([k[:, :, :prefix], k_patches * cos + turned * sin], dim=2)
-    attention = (q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)   # [B,heads,1,1+R+P]
-    h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    return attention[:, :, 0, prefix:].unflatten(-1, (h, w))                               # [B,heads,h,w]
+    tokens = run_blocks(backbone, tokens, rope, last=-1)  # [B,1+R+P,D]
+    block, config = blocks(backbone)[-1], backbone.config
+    norm = block.layernorm_before if hasattr(block, "layernorm_before") else block.norm1
+    tokens = norm(tokens)
+    # LoRA may have wrapped the projections, so they are called. transformers 5 renamed them
+    modules = block.attention.named_modules()
+    layers = {name.split(".")[-1]: module for name, module in modules}
+    query = layers.get("q_proj", layers.get("query"))
+    key = layers.get("k_proj", layers.get("key"))
+    heads = config.num_attention_heads
+    q = query(tokens[:, :1]).unflatten(-1, (heads, -1))  # [B,1,heads,d]
+    k = key(tokens).unflatten(-1, (heads, -1))  # [B,1+R+P,heads,d]
+    q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B,heads,1,d], [B,heads,1+R+P,d]
+    first_patch = 1 + getattr(config, "num_register_tokens", 0)
+    if rope:  # DINOv3 rotates the keys of patches; CLS has no position
+        cos, sin = rope["position_embeddings"]  # [P,d]
+        others, patches = k[:, :, :first_patch], k[:, :, first_patch:]
+        first, second = patches.chunk(2, dim=-1)
+        rotated = torch.cat([-second, first], dim=-1)
+        k = torch.cat([others, patches * cos + rotated * sin], dim=2)
+    scores = q.float() @ k.float().transpose(2, 3)  # [B,heads,1,1+R+P]
+    attention = (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
+    grid = [side // config.patch_size for side in pixels.shape[-2:]]
+    return attention[:, :, 0, first_patch:].unflatten(-1, grid)  # [B,heads,h,w]
 
 
 def pca_heads(attention, n_components=1):
-    """The heads' maps in fewer channels: their principal components, image by image (paper section 2.2.5: 12 -> 1).
+    """The heads' maps in fewer channels: the principal components of each image (section 2.2.5 of
+    the paper: 12 -> 1).
 
-    A patch is a point with one coordinate a head; the components are those directions in which the patches of one image
-    differ most. By image, so that no map depends on what else is in the batch.
-    Args: attention [B,heads,h,w]. Returns: [B,n,h,w] fp32 in 0..1, each from its least to its largest value; the sign,
-    which PCA leaves open, is such that high = attended (correlates with the mean over the heads). Zeros for components
-    that the heads lack and where all patches are alike.
+    A patch is a point with one coordinate for each head; the components are the directions in which
+    the patches of one image differ most. Each image has its own, so no map depends on the batch.
+    Args: attention [B,heads,h,w].
+    Returns: [B,n,h,w] fp32 in 0..1, each from its smallest to its largest value. PCA leaves the
+    sign open; here high = attended (correlates with the mean over the heads). Zeros for components
+    that the heads lack, and if all patches are alike.
     """
-    B, heads, h, w = attention.shape
-    x = attention.flatten(2).double()                                                      # [B,heads,P]
+    x = attention.flatten(2).double()  # [B,heads,P]
     x = x - x.mean(dim=2, keepdim=True)
-    directions = torch.linalg.eigh(x @ x.transpose(1, 2))[1].flip(2)[:, :, :n_components]   # [B,heads,n], largest first
-    scores = directions.transpose(1, 2) @ x                                                # [B,n,P]
-    agrees = (scores * x.mean(dim=1, keepdim=True)).sum(dim=2, keepdim=True)
-    scores = scores * torch.where(agrees < 0, -1.0, 1.0)
-    low, high = scores.amin(dim=2, keepdim=True), scores.amax(dim=2, keepdim=True)
-    flat = high - low <= 1e-12
-    scores = torch.where(flat, 0.0, (scores - low) / torch.where(flat, 1.0, high - low))
-    return F.pad(scores, (0, 0, 0, n_components - scores.shape[1])).float().unflatten(2, (h, w))
+    _, directions = torch.linalg.eigh(x @ x.transpose(1, 2))  # smallest first
+    directions = directions.flip(2)[:, :, :n_components]  # [B,heads,n]
+    scores = directions.transpose(1, 2) @ x  # [B,n,P]
+    agreement = scores * x.mean(dim=1, keepdim=True)
+    agreement = agreement.sum(dim=2, keepdim=True)
+    scores = scores * torch.where(agreement < 0, -1.0, 1.0)
+    low = scores.amin(dim=2, keepdim=True)
+    span = scores.amax(dim=2, keepdim=True) - low
+    flat = span <= 1e-12
+    scores = (scores - low) / torch.where(flat, 1.0, span)
+    scores = torch.where(flat, 0.0, scores)
+    missing = n_components - scores.shape[1]
+    scores = F.pad(scores, (0, 0, 0, missing)).float()
+    return scores.unflatten(2, attention.shape[2:])
 
 
 # ---- one network on many images ----
 
-def heat_of(attention, source):
-    """One heatmap [h,w] of the heads' maps [heads,h,w]: source 'mean', 'pca' (in 0..1 by image) or 'head0', ..."""
-    if source == "mean":
-        return attention.mean(dim=0).numpy()
-    return pca_heads(attention[None])[0, 0].numpy() if source == "pca" else attention[int(source[4:])].numpy()
+def network_input(image, backbone, inputs):
+    """(pixels, x) of an image [H,W,C]: pixels [1,C,H',W'] in its own dtype, and x, the network's
+    input on its device.
 
-
-def scaled(heatmap, scale):
-    """Heat in 0..1: by scale (low, high), the same for all images, or () by the image's own least and largest value."""
-    low, high = scale or (heatmap.min(), heatmap.max())
-    return ((heatmap - low) / (high - low if high > low else 1)).clip(0, 1)
-
-
-def resized(image, size, patch):
-    """An image [H,W,C] at the network's size, [1,C,H',W'], its own dtype: the whole of it, shorter side at `size`,
-    each side rounded to a multiple of the patch size: nothing is cut off or padded, the aspect changes by half a patch.
+    The shorter side is inputs["size"], each side is rounded to a multiple of the patch size.
+    Nothing is cut off or padded; the aspect changes by half a patch. inputs: of load_network.
     """
-    shape = [max(1, round(side * size / min(image.shape[:2]) / patch)) * patch for side in image.shape[:2]]
-    return resize(image, shape)[None]
+    patch = backbone.config.patch_size
+    shorter = min(image.shape[:2])
+    shape = [max(1, round(side * inputs["size"] / shorter / patch)) * patch
+             for side in image.shape[:2]]
+    pixels = resize(image, shape)[None]
+    photometrics = Photometrics("medical", inputs["intensity_range"], inputs["mean"],
+                                inputs["std"])
+    return pixels, photometrics.plain(pixels.to(next(backbone.parameters()).device))
 
 
 @torch.no_grad()
-def look(backbone, dataset, reading, classes, rows=None):
-    """Attention and truth of every image, one at a time as sizes may differ.
+def attention_maps(backbone, dataset, inputs, classes, indices=None):
+    """The maps of every image. One image at a time, because sizes may differ.
 
-    Args: backbone, reading: of evaluate.load_network; classes: mask values that count, () = all but 0; rows: which
-    images, None = all. Returns: lists of attention [heads,h,w] on the CPU, truth [h,w] bool or None without a mask,
-    brightest [h,w] (the largest pixel of each patch, mean over channels, no window: the baseline without a network).
+    Args: backbone, inputs: of features.load_network; classes: mask values that are labels, () = all
+    except 0; indices: of the images, None = all that have a mask.
+    Returns: list of dicts of attention [heads,h,w] on the CPU; labelled [h,w] bool, None without a
+    mask; brightest [h,w], the largest pixel of each patch (mean over channels, not clipped to
+    intensity_range), the baseline without a network.
     """
-    attention, truths, brightest = [], [], []
-    photometrics = Photometrics("medical", reading["intensity_range"], reading["mean"], reading["std"])
-    patch, its_device = backbone.config.patch_size, next(backbone.parameters()).device
-    rows = range(len(dataset)) if rows is None else rows
-    for i in tqdm(rows, desc=f"{dataset.split} attention", leave=False, disable=None):
+    all_maps = []
+    masked_only = indices is None
+    if masked_only:
+        indices = range(len(dataset))
+    for i in tqdm(indices, desc=f"{dataset.split} attention", leave=False, disable=None):
         image, mask = dataset[i]
-        pixels = resized(image, reading["size"], patch)
-        attention.append(cls_attention(backbone, photometrics.plain(pixels.to(its_device)))[0].cpu())
-        truths.append(None if mask is None else labelled_patches(is_labelled(mask, classes), attention[-1].shape[1:]))
-        brightest.append(F.max_pool2d(pixels.float().mean(dim=1), patch)[0].numpy())
-    return attention, truths, brightest
+        if masked_only and mask is None:
+            continue
+        pixels, x = network_input(image, backbone, inputs)
+        attention = cls_attention(backbone, x)[0].cpu()
+        labelled = None
+        if mask is not None:
+            labelled = labelled_patches(is_labelled(mask, classes), attention.shape[1:])
+        brightest = F.max_pool2d(pixels.float().mean(dim=1), backbone.config.patch_size)
+        all_maps.append(dict(attention=attention, labelled=labelled,
+                             brightest=brightest[0].numpy()))
+    return all_maps
 
 
-def score(heatmaps, truths, scale):
-    """All numbers of one source of heat. Returns: dict of pool_detections over all images, over those with a lesion,
-    and patch_metrics; and by image the detection_metrics with its regions, boxes as shares of width and height."""
-    images_ = []
-    for heatmap, truth in zip(heatmaps, truths):
-        regions, (h, w) = detect(scaled(heatmap, scale), low_threshold, high_threshold), truth.shape
-        boxes = [dict(box=[x / n for x, n in zip(region["box"], (w, h, w, h))], area=region["area"],
-                      score=region["score"]) for region in regions]
-        images_.append(dict(detection_metrics(regions, truth, min_iou), regions=boxes))
-    lesions = [image for image, truth in zip(images_, truths) if truth.any()]
-    return dict(all=pool_detections(images_), lesions=pool_detections(lesions),
-                patches=patch_metrics(heatmaps, truths)), images_
+def heat_of(maps, source):
+    """One heatmap [h,w] of an image. maps: of attention_maps; source: 'mean', 'pca' (each image in
+    0..1), 'head0', ..., or 'brightest'."""
+    if source == "brightest":
+        return maps["brightest"]
+    if source == "mean":
+        return maps["attention"].mean(dim=0).numpy()
+    if source == "pca":
+        return pca_heads(maps["attention"][None])[0, 0].numpy()
+    return maps["attention"][int(source.removeprefix("head"))].numpy()
 
 
-def choose(sources, truths):
-    """The source of heat and its scale with the largest F1 (of the summed counts) on val.
+def scaled(heatmap, scale):
+    """Heat in 0..1. scale: (low, high), the same for all images, or () = the image's own smallest
+    and largest value."""
+    low, high = scale or (heatmap.min(), heatmap.max())
+    span = high - low if high > low else 1
+    return ((heatmap - low) / span).clip(0, 1)
 
-    Args: sources {name: list of heatmaps [h,w]}; truths: list of [h,w] bool. The scales that are tried: each image by
-    itself (the paper's way, which finds something in every image), and from the median of all patches up to one of
-    QUANTILES, the same for all images. Returns: name, scale (low, high) or (), F1.
+
+# ---- the choice of heat, and its numbers ----
+
+def find_lesions(heatmaps, all_maps, scale):
+    """For each image the dict of detection_metrics and its regions, whose boxes are shares of width
+    and height."""
+    results = []
+    for heatmap, maps in zip(heatmaps, all_maps):
+        regions = detect(scaled(heatmap, scale), low_threshold, high_threshold)
+        result = detection_metrics(regions, maps["labelled"], min_iou)
+        h, w = heatmap.shape
+        boxes = []
+        for region in regions:
+            box = [x / n for x, n in zip(region["box"], (w, h, w, h))]
+            boxes.append(dict(box=box, area=region["area"], score=region["score"]))
+        results.append(dict(result, regions=boxes))
+    return results
+
+
+def choose_heat(choices, all_maps):
+    """(source, scale, F1): the source and the scale of heat with the largest F1 on val, from counts
+    summed over the images. Without a lesion on val: the first source, (), nan.
+
+    Scales are () (each image by itself as in the paper, which finds something in every image) and
+    from the median of all patches to one of QUANTILES. choices: sources for heat_of.
     """
-    best = ("", (), -1.0)
-    for name, heatmaps in sources.items():
-        values = np.concatenate([x.ravel() for x in heatmaps])
-        for scale in [()] + [(float(np.median(values)), float(np.quantile(values, q))) for q in QUANTILES]:
-            results = [detection_metrics(detect(scaled(x, scale), low_threshold, high_threshold), t, min_iou)
-                       for x, t in zip(heatmaps, truths)]
+    best, best_f1 = (choices[0], (), math.nan), -1.0
+    for source in choices:
+        heatmaps = [heat_of(maps, source) for maps in all_maps]
+        values = np.concatenate([heatmap.ravel() for heatmap in heatmaps])
+        low, highs = float(np.median(values)), np.quantile(values, QUANTILES).tolist()
+        for scale in [(), *((low, high) for high in highs)]:
+            results = find_lesions(heatmaps, all_maps, scale)
             f1 = pool_detections(results)["micro"]["f1"]
-            if f1 > best[2]:                                  # nan, without any lesion on val, is never larger
-                best = (name, scale, f1)
-    return best if best[0] else (next(iter(sources)), (), math.nan)
+            if f1 > best_f1:  # nan is never larger
+                best, best_f1 = (source, scale, f1), f1
+    return best
+
+
+def measure(name, group, choices, all_maps, val_maps):
+    """Choose the heat on val, measure it, print a line. Returns: a column of the table, a dict.
+
+    Args: choices: sources for heat_of; all_maps, val_maps: of attention_maps, of images with masks;
+    without val_maps the heat is the first of the choices, and each image has its own scale.
+    """
+    source, scale, chosen = choices[0], (), "nothing was chosen"
+    if val_maps:
+        source, scale, f1 = choose_heat(choices, val_maps)
+        chosen = f"F1 on val {f1:.3f}"
+    column = dict(name=name, group=group, heat=source, scale=scale, chosen=chosen)
+    heatmaps = [heat_of(maps, source) for maps in all_maps]
+    labelled = [maps["labelled"] for maps in all_maps]
+    per_image = find_lesions(heatmaps, all_maps, scale)
+    with_lesion = [result for result, label in zip(per_image, labelled) if label.any()]
+    pooled, patches = pool_detections(per_image), patch_metrics(heatmaps, labelled)
+    column["results"] = dict(all=pooled, lesions=pool_detections(with_lesion), patches=patches)
+    column["images"], f1 = per_image, pooled["micro"]["f1"]
+    print(f"{name}: heat = {source}, F1 {f1:.3f}, AUROC {patches['auroc']:.3f}, average precision "
+          f"{patches['average_precision']:.3f}, pointing {patches['pointing']:.3f}", flush=True)
+    return column
 
 
 # ---- tables ----
 
-def tabulate(networks):
-    """The numbers of one split in the layout of the paper's Table 4, a column for each network; those of one group
-    share theirs, mean (standard deviation). networks: dicts with name, group, results, heat."""
+def detection_tables(columns):
+    """The numbers of one split in the layout of the paper's Table 4, as text. A table has a column
+    for each group: mean (standard deviation). columns: dicts of `measure`."""
     groups = {}
-    for network in networks:
-        groups.setdefault(network["group"], []).append(network)
+    for column in columns:
+        groups.setdefault(column["group"], []).append(column)
+    header = ["Metric", *map(_group_name, groups.values())]
 
-    def row(title, *path):
-        cells = []
+    def row(title, *path):  # path: keys in `results`
+        cells = [title]
+        digits = 1 if path[-1] in ("tp", "fp", "fn") else 4
         for group in groups.values():
-            values = []
-            for network in group:
-                value = network["results"]
-                for key in path:
-                    value = value[key]
-                values.append(value)
-            form = "{:.1f}" if path[-1] in ("tp", "fp", "fn") else "{:.4f}"
-            spread = f" ({form.format(np.std(values, ddof=1))})" if len(values) > 1 else ""
-            cells.append("-" if np.isnan(values).any() else form.format(np.mean(values)) + spread)
-        return [title, *cells]
-    ratios_, counts = (("Precision", "precision"), ("Recall", "recall"), ("F1-score", "f1"),
-                       ("Localization score", "localization")), \
-        (("True positives", "tp"), ("False positives", "fp"), ("False negatives", "fn"))
-    names = []
-    for group in groups.values():
-        name = os.path.commonprefix([os.path.basename(network["name"].rstrip("/")) for network in group]).rstrip("-_")
-        names.append("start of " * group[0]["name"].startswith("start of ") + name
-                     + (f", {len(group)} seeds" if len(group) > 1 else ""))
+            values = [functools.reduce(dict.get, path, column["results"]) for column in group]
+            text = f"{np.mean(values):.{digits}f}"
+            if len(values) > 1:
+                text += f" ({np.std(values, ddof=1):.{digits}f})"
+            cells.append("-" if np.isnan(values).any() else text)
+        return cells
+    ratios = (("Precision", "precision"), ("Recall", "recall"), ("F1-score", "f1"),
+              ("Localization score", "localization"))
+    counts = (("True positives", "tp"), ("False positives", "fp"), ("False negatives", "fn"))
     text = ""
-    for which, title in (("lesions", "Images with a lesion"), ("all", "All images")):
-        text += f"\n## {title}\n\n" + markdown(
-            ["Metric", *names],
-            [row(f"{name}, average", which, "macro", key) for name, key in ratios_]
-            + [row(name, which, "micro", key) for name, key in counts]
-            + [row(f"{name}, total", which, "micro", key) for name, key in ratios_]) + "\n"
-    text += "\n## Patches, without a threshold\n\n" + markdown(
-        ["Metric", *names],
-        [row(name, "patches", key) for name, key in (("AUROC", "auroc"), ("Average precision", "average_precision"),
-                                                     ("of a guess", "chance"), ("Pointing game", "pointing"))]) + "\n"
-    return text + "\n" + "".join(
-        f"- {network['name']}: heat = {network['heat']}, "
-        + ("each image from its least to its largest value" if not network["scale"] else
-           "{:.4g} to {:.4g} is 0 to 1 in all images".format(*network["scale"])) + f"; {network['chosen']}\n"
-        for network in networks) + "- brightest patch: the largest pixel of each patch, on the first network's grid\n"
+    for part, title in (("lesions", "Images with a lesion"), ("all", "All images")):
+        rows = [row(f"{name}, average", part, "macro", key) for name, key in ratios]
+        rows += [row(name, part, "micro", key) for name, key in counts]
+        rows += [row(f"{name}, total", part, "micro", key) for name, key in ratios]
+        text += f"\n## {title}\n\n{markdown(header, rows)}\n"
+    rows = [row("AUROC", "patches", "auroc"),
+            row("Average precision", "patches", "average_precision"),
+            row("Average precision at chance level", "patches", "chance"),
+            row("Pointing game", "patches", "pointing")]
+    text += f"\n## Patches, without a threshold\n\n{markdown(header, rows)}\n\n"
+    for column in columns:
+        scale = "each image from its smallest to its largest value"
+        if column["scale"]:
+            scale = "{:.4g} to {:.4g} is 0 to 1 in all images".format(*column["scale"])
+        text += f"- {column['name']}: heat = {column['heat']}, {scale}; {column['chosen']}\n"
+    return text + "- brightest patch: the largest pixel of each patch, on the first grid\n"
+
+
+def _group_name(group):
+    """What the names of a group's networks have in common, and the number of seeds."""
+    names = [os.path.basename(column["name"].rstrip("/")) for column in group]
+    name = os.path.commonprefix(names).rstrip("-_")
+    if group[0]["name"].startswith("start of "):
+        name = f"start of {name}"
+    return name if len(group) == 1 else f"{name}, {len(group)} seeds"
 
 
 # ---- pictures ----
 
-def draw(network, dataset, rows, reading, classes, folder):
-    """The pictures of the images `rows` of a data set: a sheet of all, and every head of each.
-
-    network: dict with name, backbone, heat, scale, and attention, the maps of rows.
-    """
-    side, patch, backbone = 200, network["backbone"].config.patch_size, network["backbone"]
-    its_device = next(backbone.parameters()).device
-    photometrics = Photometrics("medical", reading["intensity_range"], reading["mean"], reading["std"])
-    tokens, grids = [], []
-    for i in rows:                                            # again, as maps and features come from different layers
-        pixels = photometrics.plain(resized(dataset[i][0], reading["size"], patch).to(its_device))
-        with torch.no_grad():
-            tokens.append(final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels)))[1][0].cpu())
-        grids.append((pixels.shape[-2] // patch, pixels.shape[-1] // patch))
-    colors = [None] * len(rows)
-    for grid in set(grids):                                   # colours mean the same in all images of one size
-        same = [j for j in range(len(rows)) if grids[j] == grid]
-        rim = np.pad(np.zeros((grid[0] - 2, grid[1] - 2), bool), 1, constant_values=True) if min(grid) > 2 else \
-            np.ones(grid, bool)
-        for j, color in zip(same, pictures.feature_colors(torch.stack([tokens[j] for j in same]), rim.ravel())):
+@torch.no_grad()
+def patch_colors(backbone, dataset, inputs, indices):
+    """The patch features of images as colours, a list of [h,w,3] in 0..1. A colour means the same
+    in all images of one size."""
+    tokens, grids, patch = [], [], backbone.config.patch_size
+    for i in indices:
+        _, x = network_input(dataset[i][0], backbone, inputs)
+        tokens.append(forward_features(backbone, x)[1][0].cpu())  # [P,D]
+        grids.append(tuple(side // patch for side in x.shape[-2:]))
+    colors = [None] * len(tokens)
+    for grid in set(grids):
+        same = [j for j in range(len(grids)) if grids[j] == grid]
+        border = np.ones(grid, bool)
+        border[1:-1, 1:-1] = min(grid) <= 2  # a small image is all border
+        patches = torch.stack([tokens[j] for j in same])  # [n,P,D]
+        for j, color in zip(same, pictures.feature_colors(patches, border.ravel())):
             colors[j] = color.reshape(*grid, 3)
-    sheet, outlined = [], "; cyan: the label" if dataset.masks is not None else ""
+    return colors
+
+
+def labelled_tile(picture, label):
+    """A picture for the sheet, with the outline of its label [H,W] bool, if it has one."""
+    tile = pictures.to_picture(picture, side=SIDE)
+    if label is None or not label.any():
+        return tile
+    return pictures.outline(tile, label)
+
+
+def map_tiles(picture, label, maps, color, network):
+    """The sheet's row of an image behind the image itself, for pictures.contact_sheet.
+
+    Args: picture: the image; label [H,W] bool or None; maps: of attention_maps; color [h,w,3]: of
+    patch_colors; network: of draw.
+    """
+    def overlay(heatmap):
+        return pictures.overlay(picture, heatmap, SIDE)
+
+    def mosaic(values):  # [h,w,3] in 0..1
+        small = Image.fromarray((values * 255).round().astype(np.uint8))
+        return labelled_tile(small.resize(picture.size, Image.NEAREST), label)
+    hot = scaled(heat_of(maps, network["heat"]), network["scale"])
+    regions = detect(hot, low_threshold, high_threshold)
+    found = np.zeros(hot.shape, bool)
+    for region in regions:
+        found[tuple(region["patches"].T)] = True
+    counts = ""
+    if label is not None:
+        counts = "{tp} found, {fn} missed, {fp} false".format(
+            **detection_metrics(regions, maps["labelled"], min_iou))
+    mean = heat_of(maps, "mean")
+    pca = pca_heads(maps["attention"][None], 3)[0].numpy()  # [3,h,w]
+    outlined = pictures.outline(labelled_tile(overlay(hot), label), found, "white")
+    return [(overlay(scaled(mean, ())), f"{mean.sum():.0%} of the attention", None),
+            (overlay(pca[0]), "", None), (mosaic(pca.transpose(1, 2, 0)), "", None),
+            (mosaic(color), "", None), (outlined, f"{len(regions)} region(s)\n{counts}", None)]
+
+
+def draw(network, backbone, inputs, dataset, classes, folder):
+    """The pictures of the first n_images images: a sheet of all of them, every head of each.
+
+    Args: network: dict of name, heat, scale; backbone, inputs: of features.load_network.
+    """
+    indices = range(min(n_images, len(dataset)))
+    all_maps = attention_maps(backbone, dataset, inputs, classes, indices)
+    colors = patch_colors(backbone, dataset, inputs, indices)
     title = os.path.basename(network["name"].rstrip("/"))
-    for j, i in enumerate(rows):
+    remark = "; cyan: the label" if dataset.masks is not None else ""
+    sheet = []
+    for i, maps, color in zip(indices, all_maps, colors):
         image, mask = dataset[i]
-        picture = pictures.to_picture(image, reading["intensity_range"])
-        attention = network["attention"][j]                                                # [heads,h,w]
-        truth = None if mask is None else is_labelled(mask, classes)
-
-        def tile(under):
-            under = pictures.to_picture(under, side=side)
-            return under if truth is None or not truth.any() else pictures.outline(under, truth)
-
-        def paint(values):                                    # [h,w,3] in 0..1 -> picture of the image's shape
-            small = Image.fromarray((np.asarray(values) * 255).round().astype(np.uint8))
-            return tile(small.resize(picture.size, Image.NEAREST))
-        hot = scaled(heat_of(attention, network["heat"]), network["scale"])
-        regions = detect(hot, low_threshold, high_threshold)
-        found = np.zeros(hot.shape, bool)
-        for region in regions:
-            found[tuple(region["patches"].T)] = True
-        mean, pca = attention.mean(dim=0).numpy(), pca_heads(attention[None], 3)[0].numpy()
-        counted = "" if truth is None else "{tp} found, {fn} missed, {fp} false".format(**detection_metrics(
-            regions, labelled_patches(truth, hot.shape), min_iou))
-        name = os.path.splitext(os.path.basename(dataset.path(i)))[0] if isinstance(dataset.images, ImageFiles) else \
-            f"{dataset.split}-{i:04d}"
-        warm = pictures.overlay(picture, hot, side)
-        sheet.append([(tile(picture), name, None),
-                      (pictures.overlay(picture, scaled(mean, ()), side), f"{mean.sum():.0%} of the attention", None),
-                      (pictures.overlay(picture, pca[0], side), "", None),
-                      (paint(pca.transpose(1, 2, 0)), "", None),
-                      (paint(colors[j]), "", None),
-                      (pictures.outline(tile(warm), found, "white"), f"{len(regions)} region(s)\n{counted}", None)])
-        heads = [(tile(picture), name, None)]
-        heads += [(pictures.overlay(picture, scaled(x.numpy(), ()), side),
-                   f"head {n}\n{x.sum():.0%}, peak {x.max():.3f}", None) for n, x in enumerate(attention)]
-        width = 4 if len(heads) <= 8 else 7
+        label = None if mask is None else is_labelled(mask, classes)
+        picture = pictures.to_picture(image, inputs["intensity_range"])
+        name = f"{dataset.split}-{i:04d}"
+        if isinstance(dataset.images, ImageFiles):
+            name = Path(dataset.path(i)).stem
+        first = (labelled_tile(picture, label), name, None)
+        sheet.append([first, *map_tiles(picture, label, maps, color, network)])
+        tiles = [first]
+        for n, head in enumerate(maps["attention"]):
+            tile = pictures.overlay(picture, scaled(head.numpy(), ()), SIDE)
+            tiles.append((tile, f"head {n}\n{head.sum():.0%}, peak {head.max():.3f}", None))
+        width = 4 if len(tiles) <= 8 else 7
         pictures.contact_sheet(
-            os.path.join(folder, f"{name}-heads.png"), [heads[k:k + width] for k in range(0, len(heads), width)],
-            f"Every head of the last block: {title}\nper cent = attention on patches, the rest is on CLS"
-            f" and registers{outlined}", side, scale=("least", "largest of the head", "attention of CLS"))
+            f"{folder}/{name}-heads.png",
+            [tiles[k:k + width] for k in range(0, len(tiles), width)],
+            f"Every head of the last block: {title}\nper cent = attention on patches, the rest is "
+            f"on CLS and registers{remark}", SIDE,
+            scale=("least", "largest of the head", "attention of CLS"))
+    low, high = inputs["intensity_range"]
     pictures.contact_sheet(
-        os.path.join(folder, "sheet.png"), sheet, f"Attention of {title}\n"
-        "black to white: pixels of {:g} to {:g}; ".format(*reading["intensity_range"]) +
-        f"regions (white): heat = {network['heat']}, from {low_threshold}, one patch at {high_threshold}{outlined}",
-        side, ["image", "mean of the heads", "heads, 1st component", "3 components, RGB", "patch features, PCA",
-               "regions"], ("least", "largest of the image", "attention of CLS to the patches"))
+        f"{folder}/sheet.png", sheet,
+        f"Attention of {title}\nblack to white: pixels of {low:g} to {high:g}; regions (white): "
+        f"heat = {network['heat']}, from {low_threshold}, one patch at {high_threshold}{remark}",
+        SIDE, ["image", "mean of the heads", "heads, 1st component", "3 components, RGB",
+               "patch features, PCA", "regions"],
+        ("least", "largest of the image", "attention of CLS to the patches"))
 
 
 # ---- the script ----
 
+def list_images(path):
+    """The image files at a path: the file itself, or those in a folder, sorted."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder")
+    if os.path.isfile(path):
+        return [path]
+    files = sorted(file for file in os.listdir(path) if file.lower().endswith(EXTENSIONS))
+    return [os.path.join(path, file) for file in files]
+
+
 def open_images(num_channels):
-    """The data set of the keys images and masks; num_channels: of a run's network, 0 = as the first image."""
-    def listed(path):
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file or folder")
-        return [path] if os.path.isfile(path) else sorted(
-            os.path.join(path, file) for file in os.listdir(path) if file.lower().endswith(EXTENSIONS))
-    files = listed(images)
+    """The data set of the keys images and masks. num_channels: 0 = as the first image."""
+    files = list_images(images)
     if not files:
-        raise UserError(f"images={images!r}: no image; looked for files ending in {', '.join(EXTENSIONS)}")
-    mask_files = None
+        raise UserError(f"images={images!r}: no image; looked for files ending in "
+                        f"{', '.join(EXTENSIONS)}")
+    mask_images = None
     if masks:
-        by_stem = {os.path.splitext(os.path.basename(file))[0]: file for file in listed(masks)}
-        mask_files = [masks] if os.path.isfile(masks) and len(files) == 1 else \
-            [by_stem.get(os.path.splitext(os.path.basename(file))[0], "") for file in files]
+        by_name = {Path(file).stem: file for file in list_images(masks)}
+        mask_files = [by_name.get(Path(file).stem, "") for file in files]
+        if os.path.isfile(masks) and len(files) == 1:
+            mask_files = [masks]
         if not any(mask_files):
-            raise UserError(f"masks={masks!r}: no file is named like an image in {images!r}; "
-                            "the mask of a.jpg is a.png or a.npy")
-    return Dataset(ImageFiles("", files, num_channels or load_image(files[0]).shape[2]), None,
-                   mask_files and ImageFiles("", mask_files, as_mask=True), name=images, split="images")
+            raise UserError(f"masks={masks!r}: no file is named like an image in {images!r}; the "
+                            "mask of a.jpg is a.png or a.npy")
+        mask_images = ImageFiles("", mask_files, as_mask=True)
+    num_channels = num_channels or load_image(files[0]).shape[2]
+    return Dataset(ImageFiles("", files, num_channels), None, mask_images, name=images,
+                   split="images")
 
 
-def main(sources):
-    """Look at what the config in this module's globals names; sources: from configurator.override."""
-    run_device = setup(device)
-    names = [name.strip() for name in f"{run},{model_type}".split(",") if name.strip()]
-    if not names:
-        raise UserError("nothing to look at: give --run=out/NAME, or --model_type=ID with --images or --dataset_path")
-    if checkpoint not in ("best", "last") or not 0 <= low_threshold <= high_threshold <= 1:
-        raise UserError(f"checkpoint={checkpoint!r}, low_threshold={low_threshold}, high_threshold={high_threshold}; "
-                        "needs 'best' or 'last', and 0 <= low <= high <= 1")
-    if heat not in ("mean", "pca", "auto") and not (heat.startswith("head") and heat[4:].isdigit()):
-        raise UserError(f"heat={heat!r}: choose mean, pca, head0, head1, ..., or auto")
-    if teacher := next((name for name in names if name.startswith("timm:")), ""):
-        raise UserError(f"{teacher}: a timm network keeps its attention to itself; give a Hugging Face id or directory")
-    print(describe(globals(), config_keys, sources) + "\n")
-    networks = find_networks(names, checkpoint)
-    config = next((network["config"] for network in networks if network["config"]), {})
-    classes = label_guided_classes or config.get("label_guided_classes", ())
-
-    # ---- images ----
+def open_data(config, network):
+    """(data set to look at, val to choose the heat on or None). Nothing is chosen on what is
+    measured. config: of the first run, or {}; network: the last one, of find_networks."""
     source = dataset_path or config.get("dataset_path", "")
     if not images and not source:
-        raise UserError("there is no run to take a data set from; add --images=... or --dataset_path=...")
+        raise UserError("there is no run to take a data set from; add --images=... or "
+                        "--dataset_path=...")
 
     def open_split(name):
-        return load_dataset(source, name, dataset_size or config.get("dataset_size", 224), cache_dir, download_url,
-                            config.get("num_channels", 0))
+        return load_dataset(source, name, dataset_size or config.get("dataset_size", 224),
+                            cache_dir, download_url, config.get("num_channels", 0))
     if images:
-        own = 0                                               # a run's channels; weights take what the images have
-        if config and os.path.isfile(path := os.path.join(networks[-1]["reads"], "config.json")):
-            own = json.load(open(path))["num_channels"]
-        dataset = open_images(own)
+        num_channels = 0  # released weights take what the images have, a run has its own number
+        path = os.path.join(network["settings_path"], "config.json")
+        if config and os.path.isfile(path):
+            num_channels = json.load(open(path))["num_channels"]
+        dataset = open_images(num_channels)
     else:
         dataset = open_split(split)
     if detection and dataset.masks is None:
         raise UserError(f"detection=true, but {dataset.name} has no masks to compare with")
-    # what is chosen is chosen on val, never on what is measured
-    val = None
-    if heat == "auto" and detection and not images and split != "val" and "val" in dataset.splits:
-        val = open_split("val")
-        val = val if val.masks is not None else None
+    if heat != "auto" or not detection or images or split == "val" or "val" not in dataset.splits:
+        return dataset, None
+    val = open_split("val")
+    return dataset, val if val.masks is not None else None
 
-    # ---- every network ----
-    rows, shown = [], list(range(min(n_images, len(dataset))))
-    folder = out_dir or (os.path.join(run, "results", "attention") if names == [run.strip()] and "*" not in run else
-                         os.path.join("out", "attention"))
+
+def heat_choices(name, backbone):
+    """The sources of heat that the key `heat` allows for the network `name`."""
+    n_heads = backbone.config.num_attention_heads
+    heads = [f"head{n}" for n in range(n_heads)]
+    if heat == "auto":
+        return ["mean", "pca", *heads]
+    if heat not in ("mean", "pca", *heads):
+        raise UserError(f"heat={heat!r}: {name} has {n_heads} heads, head0 to {heads[-1]}")
+    return [heat]
+
+
+def check_config(config, names):
+    """Raise UserError with all mistakes in the keys at once. names: of the networks."""
+    if not names:
+        raise UserError("nothing to look at: give --run=out/NAME, or --model_type=ID with --images "
+                        "or --dataset_path")
+    check = Checks(config)
+    check.one_of(checkpoint=("best", "last"))
+    check.need(0 <= low_threshold <= high_threshold <= 1,
+               f"low_threshold={low_threshold}, high_threshold={high_threshold}; needs "
+               "0 <= low <= high <= 1")
+    is_head = heat.startswith("head") and heat[4:].isdigit()
+    check.need(heat in ("mean", "pca", "auto") or is_head,
+               f"heat={heat!r}: choose mean, pca, head0, head1, ..., or auto")
+    check.need("timm:" not in model_type, f"model_type={model_type!r}: a timm network does not "
+               "show its attention; give a Hugging Face id or directory")
+    check.report()
+
+
+def main(sources):
+    """Look at what the config in this module's globals names. sources: of configurator.override."""
+    run_device = setup(device)
+    config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
+    names = [name.strip() for name in f"{run},{model_type}".split(",")]
+    names = list(filter(None, names))
+    check_config(config, names)
+    print(describe(globals(), config_keys, sources) + "\n")
+    networks = find_networks(names, checkpoint)
+    run_config = next((network["config"] for network in networks if network["config"]), {})
+    classes = label_guided_classes or run_config.get("label_guided_classes", ())
+    dataset, val = open_data(run_config, networks[-1])
+    is_one_run = names == [run.strip()] and "*" not in run
+    folder = out_dir or (f"{names[0]}/results/attention" if is_one_run else "out/attention")
     os.makedirs(folder, exist_ok=True)
 
-    def measure(name, group, sources, val_sources, truths, val_truths):
-        """Choose on val, measure, keep as a column of the table; returns its dict."""
-        chosen, scale, f1 = choose(val_sources, val_truths) if val_truths else \
-            ((heat if heat != "auto" and heat in sources else next(iter(sources))), (), math.nan)
-        network = dict(name=name, group=group, heat=chosen, scale=scale,
-                       chosen=f"F1 on val {f1:.3f}" if val_truths else "nothing was chosen")
-        network["results"], network["images"] = score(sources[chosen], truths, scale)
-        rows.append(network)
-        print(f"{name}: heat = {chosen}, F1 {network['results']['all']['micro']['f1']:.3f}, AUROC "
-              f"{network['results']['patches']['auroc']:.3f}, average precision "
-              f"{network['results']['patches']['average_precision']:.3f}, pointing "
-              f"{network['results']['patches']['pointing']:.3f}", flush=True)
-        return network
-
+    # ---- every network, one at a time ----
+    if not detection:
+        networks = networks[-1:]  # the last one is drawn
+    columns = []
     for network in networks:
-        if not detection and network is not networks[-1]:
-            continue                                          # pictures are of the last one
-        backbone, reading = load_network(network, network["config"] or config, dataset, run_device, image_size,
-                                         intensity_range)
-        heads = backbone.config.num_attention_heads
-        if heat.startswith("head") and int(heat[4:]) >= heads:
-            raise UserError(f"heat={heat!r}: {network['name']} has {heads} heads, head0 to head{heads - 1}")
-        found = dict(heat="mean" if heat == "auto" else heat, scale=())
+        backbone, inputs = load_network(network, network["config"] or run_config, dataset,
+                                        run_device, image_size, intensity_range)
+        choices = heat_choices(network["name"], backbone)
+        drawn = dict(name=network["name"], heat=choices[0], scale=())
         if detection:
-            attention, truths, brightest = look(backbone, dataset, reading, classes)
-            val_attention, val_truths, val_brightest = look(backbone, val, reading, classes) if val else ([], [], [])
-            kept, val_kept = ([i for i, t in enumerate(ts) if t is not None] for ts in (truths, val_truths))
-            truths, val_truths = [truths[i] for i in kept], [val_truths[i] for i in val_kept]
+            all_maps = attention_maps(backbone, dataset, inputs, classes)
+            val_maps = attention_maps(backbone, val, inputs, classes) if val else []
+            if not columns:
+                columns.append(measure(*["brightest patch"] * 2, ["brightest"], all_maps, val_maps))
+            drawn = measure(network["name"], network["group"], choices, all_maps, val_maps)
+            columns.append(drawn)
 
-            def by_source(maps, which):
-                every = ["mean", "pca"] + [f"head{n}" for n in range(heads)] if heat == "auto" else [heat]
-                return {name: [heat_of(maps[i], name) for i in which] for name in every}
-            if not rows:
-                measure("brightest patch", "brightest patch", dict(brightest=[brightest[i] for i in kept]),
-                        dict(brightest=[val_brightest[i] for i in val_kept]), truths, val_truths)
-            found = measure(network["name"], network["group"], by_source(attention, kept),
-                            by_source(val_attention, val_kept), truths, val_truths)
+    # ---- pictures and tables ----
     if n_images:
-        attention = look(backbone, dataset, reading, classes, shown)[0]
-        draw(dict(found, name=networks[-1]["name"], backbone=backbone, attention=attention), dataset, shown, reading,
-             classes, folder)
+        draw(drawn, backbone, inputs, dataset, classes, folder)
     if detection:
-        text = f"# Detection: {dataset.name}, {dataset.split}, {len(truths)} images with masks\n{tabulate(rows)}"
+        text = (f"# Detection: {dataset.name}, {dataset.split}, {len(all_maps)} images with masks\n"
+                + detection_tables(columns))
         print("\n" + text)
-        with open(os.path.join(folder, "detection.md"), "w") as file:
-            file.write(text)
-        with open(os.path.join(folder, "detection.json"), "w") as file:
-            json.dump(jsonable(dict(config={key: globals()[key] for key in config_keys}, networks=rows)), file)
+        Path(folder, "detection.md").write_text(text)
+        report = jsonable(dict(config=vars(config), networks=columns))
+        Path(folder, "detection.json").write_text(json.dumps(report))
     print(f"tables and pictures are in {folder}")
 
 
 if __name__ == "__main__":
-    flags = ["--detection=true" if flag == "--detect" else flag for flag in sys.argv[1:]]  # the name is a function's
     with one_line_errors():
-        main(override(globals(), config_keys, flags))
+        main(sources)

@@ -296,15 +296,15 @@ def measure(config, name, with_data=False):
     state = build_state(train_config, shares, run_device)
     backbone, computed = state.student.backbone, count_bytes(state.student)
     autocast = autocast_for(run_device, config.mixed_precision)
-    n_steps, shape = 2 + config.n_steps, backbone.config  # two to warm up
+    all_steps, shape = 2 + config.n_steps, backbone.config  # two to warm up
     if not with_data:
         train_config.num_workers = 0  # no worker runs beside the steps
     masks = {} if config.ibot else None  # the defaults are DINOv2's
     crop_set = crop_dataset(config, Dataset(example_images(64), name="random"), config.batch_size,
                             grid=config.global_crops_size // shape.patch_size, masks=masks)
-    batches = iter(make_loader(crop_set, train_config, 1, 0, n_steps, run_device))
+    batches = iter(make_loader(crop_set, train_config, 1, 0, all_steps, run_device))
     laps, masked, products = [], [], Products()
-    for step in range(n_steps):
+    for step in range(all_steps):
         counts_products = step == 1 and not config.compile  # a compiled step calls no products
         with products if counts_products else contextlib.nullcontext():
             lap = Laps(run_device)

@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill at any moment, and the export that Hugging Face loads.
 
-A run keeps checkpoints/last/state.pt (to resume), checkpoints/best (the teacher with the highest k-NN, with best/hf for
-AutoModel.from_pretrained) and one folder for every saveckp_freq-th iteration. Every file is written beside its place,
-flushed to disk and renamed onto it, so under its name there is always a complete file. All tensors in it are whole and
-on the CPU: how many ranks wrote it, and whether they shared the weights (FSDP), cannot be seen.
+A run keeps checkpoints/last/state.pt (to resume), checkpoints/best (the EMA weights with the
+highest k-NN, with best/hf for AutoModel.from_pretrained) and one folder for every saveckp_freq-th
+iteration. Every file is written beside its place, flushed to disk and renamed onto it. So under its
+name there is always a complete file. All tensors in it are whole and on the CPU: the file does not
+depend on the number of ranks that wrote it, nor on FSDP.
 """
 import contextlib
 import glob
@@ -22,7 +23,8 @@ from model import core, quiet_transformers
 # ---- state: what resuming needs ----
 
 def _sync(path):
-    """Make a file or folder durable: without it a power cut can keep the rename and lose the content."""
+    """Make a file or folder durable. Without it a power cut can keep the rename and lose the
+    content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,8 +34,8 @@ def _sync(path):
 
 @contextlib.contextmanager
 def _beside(temporary):
-    """Around the writing of a file or folder beside its place: what could not be written whole is removed, and a
-    UserError says so. torch and safetensors report a full disk each in their own way."""
+    """Around the writing of a file or folder beside its place. If the writing fails, remove what is
+    there and raise UserError; torch and safetensors report a full disk each in their own way."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -41,13 +43,17 @@ def _beside(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         elif os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{temporary} cannot be written: {str(error).splitlines()[0]}. Is the disk full? What was "
-                        "saved before is untouched; make space, then --resume_from=auto goes on from there") from None
+        raise UserError(f"{temporary} cannot be written: {str(error).splitlines()[0]}. Is the disk "
+                        "full? What was saved before is untouched; make space, then "
+                        "--resume_from=auto goes on from there") from None
 
 
 def save_state(folder, state):
-    """Write folder/state.pt atomically. state: nested dicts and lists of tensors, numbers and strings only. Raises
-    UserError where the disk does not take it; the state of before stays."""
+    """Write folder/state.pt atomically.
+
+    state: nested dicts and lists of tensors, numbers and strings. Raises UserError if the disk does
+    not take it; then the state of before stays.
+    """
     temporary = os.path.join(folder, "state.pt.part")
     with _beside(temporary):
         os.makedirs(folder, exist_ok=True)
@@ -58,8 +64,11 @@ def save_state(folder, state):
 
 
 def link_state(source, folder):
-    """The same state under a second folder. A hard link: no second copy on disk, and save_state later replaces the name
-    in `source`, never the content. Copies where the file system has no links."""
+    """Put the state of `source` under a second folder.
+
+    A hard link needs no second copy on disk: save_state later replaces the name in `source`, never
+    the content. If the file system has no links, copy.
+    """
     temporary = os.path.join(folder, "state.pt.part")
     with _beside(temporary):
         os.makedirs(folder, exist_ok=True)
@@ -74,78 +83,103 @@ def link_state(source, folder):
 
 
 def _read(file):
-    """(state, '') of a readable file on the CPU, or (None, why not). weights_only: nothing in it can run code."""
+    """(state, '') of a readable file on the CPU, or (None, why not). Nothing in the file can run
+    code, because it is read with weights_only."""
+    if not os.path.exists(file):
+        return None, f"{file} is missing"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:                    # torch raises several kinds for a truncated or foreign file
-        return None, f"{file} is missing" if not os.path.exists(file) else \
-            f"{file} is damaged or no checkpoint of ours ({type(error).__name__})"
+    except Exception as error:  # torch raises several kinds for a truncated or foreign file
+        kind = type(error).__name__
+        return None, f"{file} is damaged or no checkpoint of ours ({kind})"
     if not isinstance(state, dict) or not {"iteration", "config", "student"} <= state.keys():
         return None, f"{file} is no checkpoint of ours"
-    if "teacher" in state:  # the name of `ema` in checkpoints of before December 2026
+    if "teacher" in state:  # the older name of `ema`
         state["ema"] = state.pop("teacher")
     return state, ""
 
 
 def load_state(path, say=print):
-    """The state below `path`: a run, a checkpoint folder or a state.pt; on the CPU.
+    """The state below `path`, on the CPU. path: a run, a checkpoint folder or a state.pt.
 
-    Of a run it is checkpoints/last; where a bad disk has damaged that, the readable one that is furthest on, and `say`
-    tells it loudly. A checkpoint named by itself is taken or refused. Raises UserError where nothing can be read.
+    If `path` is a run, read checkpoints/last. If that file is damaged, read the newest intact
+    checkpoint of the run and print a warning. Raises UserError if nothing can be read.
     """
-    tried = [os.path.join(path, *rest) for rest in (("checkpoints", "last", "state.pt"), ("state.pt",), ())]
+    last = os.path.join(path, "checkpoints", "last", "state.pt")
+    inside = os.path.join(path, "state.pt")
     others = saved_states(path)
-    file = next((name for name in tried if os.path.isfile(name)), tried[0] if others else None)
-    if file is None:
-        raise UserError(f"resume_from={path!r}: no checkpoint there; looked for {tried[0]} and {tried[1]}")
-    state, problem = _read(file)
+    found = [name for name in (last, inside, path) if os.path.isfile(name)]
+    if not found and not others:
+        raise UserError(f"resume_from={path!r}: no checkpoint there; looked for {last} and "
+                        f"{inside}")
+    state, problem = _read(found[0] if found else last)
+    if state is not None:
+        return state
+    for other in others:  # only one more is in memory at a time
+        candidate, _ = _read(other)
+        if candidate and (state is None or candidate["iteration"] > state["iteration"]):
+            state = candidate
     if state is None:
-        for other in others:                                  # one in memory at a time, and the best so far
-            found = _read(other)[0]
-            if found and (state is None or found["iteration"] > state["iteration"]):
-                state = found
-        if state is None:
-            raise UserError(f"resume_from={path!r}: {problem}; " + (
-                "nor can the others there be read: move the folder away to start anew" if others else
-                "resume from another folder below checkpoints/"))
-        say(f"!!!! {problem}. Going on from the checkpoint before it, of iteration {state['iteration']}: what was "
-            "trained since is trained again. Is the disk all right? !!!!")
+        advice = "resume from another folder below checkpoints/"
+        if others:
+            advice = "nor can the others there be read: move the folder away to start anew"
+        raise UserError(f"resume_from={path!r}: {problem}; {advice}")
+    say(f"!!!! {problem}. Going on from the checkpoint before it, of iteration "
+        f"{state['iteration']}: what was trained since is trained again. Is the disk all right? "
+        "!!!!")
     return state
 
 
 def saved_states(run_dir):
     """Every state.pt in the checkpoints of a run."""
-    return sorted(glob.glob(os.path.join(glob.escape(run_dir), "checkpoints", "*", "state.pt")))
+    pattern = os.path.join(glob.escape(run_dir), "checkpoints", "*", "state.pt")
+    return sorted(glob.glob(pattern))
 
 
 def find_state(resume_from, run_dir, config, say):
-    """(where a run goes on, its state) by its key resume_from; ('', None) where it starts anew. Says what it found and
-    how the config has changed since. Raises UserError, also where the machines find different checkpoints."""
-    resume = resume_from
-    if resume == "auto":
-        resume = run_dir if saved_states(run_dir) else ""
-    state = load_state(resume, say) if resume else None
-    if len(seen := set(gather_objects(state and state["iteration"]))) > 1:
-        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different iterations, {seen}; "
-                        f"{run_dir} must lie on a disk that they share")
+    """(path of the checkpoint or run to resume, its state), or ('', None) for a new run.
+
+    Args: resume_from: the key; config: dict of all keys; say: prints what was found and how the
+    config has changed since. Raises UserError, also if the machines find different checkpoints.
+    """
+    path = resume_from
+    if path == "auto":
+        path = run_dir if saved_states(run_dir) else ""
+    state = load_state(path, say) if path else None
+    iterations = set(gather_objects(state and state["iteration"]))
+    if len(iterations) > 1:
+        raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different "
+                        f"iterations, {iterations}; {run_dir} must lie on a disk that they share")
     if state:
-        say(f"resuming {resume} after iteration {state['iteration']}" + "".join(
-            f"\n  changed since: {key}: {old!r} -> {new!r}" for key, old, new in config_changes(state, config)
-            if key != "resume_from"))
-    return resume, state
+        lines = [f"resuming {path} after iteration {state['iteration']}"]
+        for key, before, value in config_changes(state, config):
+            if key != "resume_from":
+                lines.append(f"  changed since: {key}: {before!r} -> {value!r}")
+        say("\n".join(lines))
+    return path, state
 
 
 def check_fits(state, student, config):
-    """Refuse a checkpoint whose tensors do not fit the network: UserError that names the first one, both shapes, and
-    the config keys that differ with both values."""
-    theirs = {name: tuple(value.shape) for name, value in state["student"].items()}
-    ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    wrong = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
-    if wrong:
-        there, here = theirs.get(wrong, "absent"), ours.get(wrong, "absent")
-        changed = "; ".join(f"{key}: checkpoint {a!r}, now {b!r}" for key, a, b in config_changes(state, config))
-        raise UserError(f"resume_from: {wrong} is {there} in the checkpoint, {here} now; keys that differ: "
-                        f"{changed or 'none of the config'}. Take the checkpoint's values, or start a new run")
+    """Refuse a checkpoint whose tensors do not fit the network.
+
+    UserError names the first such tensor with both shapes, and the config keys that differ with
+    both values.
+    """
+    def shapes(weights):
+        return {name: tuple(value.shape) for name, value in weights.items()}
+
+    theirs, ours = shapes(state["student"]), shapes(student.state_dict())
+    names = sorted(theirs.keys() | ours.keys())
+    wrong = [name for name in names if theirs.get(name) != ours.get(name)]
+    if not wrong:
+        return
+    there = theirs.get(wrong[0], "absent")
+    here = ours.get(wrong[0], "absent")
+    changes = [f"{key}: checkpoint {before!r}, now {value!r}"
+               for key, before, value in config_changes(state, config)]
+    raise UserError(f"resume_from: {wrong[0]} is {there} in the checkpoint, {here} now; keys that "
+                    f"differ: {'; '.join(changes) or 'none of the config'}. Take the checkpoint's "
+                    "values, or start a new run")
 
 
 def load_optimizer(optimizer, saved):
@@ -164,82 +198,126 @@ def load_optimizer(optimizer, saved):
     for group in optimizer.param_groups:
         for name, param in zip(group["names"], group["params"]):
             if name in moments:
-                state[index] = {key: shard_like(value, param) if value.shape == param.shape else value
-                                for key, value in moments[name].items()}
+                state[index] = _moments_like(moments[name], param)
             index += 1
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
 
 
+def _moments_like(moments, param):
+    """Moments of one parameter, sharded as the parameter is; the step counter stays whole."""
+    return {key: shard_like(value, param) if value.shape == param.shape else value
+            for key, value in moments.items()}
+
+
 def config_changes(state, config):
-    """[(key, value in the checkpoint, value now)] for the keys that differ, new and removed keys included."""
+    """[(key, value in the checkpoint, value now)] of the keys that differ, new and removed keys
+    included."""
     old = state["config"]
-    return [(key, old.get(key), config.get(key)) for key in sorted(old.keys() | config.keys())
-            if old.get(key) != config.get(key)]
+    values = []
+    for key in sorted(old.keys() | config.keys()):
+        if old.get(key) != config.get(key):
+            values.append((key, old.get(key), config.get(key)))
+    return values
 
 
 # ---- the run's folder ----
 
 def open_folder(run_dir, resume, config_text, script="train.py"):
-    """Make the folder of a run and write its config.py. An earlier run of the same name is moved aside, never
-    overwritten: returns its new name, else ''."""
+    """Make the folder of a run and write its config.py.
+
+    An earlier run of the same name is moved aside, never overwritten. Returns its new name, or ''.
+    """
     moved = ""
     if not resume and os.path.isfile(f"{run_dir}/config.py"):
-        moved = next(f"{run_dir}.{n}" for n in range(1, 10**6) if not os.path.exists(f"{run_dir}.{n}"))
+        names = (f"{run_dir}.{n}" for n in range(1, 10**6))
+        moved = next(name for name in names if not os.path.exists(name))
         os.rename(run_dir, moved)
     for name in ("logs", "checkpoints", "samples", "results"):
         os.makedirs(f"{run_dir}/{name}", exist_ok=True)
     with open(f"{run_dir}/config.py", "w") as file:
-        file.write(f"# resolved config; runs as: python {script} {run_dir}/config.py\n{config_text}")
+        file.write(f"# resolved config; runs as: python {script} {run_dir}/config.py\n"
+                   f"{config_text}")
     return moved
 
 
 def truncate_log(path, iteration):
-    """Drop the lines of a log.jsonl after `iteration`: a resumed run writes them again, the same ones."""
-    if os.path.isfile(path):
-        with open(path) as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-        with open(path + ".part", "w") as file:
-            file.writelines(lines)
-        os.replace(path + ".part", path)
+    """Drop the lines of a log.jsonl after `iteration`: a resumed run writes the same ones again."""
+    if not os.path.isfile(path):
+        return
+    with open(path) as file:
+        lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last line
+    with open(path + ".part", "w") as file:
+        file.writelines(line for line in lines if json.loads(line)["iteration"] <= iteration)
+    os.replace(path + ".part", path)
 
 
 # ---- export: what users load ----
 
 def model_card(name, iteration, knn, config, config_text):
-    """README.md of an export: where the weights come from, what was measured, how to load them. knn: {what: number}."""
-    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items()) or "- no labels, not measured\n"
-    start = config["model_type"] if config["use_pretrained"] else f"random weights ({config['model_type']})"
+    """README.md of an export: where the weights come from, what was measured, how to load them.
+
+    knn: {what: number}; config: dict of all keys.
+    """
+    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items())
+    numbers = numbers or "- no labels, not measured\n"
+    start = f"random weights ({config['model_type']})"
+    if config["use_pretrained"]:
+        start = config["model_type"]
     if teacher := config.get("distilled_model_type"):
         start += f", distilled from the frozen teacher {teacher}"
     return ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n"
             f"tags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
-            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} iterations "
-            f"on {config['dataset_path']}, started from {start}. "
+            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} "
+            f"iterations on {config['dataset_path']}, started from {start}. "
             "For research on methods only, not for clinical use.\n\n"
             f"5-NN accuracy of the CLS token:\n\n{numbers}\n"
-            "    from transformers import AutoModel\n    model = AutoModel.from_pretrained('<this folder>')\n\n"
+            "    from transformers import AutoModel\n"
+            "    model = AutoModel.from_pretrained('<this folder>')\n\n"
             "preprocessor_config.json holds size, intensity range, mean and std of the input. "
             "A ViT's pooler is not trained: use last_hidden_state[:, 0].\n\n"
             f"Config:\n\n```python\n{config_text}```\n")
 
 
 def merge_lora(backbone, weights):
-    """The state dict of a peft wrapper as that of the model in it, adapters merged: W + (alpha / r) B A."""
-    names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in weights}
-    merged = {new: weights[name] for name, new in names.items() if ".lora_" not in name}
+    """Turn the state dict of a peft wrapper into that of the model in it, with the adapters merged:
+    W + (alpha / r) B A."""
+    merged = {}
+    for name, value in weights.items():
+        if ".lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            merged[name] = value
     for path, module in core(backbone).named_modules():
         if hasattr(module, "lora_A"):
-            a, b = (weights[f"base_model.model.{path}.lora_{matrix}.default.weight"] for matrix in "AB")
-            merged[f"{path}.weight"] = merged[f"{path}.weight"] + (b @ a) * module.scaling["default"]
+            lora = f"base_model.model.{path}.lora"
+            a, b = (weights[f"{lora}_{matrix}.default.weight"] for matrix in "AB")
+            change = (b @ a) * module.scaling["default"]
+            merged[f"{path}.weight"] = merged[f"{path}.weight"] + change
     return merged
 
 
-def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None):
-    """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json and the model card README.md.
+def processor_config(size, intensity_range, mean, std):
+    """preprocessor_config.json of an export, as a dict.
 
-    LoRA is merged into the weights, the adapter alone lies in adapter/. A ViT's mask token is left out: its HF config
-    cannot say it is there. Args: size: pixels of a global crop; intensity_range, mean, std: the input pipeline; card:
-    text of the model card; weights: the state dict to write, whole (distributed.full), None = the backbone's own.
+    A processor computes (pixel * factor - mean) / std. So the lower end of the range goes into its
+    mean. intensity_range is kept beside it, for model.pretrained_input.
+    """
+    low, high = intensity_range
+    factor = 1 / (high - low)
+    return dict(image_processor_type="BitImageProcessor", do_resize=True,
+                size={"shortest_edge": size}, resample=3, do_center_crop=True,
+                crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=factor,
+                do_normalize=True, image_mean=[m + low * factor for m in mean],
+                image_std=list(std), do_convert_rgb=False, intensity_range=[low, high])
+
+
+def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None):
+    """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json, README.
+
+    LoRA is merged into the weights, and adapter/ has the adapter alone. A ViT's mask token is left
+    out, because its HF config cannot say that it is there.
+    Args: size: pixels of a global crop; intensity_range, mean, std: of the input; card: text of the
+    model card; weights: the whole state dict to write (distributed.gather_full), None = the
+    backbone's own.
     """
     temporary = folder + ".part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -248,32 +326,32 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         if hasattr(backbone, "peft_config"):
             backbone.save_pretrained(os.path.join(temporary, "adapter"), state_dict=weights)
             weights = merge_lora(backbone, weights)
-        weights = {name: value for name, value in weights.items()
-                   if not (backbone.config.model_type == "vit" and name.endswith("mask_token"))}
+        if backbone.config.model_type == "vit":
+            weights = {name: value for name, value in weights.items()
+                       if not name.endswith("mask_token")}
         with quiet_transformers():
             core(backbone).save_pretrained(temporary, state_dict=weights)
-        # a processor computes (pixel * factor - mean) / std: the lower end of the range goes into its mean
-        low, high = intensity_range
-        factor = 1 / (high - low)
-        processor = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": size},
-                         resample=3, do_center_crop=True, crop_size={"height": size, "width": size},
-                         do_rescale=True, rescale_factor=factor, do_normalize=True,
-                         image_mean=[m + low * factor for m in mean], image_std=list(std),
-                         do_convert_rgb=False, intensity_range=[low, high])
         with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
-            json.dump(processor, file, indent=2)
+            json.dump(processor_config(size, intensity_range, mean, std), file, indent=2)
         with open(os.path.join(temporary, "README.md"), "w") as file:
             file.write(card)
-        written = [os.path.join(root, name) for root, _, files in os.walk(temporary) for name in files]
-        for name in written:
-            _sync(name)
-        # the first export appears at once; later ones replace file by file, so model.safetensors is never half-written
-        if not os.path.isdir(folder):
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            os.rename(temporary, folder)
-        else:
-            for name in written:
-                target = os.path.join(folder, os.path.relpath(name, temporary))
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.replace(name, target)
-            shutil.rmtree(temporary)
+        _replace_folder(temporary, folder)
+
+
+def _replace_folder(temporary, folder):
+    """Move a complete folder to its place. The first one appears at once. Later ones replace file
+    by file, so model.safetensors is never half-written."""
+    written = []
+    for root, _, files in os.walk(temporary):
+        written += [os.path.join(root, name) for name in files]
+    for name in written:
+        _sync(name)
+    if not os.path.isdir(folder):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        os.rename(temporary, folder)
+        return
+    for name in written:
+        target = os.path.join(folder, os.path.relpath(name, temporary))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(name, target)
+    shutil.rmtree(temporary)

@@ -61,7 +61,8 @@ def labelled_patches(mask, grid):
     patches share counts for both."""
     H, W = mask.shape
     h, w = grid
-    sums = (np.asarray(mask) != 0).cumsum(axis=0).cumsum(axis=1)
+    is_label = np.asarray(mask) != 0
+    sums = is_label.cumsum(axis=0).cumsum(axis=1)
     sums = np.pad(sums, ((1, 0), (1, 0)))  # [H+1,W+1], of the pixels above and to the left
     rows, columns = np.arange(h), np.arange(w)
     top, bottom = rows * H // h, -(-(rows + 1) * H // h)
@@ -103,8 +104,10 @@ def detection_metrics(regions, mask, min_iou=0.1):
             used_regions.add(i)
             used_lesions.add(j)
     mass = float(sum(region["values"].sum() for region in regions))
-    inside = [region["values"][labelled[tuple(region["patches"].T)]] for region in regions]
-    mass_inside = float(sum(values.sum() for values in inside))
+    mass_inside = 0.0
+    for region in regions:
+        is_inside = labelled[tuple(region["patches"].T)]
+        mass_inside += float(region["values"][is_inside].sum())
     tp = len(used_lesions)
     return ratios(tp, len(regions) - tp, len(lesions) - tp, mass, mass_inside)
 

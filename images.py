@@ -1,6 +1,8 @@
-"""One image or mask from a file, and many of them that behave like an array.
+"""One image or mask from a file, and many of them behind the interface of an array.
 
-Pixels stay what they are: uint8, 16-bit, Hounsfield units, float; one to many channels.
+load_image reads one file. ImageFiles, BoxMasks and Rows have len() and [i], as an array has, and
+hold file names, boxes or indices instead of pixels. data.py builds its data sets from them.
+Pixels keep their dtype and values: uint8, 16-bit, Hounsfield units, float; one to many channels.
 """
 import json
 import math
@@ -13,7 +15,7 @@ from PIL import Image
 from configurator import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy", ".dcm")
-MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
+MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # the first that exists counts
 
 
 # ---- one image ----
@@ -21,11 +23,15 @@ MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
 def load_image(path, num_channels=0, as_mask=False, least_side=0):
     """One image file as an [H,W,C] array in its own dtype.
 
-    png, jpg, bmp, tif through Pillow (16-bit grey stays 16-bit), .npy as it is, DICOM in the units of its rescale slope
-    and intercept (CT: Hounsfield units, int16). num_channels: of the data set; 8-bit pictures among others are
-    converted (a grey jpg in an RGB folder), everything else must have it. as_mask: palette numbers stay numbers, of
-    colours the largest channel counts. least_side: pixels; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both of
-    its sides keep so many, for a fraction of the time; 0 = whole. Raises UserError that names the file.
+    Pillow reads png, jpg, bmp and tif; 16-bit grey stays 16-bit. A .npy is taken as it is. DICOM
+    comes in the units of its rescale slope and intercept (CT: Hounsfield units, int16).
+    Args: num_channels: channels of the data set, 0 = any. 8-bit pictures are converted to 1 or 3 (a
+    grey jpg in an RGB folder); every other file must have them. as_mask: the numbers of a palette
+    are the mask's values; of several color channels the largest counts. least_side: pixels. A JPEG
+    is decoded at 1/2, 1/4 or 1/8 of its size if both sides keep at least this length, which takes a
+    fraction of the time; 0 = full size.
+    Raises UserError with the file's name if the file cannot be read, has another shape or number of
+    channels, or is a decompression bomb (more than Image.MAX_IMAGE_PIXELS pixels).
     """
     try:
         if path.lower().endswith(".npy"):
@@ -33,64 +39,85 @@ def load_image(path, num_channels=0, as_mask=False, least_side=0):
         elif path.lower().endswith(".dcm"):
             image = _load_dicom(path)
         else:
-            with Image.open(path) as picture:
-                if least_side:
-                    picture.draft(None, (least_side, least_side))              # of formats other than JPEG: nothing
-                if as_mask:
-                    image = np.asarray(picture if picture.mode in ("1", "L", "P") else picture.convert("RGB"))
-                    image = image.max(axis=2) if image.ndim == 3 else image.astype(np.uint8)
-                elif picture.mode.startswith(("I", "F")):
-                    image = np.asarray(picture)
-                else:
-                    grey = num_channels == 1 or (num_channels == 0 and picture.mode in ("1", "L"))
-                    image = np.asarray(picture.convert("L" if grey else "RGB"))
+            image = _load_picture(path, num_channels, as_mask, least_side)
     except UserError:
         raise
-    except Exception as error:                    # decoders raise anything: OSError, SyntaxError, struct.error, bombs
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, bombs
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
                         "mend or remove it, or set --on_bad_image=skip") from None
     image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.dtype.kind not in "uif" or num_channels not in (0, image.shape[2]):
-        raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, channels] numbers"
-                        + (f" with {num_channels} channels as the rest of the data set; set --num_channels=0 to "
-                           "take what the first image has" if num_channels else ""))
-    return image
+    if image.ndim == 3 and image.dtype.kind in "uif" and num_channels in (0, image.shape[2]):
+        return image
+    rule = "needs [height, width, channels] numbers"
+    if num_channels:
+        rule += (f" with {num_channels} channels as the rest of the data set; set --num_channels=0 "
+                 "to take what the first image has")
+    raise UserError(f"{path}: shape {image.shape}, {image.dtype}; {rule}")
+
+
+def _load_picture(path, num_channels, as_mask, least_side):
+    """A file that Pillow reads, as [H,W] or [H,W,C]; arguments of load_image."""
+    with warnings.catch_warnings():
+        # Pillow only warns of a bomb below twice its limit; such an image must not be decoded
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            if least_side:
+                picture.draft(None, (least_side, least_side))  # JPEG only, others ignore it
+            if as_mask and picture.mode in ("1", "L", "P"):
+                return np.asarray(picture).astype(np.uint8)
+            if as_mask:
+                return np.asarray(picture.convert("RGB")).max(axis=2)
+            if picture.mode.startswith(("I", "F")):  # 16-bit, 32-bit, float
+                return np.asarray(picture)
+            is_grey = num_channels == 1 or (num_channels == 0 and picture.mode in ("1", "L"))
+            return np.asarray(picture.convert("L" if is_grey else "RGB"))
 
 
 def _load_dicom(path):
+    """The pixels of a DICOM file after its rescale: int16 if they fit, else float32."""
     try:
         import pydicom
     except ImportError:
         raise UserError(f"{path}: reading DICOM needs pydicom; pip install pydicom") from None
     file = pydicom.dcmread(path)
-    image = file.pixel_array * float(getattr(file, "RescaleSlope", 1)) + float(getattr(file, "RescaleIntercept", 0))
-    return np.rint(image).astype(np.int16) if np.abs(image).max() < 2**15 else image.astype(np.float32)
+    slope, intercept = getattr(file, "RescaleSlope", 1), getattr(file, "RescaleIntercept", 0)
+    image = file.pixel_array * float(slope) + float(intercept)
+    if np.abs(image).max() < 2**15:
+        return np.rint(image).astype(np.int16)
+    return image.astype(np.float32)
 
+
+# ---- many images ----
 
 class Sendable:
-    """Can go to spawned workers: a memory map would be pickled by content, so its file name travels in its place."""
+    """Can be sent to spawned workers. Pickle would copy the content of a memory map, so the name of
+    its file is sent instead, and the worker maps the file again."""
 
     def __getstate__(self):
-        return {key: ("mapped", value.filename) if isinstance(value, np.memmap) else value
-                for key, value in self.__dict__.items()}
+        state = dict(self.__dict__)
+        for key, value in state.items():
+            if isinstance(value, np.memmap):
+                state[key] = ("mapped", value.filename)
+        return state
 
     def __setstate__(self, state):
         for key, value in state.items():
-            mapped = isinstance(value, tuple) and value[:1] == ("mapped",)
-            self.__dict__[key] = np.load(value[1], mmap_mode="r") if mapped else value
+            if isinstance(value, tuple) and value[:1] == ("mapped",):
+                value = np.load(value[1], mmap_mode="r")
+            self.__dict__[key] = value
 
 
 class ImageFiles(Sendable):
-    """Files below a folder that behave like an array of images: len() and [i] -> [H,W,C], None for no file.
-
-    names: [N] of bytes, relative to root, b"" for no file (a list of strings will do for a few). A million strings are
-    100 MB, in every worker, for python counts references inside each one that it touches; an array is only read.
-    least_side: of load_image.
-    """
+    """Files below a folder as an array of images: [i] -> [H,W,C], or None if there is no file i."""
 
     def __init__(self, root, names, num_channels=0, as_mask=False, least_side=0):
-        self.root, self.names, self.num_channels, self.as_mask = root, names, num_channels, as_mask
-        self.least_side = least_side
+        """Args: names: [N] of bytes, relative to root; b"" = there is no file. A list of strings
+        works for a few files. A million strings take 100 MB in every worker, because Python counts
+        references inside each string that it touches; workers share the pages of an array.
+        num_channels, as_mask, least_side: of load_image.
+        """
+        self.root, self.names = root, names
+        self.num_channels, self.as_mask, self.least_side = num_channels, as_mask, least_side
 
     def __len__(self):
         return len(self.names)
@@ -99,27 +126,58 @@ class ImageFiles(Sendable):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, i):
-        return load_image(self.path(i), self.num_channels, self.as_mask, self.least_side) if self.names[i] else None
+        if not self.names[i]:
+            return None
+        return load_image(self.path(i), self.num_channels, self.as_mask, self.least_side)
 
     def at_least(self, side):
-        """The same files, decoded only as large as it takes to have `side` pixels on both sides."""
+        """The same files, JPEGs decoded no larger than `side` pixels on both sides require."""
         return ImageFiles(self.root, self.names, self.num_channels, self.as_mask, side)
 
 
-class BoxMasks(Sendable):
-    """Masks drawn from boxes when they are asked for, like an array of masks: [i] -> [H,W] uint8, 0 outside of the
-    boxes; None for an image that they do not mention. A box is (left, top, right, bottom) in pixels, right and bottom
-    exclusive, fractions rounded outwards, and may have a fifth number, the mask value, 1 to 255 (else 1)."""
+class Rows(Sendable):
+    """Some images of an array or of ImageFiles, without a copy: [i] -> items[indices[i]]."""
 
-    def __init__(self, boxes, images, where):
-        """boxes: for each image a list of boxes, or None; images: of the same length; where: to name in errors."""
-        self.boxes, self.images, self.where = boxes, images, where
-        for i, box in ((i, box) for i, some in enumerate(boxes) for box in some or ()):
-            numbers = isinstance(box, (list, tuple)) and all(type(x) in (int, float) for x in box)
-            if not numbers or len(box) not in (4, 5) or box[0] >= box[2] or box[1] >= box[3] or \
-                    not 1 <= int((*box, 1)[4]) <= 255:
-                raise UserError(f"{where}: image {i} has the box {box}; needs [left, top, right, bottom] in pixels, "
-                                "left < right, top < bottom, and may have a mask value from 1 to 255 behind")
+    def __init__(self, items, indices, num_channels=0):
+        self.items, self.indices, self.num_channels = items, indices, num_channels
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.items[self.indices[i]]
+
+    def at_least(self, side):
+        return Rows(at_least(self.items, side), self.indices, self.num_channels)
+
+
+def at_least(images, side):
+    """The images of a Dataset for a use that needs `side` pixels on both sides. JPEG files are
+    decoded no larger than that requires; arrays are returned as they are."""
+    return images.at_least(side) if hasattr(images, "at_least") else images
+
+
+# ---- boxes as masks ----
+
+class BoxMasks(Sendable):
+    """Boxes as an array of masks: [i] -> [H,W] uint8, 0 outside of the boxes; None if the image has
+    no entry. A mask is drawn when it is asked for.
+
+    A box is (left, top, right, bottom) in pixels; right and bottom are exclusive, fractions are
+    rounded outwards. A fifth number is the mask's value inside the box, 1 to 255 (default 1).
+    """
+
+    def __init__(self, boxes, images, source):
+        """Args: boxes: for each image a list of boxes, or None; images: of the same length;
+        source: where the boxes come from, to name in errors. Raises UserError if a box is wrong."""
+        self.boxes, self.images, self.source = boxes, images, source
+        for i, boxes_of_image in enumerate(boxes):
+            for box in boxes_of_image or ():
+                if not _is_box(box):
+                    raise UserError(
+                        f"{source}: image {i} has the box {box}; needs [left, top, right, bottom] "
+                        "in pixels, left < right, top < bottom, and may have a mask value from 1 "
+                        "to 255 behind")
 
     def __len__(self):
         return len(self.boxes)
@@ -127,49 +185,49 @@ class BoxMasks(Sendable):
     def __getitem__(self, i):
         if self.boxes[i] is None:
             return None
-        image = self.images[i]
-        mask = np.zeros(image.shape[:2], np.uint8)
+        height, width = self.images[i].shape[:2]
+        mask = np.zeros((height, width), np.uint8)
         for left, top, right, bottom, *value in self.boxes[i]:
-            rows, columns = (slice(max(0, math.floor(a)), max(0, math.ceil(b)))
-                             for a, b in ((top, bottom), (left, right)))
+            rows = slice(max(0, math.floor(top)), max(0, math.ceil(bottom)))
+            columns = slice(max(0, math.floor(left)), max(0, math.ceil(right)))
             inside = mask[rows, columns]
             if inside.size == 0:
-                raise UserError(f"{self.where}: image {i}, {mask.shape[1]} pixels wide and {mask.shape[0]} high, has a "
-                                f"box outside of it, {[left, top, right, bottom]}: left, top, right, bottom")
-            inside[:] = int((*value, 1)[0])
+                raise UserError(
+                    f"{self.source}: image {i}, {width} pixels wide and {height} high, has a box "
+                    f"outside of it, {[left, top, right, bottom]}: left, top, right, bottom")
+            inside[:] = int(value[0]) if value else 1
         return mask
 
 
+def _is_box(box):
+    """True for [left, top, right, bottom] or [left, top, right, bottom, value] with a valid value."""
+    if not isinstance(box, (list, tuple)) or len(box) not in (4, 5):
+        return False
+    if not all(type(number) in (int, float) for number in box):  # True is an int, but no number
+        return False
+    left, top, right, bottom, *value = box
+    if value and not 1 <= int(value[0]) <= 255:
+        return False
+    return left < right and top < bottom
+
+
 def read_boxes(path, files, images):
-    """BoxMasks from a json file {"a.jpg": [[left, top, right, bottom], ...], ...}: files [N] are the names of images
-    [N]. An empty list says that there is nothing in the image, a missing name that nobody looked."""
+    """BoxMasks from a json file {"a.jpg": [[left, top, right, bottom], ...], ...}.
+
+    An empty list says that the image shows nothing to label. A name that is missing says that
+    nobody has labelled the image.
+    Args: files: [N], the names of images [N] below their folder.
+    Raises UserError if the file is not such json, or has a name that is not in files.
+    """
     try:
-        boxes = json.load(open(path))
+        with open(path) as file:
+            boxes = json.load(file)
     except ValueError as error:
         raise UserError(f"{path}: not json ({error})") from None
-    if not isinstance(boxes, dict) or not all(isinstance(some, list) for some in boxes.values()):
+    if not isinstance(boxes, dict) or not all(isinstance(value, list) for value in boxes.values()):
         raise UserError(f'{path}: needs {{"image name": [[left, top, right, bottom], ...], ...}}')
-    if unknown := sorted(set(boxes) - {file.replace(os.sep, "/") for file in files}):
-        raise UserError(f"{path}: there is no image {unknown[0]!r}; names are as in the folder, like {files[0]!r}")
-    return BoxMasks([boxes.get(file.replace(os.sep, "/")) for file in files], images, path)
-
-
-class Rows(Sendable):
-    """Some rows of an array or of ImageFiles, without a copy."""
-
-    def __init__(self, items, rows, num_channels=0):
-        self.items, self.rows, self.num_channels = items, rows, num_channels
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.items[self.rows[i]]
-
-    def at_least(self, side):
-        return Rows(at_least(self.items, side), self.rows, self.num_channels)
-
-
-def at_least(images, side):
-    """Images of a Dataset, whose files are decoded only as large as it takes for `side` pixels; arrays stay."""
-    return images.at_least(side) if hasattr(images, "at_least") else images
+    names = [file.replace(os.sep, "/") for file in files]
+    if unknown := sorted(set(boxes) - set(names)):
+        raise UserError(f"{path}: there is no image {unknown[0]!r}; names are as in the folder, "
+                        f"like {files[0]!r}")
+    return BoxMasks([boxes.get(name) for name in names], images, path)

@@ -1,4 +1,8 @@
-"""What a run reads and when: its splits, its input settings, the order of its images, its batches."""
+"""What a run reads, and when: its splits, its input settings, the order of its images, its batches.
+
+Everything random is a function of (seed, sample number), so a resumed run reads what the
+uninterrupted one reads, and two ranks read what one process reads.
+"""
 import signal
 
 import numpy as np
@@ -11,16 +15,20 @@ from data import load_dataset
 from distributed import loader_workers, main_first, rank, world_size
 
 
+# ---- splits and input settings ----
+
 def open_splits(config):
-    """(train, {split: Dataset to measure k-NN on}) as a run's config asks. Without one label per image nothing is
-    measured. One process of each machine downloads and unpacks, the others find the files."""
+    """(train, {split: Dataset to measure k-NN on}), as a run's config asks.
+
+    Without exactly one label per image there is nothing to measure. One process of each machine
+    downloads and unpacks; the others find the files.
+    """
     def open_split(split):
-        return load_dataset(config.dataset_path, split, config.dataset_size, config.cache_dir, config.download_url,
-                            config.num_channels, config.seed)
+        return load_dataset(config.dataset_path, split, config.dataset_size, config.cache_dir,
+                            config.download_url, config.num_channels, config.seed)
 
     with main_first():
-        train = open_split("train")
-        splits = []
+        train, splits = open_split("train"), []
         if train.labels is not None and train.labels.ndim == 1:
             splits.append(config.eval_split)
             if config.eval_split != "test" and "test" in train.splits:
@@ -50,47 +58,53 @@ def describe_batches(n_images, config, micro_batches, preset):
             f"{loader_workers(config.num_workers)} loader worker(s) per rank")
 
 
-def make_loader(crop_set, config, micro_batches, start, stop, device):
-    """The DataLoader of iterations start to stop of this rank, one batch per micro-batch."""
-    order = BatchOrder(len(crop_set), config.global_batch_size, micro_batches, rank(),
-                       world_size(), start, stop, config.seed, config.shuffle)
-    return DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate,
-                      num_workers=loader_workers(config.num_workers),
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0,
+                        on_bad_image="error"):
+    """(intensity_range, mean, std) of a sample of images, drawn by seed.
 
-
-def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0, on_bad_image="error"):
-    """(intensity_range, mean, std) from a seeded sample of images; on_bad_image='skip' leaves out what cannot be read.
-
-    intensity_range (0, 0) means: find it. uint8 is (0, 255); all others get their 0.5 and 99.5 percentiles, rounded.
-    mean, std: tuples, one per channel, of the pixels mapped to 0..1 and clipped.
+    Args: intensity_range: (0, 0) = find it: (0, 255) for uint8, else the 0.5 and 99.5 percentiles,
+    rounded; on_bad_image: 'skip' leaves out what cannot be read.
+    Returns: mean, std: tuples, one value per channel, of the pixels mapped to 0..1 and clipped.
     """
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
+    indices = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
     images = []
-    for i in sorted(rows):
+    for i in sorted(indices):
         try:
             images.append(dataset[i][0])
         except UserError:
             if on_bad_image == "error":
                 raise
     if not images:
-        raise UserError(f"{dataset.name}: none of {len(rows)} sampled images can be read")
+        raise UserError(f"{dataset.name}: none of {len(indices)} sampled images can be read")
     if tuple(intensity_range) == (0.0, 0.0):
-        if images[0].dtype == np.uint8:
-            intensity_range = (0.0, 255.0)
-        else:
-            low, high = np.percentile(np.concatenate([image.ravel()[::7] for image in images]), (0.5, 99.5))
-            digits = 0 if high - low > 20 else 4
-            low, high = round(float(low), digits), round(float(high), digits)
-            intensity_range = (low, high if high > low else low + 1)       # nothing but air: any width will do
+        intensity_range = _common_range(images)
     low, high = intensity_range
-    sums = np.zeros((3, dataset.num_channels))
+    channels = dataset.num_channels
+    sums = np.zeros((3, channels))
     for image in images:
-        x = np.clip((image.reshape(-1, dataset.num_channels).astype(np.float64) - low) / (high - low), 0, 1)
-        sums += np.stack([np.full(x.shape[1], len(x)), x.sum(0), (x * x).sum(0)])
+        x = image.reshape(-1, channels).astype(np.float64)
+        x = np.clip((x - low) / (high - low), 0, 1)
+        count = np.full(channels, len(x))
+        sums += np.stack([count, x.sum(0), (x * x).sum(0)])
     mean = sums[1] / sums[0]
-    std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 1e-8))
-    return intensity_range, tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+    variance = sums[2] / sums[0] - mean**2
+    std = np.sqrt(np.maximum(variance, 1e-8))
+    mean, std = mean.round(4).tolist(), std.round(4).tolist()
+    return intensity_range, tuple(mean), tuple(std)
+
+
+def _common_range(images):
+    """(low, high) that holds nearly all pixels of the images."""
+    if images[0].dtype == np.uint8:
+        return 0.0, 255.0
+    sample = np.concatenate([image.ravel()[::7] for image in images])
+    low, high = np.percentile(sample, (0.5, 99.5))
+    digits = 0 if high - low > 20 else 4
+    low = round(float(low), digits)
+    high = round(float(high), digits)
+    if high <= low:  # nothing but air: any width is fine
+        high = low + 1
+    return low, high
 
 
 def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), std=(), seed=0,
@@ -129,49 +143,69 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
     return inputs, source
 
 
-class BatchOrder(torch.utils.data.Sampler):
-    """Which images this rank reads: a function of (seed, sample number) and of nothing else.
+# ---- the order of a run, and its batches ----
 
-    Sample number n = iteration * global_batch_size + position in the global batch. It reads image n % N of the shuffled
-    epoch n // N. Rank r takes the r-th part of every global batch, in micro-batches. Yields lists of (n, image index).
+def make_loader(crop_set, config, micro_batches, start, stop, device):
+    """The DataLoader of iterations start to stop of this rank, one batch per micro-batch."""
+    order = BatchOrder(len(crop_set), config.global_batch_size, micro_batches, rank(),
+                       world_size(), start, stop, config.seed, config.shuffle)
+    return DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate,
+                      num_workers=loader_workers(config.num_workers),
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+
+
+class BatchOrder(torch.utils.data.Sampler):
+    """Which images this rank reads: a function of (seed, sample number) only.
+
+    Sample number n = iteration * global_batch_size + position in the global batch. It reads image
+    n % N of the shuffled epoch n // N. Rank r takes the r-th part of every global batch, in
+    micro-batches. Yields lists of (n, image index).
     """
 
-    def __init__(self, n_images, global_batch_size, micro_batches, rank, world_size, start, stop, seed, shuffle=True):
-        self.n_images, self.global_batch_size, self.micro_batches = n_images, global_batch_size, micro_batches
-        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
-        self.seed, self.shuffle = seed, shuffle
+    def __init__(self, n_images, global_batch_size, micro_batches, rank, world_size, start, stop,
+                 seed, shuffle=True):
+        self.n_images, self.global_batch_size = n_images, global_batch_size
+        self.micro_batches, self.rank, self.world_size = micro_batches, rank, world_size
+        self.start, self.stop, self.seed, self.shuffle = start, stop, seed, shuffle
+        self.epochs = {}  # {epoch: order of the images}
 
     def __len__(self):
         return (self.stop - self.start) * self.micro_batches
 
     def __iter__(self):
-        share = self.global_batch_size // self.world_size
-        batch_size = share // self.micro_batches
-        epochs = {}
+        per_rank = self.global_batch_size // self.world_size
+        batch_size = per_rank // self.micro_batches
         for iteration in range(self.start, self.stop):
-            first = iteration * self.global_batch_size + self.rank * share
-            for n in range(first, first + share, batch_size):
-                samples = []
-                for number in range(n, n + batch_size):
-                    epoch, place = divmod(number, self.n_images)
-                    if self.shuffle and epoch not in epochs:     # a batch is in two at most, or in a few tiny ones
-                        epochs = {e: order for e, order in epochs.items() if e >= epoch - 1}
-                        epochs[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.n_images)
-                    samples.append((number, int(epochs[epoch][place]) if self.shuffle else place))
-                yield samples
+            first = iteration * self.global_batch_size + self.rank * per_rank
+            for n in range(first, first + per_rank, batch_size):
+                yield [(number, self.image(number)) for number in range(n, n + batch_size)]
+
+    def image(self, number):
+        """The index of the image that a sample reads."""
+        epoch, position = divmod(number, self.n_images)
+        if not self.shuffle:
+            return position
+        if epoch not in self.epochs:  # a batch lies in two epochs at most, or in several tiny ones
+            for old in [e for e in self.epochs if e < epoch - 1]:
+                del self.epochs[old]
+            rng = np.random.default_rng((self.seed, 1, epoch))
+            self.epochs[epoch] = rng.permutation(self.n_images)
+        return int(self.epochs[epoch][position])
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Crops of a data set for the training loop: item (n, index) -> crops of one image, collate -> a batch."""
+    """Crops of a data set for the training loop: item (n, index) -> crops of one image, collate ->
+    a batch."""
 
-    def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None, on_bad_image="error",
-                 fixed_views=0):
-        """grid: patches per side of a global crop; mask_settings: dict for sample_masks, or None for no masks;
-        fixed_views: an image is cropped in so many ways, by turns from epoch to epoch; 0 = anew every time."""
+    def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None,
+                 on_bad_image="error", fixed_views=0):
+        """Args: grid: patches per side of a global crop; mask_settings: dict for sample_masks, or
+        None for no masks; fixed_views: an image is cropped in so many ways, by turns from epoch to
+        epoch; 0 = anew every time."""
         self.dataset = dataset.at_least(multi_crop.least_side())
         self.multi_crop, self.seed, self.on_bad_image = multi_crop, seed, on_bad_image
-        self.fixed_views = fixed_views
-        self.global_batch_size, self.grid, self.mask_settings = global_batch_size, grid, mask_settings
+        self.global_batch_size, self.grid = global_batch_size, grid
+        self.mask_settings, self.fixed_views = mask_settings, fixed_views
 
     def __len__(self):
         return len(self.dataset)
@@ -183,51 +217,70 @@ class CropDataset(torch.utils.data.Dataset):
             try:
                 image, mask = self.dataset[index]
                 break
-            except UserError as error:                          # goes home as text: a worker's exception fills a page
+            except UserError as error:  # sent as text: a worker's exception fills a page
                 bad.append(self.dataset.path(index))
                 if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
                     return dict(error=str(error))
-                index = (index + 1) % len(self.dataset)         # the neighbour stands in
+                index = (index + 1) % len(self.dataset)  # the neighbour stands in
         source, view = (self.seed, 2, n), 0
-        if self.fixed_views:
+        if self.fixed_views > 0:
             view = n // len(self.dataset) % self.fixed_views
             source = (self.seed, 4, index, view)
         crops = self.multi_crop(image, mask, np.random.default_rng(source))
         return dict(crops, n=n, index=index, view=view, bad=bad)
 
     def label_crops(self, indices):
-        """What the first batch of a run shows of the label: dict of global_crops and local_crops as collate makes them
-        (MultiCrop.of_label). indices: batch["index"] of the samples 0, 1, ..."""
+        """What the first batch of a run shows of the label: dict of global_crops and local_crops as
+        collate makes them (MultiCrop.of_label). indices: batch["index"] of the samples 0, 1, ..."""
         samples = []
         for n, index in enumerate(indices):
             image, mask = self.dataset[index]
-            samples.append(self.multi_crop.of_label(image.shape[:2], mask, np.random.default_rng((self.seed, 2, n))))
-        return {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)
-                for key in ("global_crops", "local_crops")}
+            rng = np.random.default_rng((self.seed, 2, n))
+            samples.append(self.multi_crop.of_label(image.shape[:2], mask, rng))
+        return {key: view_major(samples, key) for key in ("global_crops", "local_crops")}
 
     def collate(self, samples):
-        """dict with global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B], local_seeds [L*B], view-major;
-        gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index and view, lists of B ints; bad, list of files; or
-        only error."""
+        """One batch of items.
+
+        Returns: dict of global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B],
+        local_seeds [L*B], view-major; gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index
+        and view, lists of B ints; bad, list of files. Or a dict of error only.
+        """
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
             return dict(error=errors[0])
-        batch = {key: torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)  # [V,B,...] -> [V*B,...]
-                 for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "gram_crops")
-                 if key in samples[0]}
-        batch.update({key: [sample[key] for sample in samples] for key in ("n", "index", "view")})
-        batch["bad"] = [path for sample in samples for path in sample["bad"]]
+        batch = {}
+        for key in ("n", "index", "view"):
+            batch[key] = [sample[key] for sample in samples]
+        batch["bad"] = sum([sample["bad"] for sample in samples], [])
+        for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "gram_crops"):
+            if key in samples[0]:
+                batch[key] = view_major(samples, key)
         if self.mask_settings is not None:
-            # the masks of the global batch have one plan; each rank builds its own rows of it
             n_views = len(batch["global_crops"]) // len(samples)
-            positions = [sample["n"] % self.global_batch_size for sample in samples]
-            rows = [view * self.global_batch_size + position for view in range(n_views) for position in positions]
-            rng = np.random.default_rng((self.seed, 3, samples[0]["n"] // self.global_batch_size))
-            n_crops = n_views * self.global_batch_size
-            batch["masks"] = sample_masks(n_crops, self.grid, rng, rows=rows, **self.mask_settings)[rows]
+            batch["masks"] = self.masks(batch["n"], n_views)
         return batch
+
+    def masks(self, numbers, n_views):
+        """Masks of some samples [V*B,P]. The masks of the global batch have one plan, and each rank
+        builds its own rows of it. numbers: of the samples, all of one iteration."""
+        size = self.global_batch_size
+        iteration = numbers[0] // size
+        rows = []
+        for view in range(n_views):
+            rows += [view * size + n % size for n in numbers]
+        rng = np.random.default_rng((self.seed, 3, iteration))
+        n_crops = n_views * size
+        masks = sample_masks(n_crops, self.grid, rng, rows=rows, **self.mask_settings)
+        return masks[rows]
+
+
+def view_major(samples, key):
+    """Stack one entry [V,...] of B samples: [V*B,...], crop v of image b in row v * B + b."""
+    return torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)
 
 
 def ignore_ctrl_c(_):
-    """worker_init_fn of a loader: Ctrl-C reaches every process of the terminal, the main one decides when to stop."""
+    """worker_init_fn of a loader. Ctrl-C reaches every process of the terminal; the main process
+    decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

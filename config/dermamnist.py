@@ -1,10 +1,12 @@
-"""DermaMNIST: dermatoscopic pictures in seven classes, RGB, licence CC BY-NC (MedMNIST v2, downloaded on first use).
+"""DermaMNIST: dermatoscopic pictures, seven classes, RGB, licence CC BY-NC.
 
     torchrun --standalone --nproc_per_node=2 train.py config/dermamnist.py
 
-The paper's hyper-parameters (Listings 2-8) are train.py's defaults: 2000 iterations of 64 images from pretrained
-weights, the DINO loss with centering. The paper had two A6000 GPUs and about half an hour; we have not run this file on
-a GPU yet, so there is no number of ours to expect. Smaller and faster: --dataset_size=64.
+The data set is one of MedMNIST v2 and is downloaded at the first use. The hyper-parameters are
+train.py's defaults, those of the paper (Listings 2-8): 2000 iterations of 64 images from pretrained
+weights, the DINO loss with centering. The paper used two A6000 GPUs for about half an hour. We have
+not run this file on a GPU yet, so there is no number to expect. --dataset_size=64 is smaller and
+faster.
 """
 model_name = 'dermamnist'
 dataset_path = 'dermamnist'

@@ -1,11 +1,14 @@
-"""DINOv2 (arXiv 2304.07193), numbers of facebookresearch/dinov2, ssl_default_config.yaml. A recipe: add a data set.
+"""DINOv2 recipe: the numbers of facebookresearch/dinov2 (arXiv 2304.07193).
 
     torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov2.py
 
-Durations are the published shares of the run (100 epochs: warm-up 10, temperature 30, frozen prototypes 1). Written
-after the data set's file, they follow its max_iterations and global_batch_size.
+Put this file after the file of a data set: it computes durations and rates from max_iterations and
+global_batch_size. The numbers are those of ssl_default_config.yaml. Durations are the published
+shares of the run (of 100 epochs, warm-up has 10, the rise of the temperature 30, frozen prototypes
+1).
 """
-# losses: DINO + iBOT with a shared head + KoLeo; Sinkhorn and a separate patch head are for long runs (vitl14.yaml)
+# losses: DINO, iBOT with a shared head, KoLeo. Long runs use Sinkhorn-Knopp and a head for iBOT
+# (vitl14.yaml)
 centering = 'centering'
 dino_head_norm_last_layer = False
 head_weight_norm = True
@@ -18,7 +21,8 @@ warmup_teacher_temp = 0.04
 teacher_temp = 0.07
 warmup_teacher_temp_iterations = max_iterations * 3 // 10
 
-# optimizer: the published peak is for training from scratch; released weights keep the gentle lr set before this file
+# optimizer: the published peak is for training from scratch. With released weights the lr set
+# before this file stays
 lr = lr if use_pretrained else 4e-3 * (global_batch_size / 1024) ** 0.5
 min_lr = 1e-6
 warmup_iterations = max_iterations // 10
@@ -31,12 +35,14 @@ freeze_last_layer_by = 'lr'
 layerwise_decay = 0.9
 patch_embed_lr_mult = 0.2
 schedule_reaches_end = False
-drop_path_rate = 0.0 if use_pretrained else 0.3   # published 0.3; short runs on released weights go without
+drop_path_rate = 0.0 if use_pretrained else 0.3  # published: 0.3
 
-# teacher: 0.992 is for 125 000 iterations; its memory 1 / (1 - m) should not be more than a thirtieth of a short run
+# teacher: 0.992 is for 125 000 iterations. Its memory 1 / (1 - m) should be at most a
+# thirtieth of a short run
 momentum_teacher = min(0.992, 1 - 30 / max(max_iterations, 60))
 
-# crops: blur as the released weights were trained (the code inverts the probability, see augment.photometric)
+# crops: blur as the released weights were trained with; the code of DINOv2 and DINOv3 inverts the
+# probability (see augment.photometric)
 global_crops_scale = (0.32, 1.0)
 local_crops_scale = (0.05, 0.32)
 blur_probability = (0.0, 0.9, 0.5)

@@ -1,13 +1,15 @@
-"""FSDP: every rank keeps its share of weights, gradients, AdamW moments and EMA values; behind any recipe and data set.
+"""FSDP: every rank keeps a share of weights, gradients, AdamW moments and EMA values.
 
-    torchrun --standalone --nproc_per_node=4 train.py config/dinov2.py config/pathmnist.py config/fsdp.py
+    torchrun --standalone --nproc_per_node=4 train.py config/pathmnist.py config/dinov2.py \
+        config/fsdp.py
 
-For networks whose training state does not fit one card: 16 bytes per trainable parameter (weight, gradient, two
-moments) and 4 for the EMA, over N ranks a share of 1/N each. Only rank 0 ever holds all weights, on its CPU, when they
-are made or read; on resuming, every rank reads the whole checkpoint there. While it fits, config-free DDP is faster:
-FSDP sends every weight in every forward and backward. Losses are those of DDP to rounding (tests/test_scale.py: 1e-5 in
-fp32), and a checkpoint goes on under either, on any number of ranks. Hardware: 2 GPUs or more; on CPUs it runs, for
-trying out.
+Put it after any data set and recipe, if the training state does not fit on one GPU. It needs 16
+bytes per trained parameter (weight, gradient, two moments) and 4 for the EMA, divided by the number
+of ranks. Rank 0 alone holds all weights, on its CPU, when they are made or read. On resuming, every
+rank reads the whole checkpoint on its CPU. If the state fits, use DDP, the default: FSDP sends
+every weight in every forward and backward, so it is slower. The losses are those of DDP except for
+rounding (tests/test_scale.py). A checkpoint resumes under DDP or FSDP, on any number of ranks.
+Hardware: 2 GPUs or more; CPUs are for trying it out.
 """
 distribution = 'fsdp'
-activation_checkpointing = True  # otherwise the bf16 copies of all weights live from forward to backward
+activation_checkpointing = True  # else bf16 copies of all weights stay until the backward

@@ -165,10 +165,10 @@ def test_every_table_is_printed(capsys, monkeypatch):
     step = dict.fromkeys(("dinov2,", "teacher", "backward", "step", "its", "peak"), 1)
     growth = {"batch_size": 3, "dino_head_out_dim": 3, "1000": 1}
     files = {"10": 4, "100": 2, "1000": 2}
-    for function, args, expected in ((module.bench_augment, (config, 2), {"ours:": 3}),
-                                     (module.bench_data, (config, (64, 128), 2), files),
-                                     (module.bench_growth, (config,), growth),
-                                     (module.bench_step, (ibot,), step)):
+    cases = [(module.bench_augment, (config, 2), {"ours:": 3}),
+             (module.bench_data, (config, (64, 128), 2), files),
+             (module.bench_growth, (config,), growth), (module.bench_step, (ibot,), step)]
+    for function, args, expected in cases:
         function(*args)
         words = first_words(capsys.readouterr().out)
         assert {word: words.count(word) for word in expected} == expected
@@ -184,7 +184,8 @@ def crop_statistics(x):
     pairs = torch.corrcoef(flat)[[0, 0, 1], [1, 2, 2]]
     sharpness = x.diff(dim=3).abs().mean()
     crops = x.flatten(1)  # [N,3*S*S]
-    spread = torch.stack([sharpness, crops.mean(1).std(), crops.std(1).std()])
+    spread = torch.stack([sharpness, crops.mean(1).std(),
+                          crops.std(1).std()])
     return torch.cat([flat.mean(1), flat.std(1), pairs, spread])
 
 

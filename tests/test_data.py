@@ -1,5 +1,6 @@
 """data.py: every kind of input and what is said when it is wrong, downloads from a server on loopback, and the order of
 reading: a function of (seed, sample number), whatever the number of ranks, workers and resumes."""
+
 import hashlib
 import http.server
 import json
@@ -21,8 +22,16 @@ from torch.utils.data import DataLoader
 import data
 from augment import MultiCrop
 from configurator import UserError
-from data import (BatchOrder, CropDataset, Dataset, ImageFiles, Rows, load_dataset, load_image,
-                  measure_intensities)
+from data import (
+    BatchOrder,
+    CropDataset,
+    Dataset,
+    ImageFiles,
+    Rows,
+    load_dataset,
+    load_image,
+    measure_intensities,
+)
 from phantom import PHANTOM_CLASSES, make_phantom
 from tests_support import ROOT, load_script
 
@@ -34,8 +43,10 @@ def pixels(*shape, dtype=np.uint8, low=0, high=256, seed=0):
 @pytest.fixture
 def load(tmp_path):
     """load_dataset with a cache of its own."""
+
     def load(path, split="train", **settings):
         return load_dataset(str(path), split, cache_dir=str(tmp_path / "cache"), **settings)
+
     return load
 
 
@@ -53,32 +64,56 @@ def wrong(load, message, *args, **settings):
 
 # ---- .npz ----
 
+
 @pytest.mark.parametrize("shape", [(6, 9, 7), (6, 9, 7, 1), (6, 9, 7, 3), (6, 9, 7, 5)])
-@pytest.mark.parametrize("dtype, low, high", [(np.uint8, 0, 256), (np.int16, -1024, 3072), (np.uint16, 0, 65536),
-                                              (np.float32, -3, 3)])
+@pytest.mark.parametrize(
+    "dtype, low, high",
+    [(np.uint8, 0, 256), (np.int16, -1024, 3072), (np.uint16, 0, 65536), (np.float32, -3, 3)],
+)
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_npz_round_trip(load, tmp_path, shape, dtype, low, high, write):
     images, masks = pixels(*shape, dtype=dtype, low=low, high=high), pixels(6, 9, 7, high=2)
-    write(tmp_path / "set.npz", train_images=images, train_labels=np.arange(6)[:, None], train_masks=masks,
-          val_images=images[::-1], class_names=np.array(["a", "bc"]))
+    write(
+        tmp_path / "set.npz",
+        train_images=images,
+        train_labels=np.arange(6)[:, None],
+        train_masks=masks,
+        val_images=images[::-1],
+        class_names=np.array(["a", "bc"]),
+    )
     train, val = load(tmp_path / "set.npz"), load(tmp_path / "set.npz", "val")
-    assert train.num_channels == (shape + (1,))[3] and train.class_names == ["a", "bc"] and train.labels.shape == (6,)
+    assert (
+        train.num_channels == (shape + (1,))[3]
+        and train.class_names == ["a", "bc"]
+        and train.labels.shape == (6,)
+    )
     assert len(train) == len(val) == 6 and val.labels is None and val.masks is None
     for i in range(6):
         image, mask = train[i]
-        assert image.dtype == dtype and (image == images[i].reshape(9, 7, -1)).all() and (mask == masks[i]).all()
+        assert (
+            image.dtype == dtype
+            and (image == images[i].reshape(9, 7, -1)).all()
+            and (mask == masks[i]).all()
+        )
         assert train.labels[i] == i
         assert (val[i][0] == images[5 - i].reshape(9, 7, -1)).all() and val[i][1] is None
 
 
 def test_npz_with_many_labels_per_image(load, tmp_path):
     labels = pixels(6, 4, high=2)
-    np.savez(tmp_path / "set.npz", train_images=pixels(6, 8, 8), train_labels=labels, val_images=pixels(2, 8, 8))
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=pixels(6, 8, 8),
+        train_labels=labels,
+        val_images=pixels(2, 8, 8),
+    )
     assert (load(tmp_path / "set.npz").labels == labels).all()
 
 
 def test_npz_is_unpacked_once_and_mapped(load, tmp_path):
-    np.savez_compressed(tmp_path / "set.npz", train_images=pixels(200, 32, 32), val_images=pixels(2, 8, 8))
+    np.savez_compressed(
+        tmp_path / "set.npz", train_images=pixels(200, 32, 32), val_images=pixels(2, 8, 8)
+    )
     assert isinstance(load(tmp_path / "set.npz").images, np.memmap)
     (folder,) = (tmp_path / "cache").iterdir()
     before = os.stat(folder / "train_images.npy").st_mtime_ns
@@ -98,9 +133,17 @@ def test_a_changed_npz_is_read_anew(load, tmp_path):
 @pytest.mark.parametrize("has_val", [True, False])
 def test_spawned_workers_map_the_file_again(load, tmp_path, split, has_val):
     """A memory map would be pickled by content: GBs for every worker. Also where val is cut from train."""
-    arrays = dict(images=pixels(500, 32, 32), masks=pixels(500, 32, 32, high=2), labels=np.arange(500))
-    np.savez(tmp_path / "set.npz", **{f"{name}_{key}": array for name in ("train", "val")[:1 + has_val]
-                                      for key, array in arrays.items()})
+    arrays = dict(
+        images=pixels(500, 32, 32), masks=pixels(500, 32, 32, high=2), labels=np.arange(500)
+    )
+    np.savez(
+        tmp_path / "set.npz",
+        **{
+            f"{name}_{key}": array
+            for name in ("train", "val")[: 1 + has_val]
+            for key, array in arrays.items()
+        },
+    )
     dataset = load(tmp_path / "set.npz", split)
     sent = pickle.dumps(dataset)
     assert len(sent) < 20_000
@@ -115,8 +158,13 @@ def test_damaged_npz_leaves_nothing_behind(load, tmp_path):
     np.savez_compressed(path, train_images=pixels(50, 32, 32, high=20))
     whole = path.read_bytes()
     flipped = bytes(255 - byte for byte in whole[2000:2200])
-    for damaged in (whole[:len(whole) // 2], b"", b"not a zip at all", whole[:2000] + bytes(200) + whole[2200:],
-                    whole[:2000] + flipped + whole[2200:]):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        b"not a zip at all",
+        whole[:2000] + bytes(200) + whole[2200:],
+        whole[:2000] + flipped + whole[2200:],
+    ):
         path.write_bytes(damaged)
         wrong(load, r"set\.npz.*(not a complete|damaged).*again", path)
         assert os.listdir(tmp_path / "cache") == []
@@ -128,9 +176,15 @@ def test_nothing_is_unpickled(load, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
+
     objects = np.array([Trap(), Trap()], dtype=object)
-    for i, arrays in enumerate((dict(train_images=objects), dict(train_images=pixels(2, 8, 8), train_labels=objects),
-                                dict(train_images=pixels(2, 8, 8), class_names=objects))):
+    for i, arrays in enumerate(
+        (
+            dict(train_images=objects),
+            dict(train_images=pixels(2, 8, 8), train_labels=objects),
+            dict(train_images=pixels(2, 8, 8), class_names=objects),
+        )
+    ):
         np.savez(tmp_path / f"{i}.npz", **arrays)
         with pytest.raises(ValueError, match="(?i)object"):
             load(tmp_path / f"{i}.npz")
@@ -151,27 +205,47 @@ def test_a_member_cannot_leave_the_folder(load, tmp_path):
     assert not (tmp_path / "escaped.npy").exists() and os.listdir(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("message, arrays", [
-    (r"5 labels for 6 images; there must be one each", dict(train_labels=np.arange(5))),
-    (r"5 masks for 6 images; there must be one each", dict(train_masks=pixels(5, 8, 8))),
-    (r"train_masks has shape \(6, 8, 9\), train_images \(6, 8, 8\); height", dict(train_masks=pixels(6, 8, 9))),
-    (r"train_images has shape \(6, 8\), uint8; needs numbers \[N,H,W\]", dict(train_images=pixels(6, 8))),
-    (r"train_images has shape \(6, 8, 8\), <U1; needs numbers", dict(train_images=np.full((6, 8, 8), "a"))),
-    (r"split 'train': no images", dict(train_images=pixels(0, 8, 8)))])
+@pytest.mark.parametrize(
+    "message, arrays",
+    [
+        (r"5 labels for 6 images; there must be one each", dict(train_labels=np.arange(5))),
+        (r"5 masks for 6 images; there must be one each", dict(train_masks=pixels(5, 8, 8))),
+        (
+            r"train_masks has shape \(6, 8, 9\), train_images \(6, 8, 8\); height",
+            dict(train_masks=pixels(6, 8, 9)),
+        ),
+        (
+            r"train_images has shape \(6, 8\), uint8; needs numbers \[N,H,W\]",
+            dict(train_images=pixels(6, 8)),
+        ),
+        (
+            r"train_images has shape \(6, 8, 8\), <U1; needs numbers",
+            dict(train_images=np.full((6, 8, 8), "a")),
+        ),
+        (r"split 'train': no images", dict(train_images=pixels(0, 8, 8))),
+    ],
+)
 def test_arrays_that_do_not_fit(load, tmp_path, message, arrays):
     np.savez(tmp_path / "set.npz", **{"train_images": pixels(6, 8, 8), **arrays})
     wrong(load, message, tmp_path / "set.npz")
 
 
 def test_what_is_missing_is_named(load, tmp_path):
-    wrong(load, r"dataset_path='.*nowhere' does not exist; give 'phantom', a MedMNIST name \(pathmnist, .*\.npz",
-          tmp_path / "nowhere")
+    wrong(
+        load,
+        r"dataset_path='.*nowhere' does not exist; give 'phantom', a MedMNIST name \(pathmnist, .*\.npz",
+        tmp_path / "nowhere",
+    )
     wrong(load, r"dataset_path='pathmnits' does not exist", "pathmnits")
     np.savez(tmp_path / "set.npz", train_images=pixels(6, 8, 8, 3), test_images=pixels(6, 8, 8, 3))
     wrong(load, r"has no split 'extra'; it has test, train", tmp_path / "set.npz", "extra")
     wrong(load, r"no val, and no labels to measure with", tmp_path / "set.npz", "val")
-    wrong(load, r"images have 3 channel\(s\), num_channels=1; set --num_channels=3, or 0", tmp_path / "set.npz",
-          num_channels=1)
+    wrong(
+        load,
+        r"images have 3 channel\(s\), num_channels=1; set --num_channels=3, or 0",
+        tmp_path / "set.npz",
+        num_channels=1,
+    )
     np.savez(tmp_path / "bare.npz", images=pixels(6, 8, 8))
     wrong(load, r"has no split 'train'; it has none", tmp_path / "bare.npz")
     (tmp_path / "empty" / "sub").mkdir(parents=True)
@@ -180,32 +254,44 @@ def test_what_is_missing_is_named(load, tmp_path):
 
 
 def test_val_is_cut_from_train_where_there_is_none(load, tmp_path):
-    numbered = np.arange(57, dtype=np.uint8)[:, None, None].repeat(8, 1)       # image, mask and label of one number
-    np.savez(tmp_path / "set.npz", train_images=numbered, train_masks=numbered, train_labels=np.arange(57))
+    numbered = np.arange(57, dtype=np.uint8)[:, None, None].repeat(
+        8, 1
+    )  # image, mask and label of one number
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=numbered,
+        train_masks=numbered,
+        train_labels=np.arange(57),
+    )
 
     def labels(split, seed=0):
         part = load(tmp_path / "set.npz", split, seed=seed)
         for i, label in enumerate(part.labels):
             assert all((array == label).all() for array in part[i])
         return part.labels.tolist()
+
     assert len(labels("val")) == 5 and sorted(labels("train") + labels("val")) == list(range(57))
     assert labels("val") == labels("val") != labels("val", seed=1)
     part = load(tmp_path / "set.npz", "val")
-    assert part.path(0).endswith(f"set.npz, val image {part.labels[0]}")      # the number in the file
+    assert part.path(0).endswith(f"set.npz, val image {part.labels[0]}")  # the number in the file
 
 
 # ---- folders ----
 
+
 def test_class_folders(load, tmp_path):
     for name, count, value in (("tumour", 3, 200), ("benign", 4, 50)):
         for i in range(count):
-            save(tmp_path / "set" / "train" / name / "deep" / f"{i}.png", np.full((8, 9), value, np.uint8))
+            save(
+                tmp_path / "set" / "train" / name / "deep" / f"{i}.png",
+                np.full((8, 9), value, np.uint8),
+            )
             save(tmp_path / "set" / "val" / name / f"{i}.png", np.full((8, 9), value + 1, np.uint8))
     save(tmp_path / "set" / "test" / "tumour" / "0.png", np.full((8, 9), 7, np.uint8))
     train, val, test = (load(tmp_path / "set", split) for split in ("train", "val", "test"))
     assert train.class_names == test.class_names == ["benign", "tumour"] and train.num_channels == 1
     assert train.labels.tolist() == val.labels.tolist() == [0] * 4 + [1] * 3
-    assert test.labels.tolist() == [1]                         # numbered over all splits, not within one
+    assert test.labels.tolist() == [1]  # numbered over all splits, not within one
     assert [int(train[i][0][0, 0, 0]) for i in range(7)] == [50] * 4 + [200] * 3
     assert train[0][0].shape == (8, 9, 1) and train.path(6).endswith("train/tumour/deep/2.png")
 
@@ -214,10 +300,17 @@ def test_flat_folder_without_labels(load, tmp_path):
     for i in range(5):
         save(tmp_path / "set" / f"{i}.PNG", np.full((8, 8, 3), i, np.uint8))
     train = load(tmp_path / "set")
-    assert train.labels is None and train.class_names == [] and len(train) == 5 and train.num_channels == 3
+    assert (
+        train.labels is None
+        and train.class_names == []
+        and len(train) == 5
+        and train.num_channels == 3
+    )
     assert [int(train[i][0].max()) for i in range(5)] == list(range(5))
     save(tmp_path / "set" / "a" / "b.png", np.zeros((8, 8, 3), np.uint8))
-    assert load(tmp_path / "set").labels is None               # some files lie at the top: then folders are no classes
+    assert (
+        load(tmp_path / "set").labels is None
+    )  # some files lie at the top: then folders are no classes
     wrong(load, "has no split 'test'; it has train", tmp_path / "set", "test")
 
 
@@ -228,9 +321,9 @@ def test_masks_beside_the_images(load, tmp_path):
         save(root / "masks" / "x" / f"{i}{suffix}", np.eye(16, 24, k=i, dtype=np.uint8) * 255)
     save(root / "images" / "x" / "9.jpg", np.full((16, 24), 100, np.uint8))
     train, val = load(root), load(root, "val")
-    assert len(train) == 4 and len(val) == 1                   # x is a class, so a val can be cut
+    assert len(train) == 4 and len(val) == 1  # x is a class, so a val can be cut
     whole = {part.path(i)[-5]: part[i][1] for part in (train, val) for i in range(len(part))}
-    assert whole.pop("9") is None                              # an image without a mask has nothing labelled
+    assert whole.pop("9") is None  # an image without a mask has nothing labelled
     for i, mask in whole.items():
         assert ((mask > 0) == np.eye(16, 24, k=int(i), dtype=bool)).all()
     save(root / "masks" / "x" / "0.png", np.ones((16, 16), np.uint8))
@@ -260,29 +353,56 @@ def test_boxes_in_a_folder(load, tmp_path, folder):
     for i in range(4):
         save(tmp_path / folder / f"{i}.png", pixels(16, 24))
     places = tmp_path / ("set" if folder == "set/images" else folder)
-    (places / "boxes.json").write_text(json.dumps({f"{i}.png": box for i, box in enumerate(BOXES) if box is not None}))
+    (places / "boxes.json").write_text(
+        json.dumps({f"{i}.png": box for i, box in enumerate(BOXES) if box is not None})
+    )
     dataset = pickle.loads(pickle.dumps(load(str(tmp_path / "set"))))
     for i, boxes in enumerate(BOXES):
         mask, expected = dataset[i][1], drawn(boxes, (16, 24))
-        assert mask is None if boxes is None else (mask == expected).all() and mask.dtype == np.uint8
-    assert drawn(BOXES[0], (16, 24)).sum() == 3 * 2 + 2 * 2 * 7 and drawn(BOXES[3], (16, 24)).sum() == 2 * 2
+        assert (
+            mask is None if boxes is None else (mask == expected).all() and mask.dtype == np.uint8
+        )
+    assert (
+        drawn(BOXES[0], (16, 24)).sum() == 3 * 2 + 2 * 2 * 7
+        and drawn(BOXES[3], (16, 24)).sum() == 2 * 2
+    )
 
 
 def test_boxes_in_an_npz(load, tmp_path):
-    rows = np.array([[i, *box[:4], (*box, 1)[4]] for i, boxes in enumerate(BOXES) for box in boxes or ()])
+    rows = np.array(
+        [[i, *box[:4], (*box, 1)[4]] for i, boxes in enumerate(BOXES) for box in boxes or ()]
+    )
     np.savez(tmp_path / "set.npz", train_images=pixels(4, 16, 24), train_boxes=rows)
     dataset = load(str(tmp_path / "set.npz"))
-    for i, boxes in enumerate(BOXES):                          # every image has been looked at: no row, no lesion
+    for i, boxes in enumerate(BOXES):  # every image has been looked at: no row, no lesion
         assert (dataset[i][1] == drawn(boxes or [], (16, 24))).all()
 
 
-@pytest.mark.parametrize("message, boxes", [
-    (r"boxes.json: there is no image 'x.png'; names are as in the folder, like '0.png'", {"x.png": []}),
-    (r"image 0 has the box \[1, 2, 3\]; needs \[left, top, right, bottom\]", {"0.png": [[1, 2, 3]]}),
-    (r"has the box \[5, 1, 2, 3\]", {"0.png": [[5, 1, 2, 3]]}), (r"has the box 7", {"0.png": [7]}),
-    (r"has the box \[0, 0, 2, 2, 300\]; .* mask value from 1 to 255", {"0.png": [[0, 0, 2, 2, 300]]}),
-    (r"has the box \['a', 0, 2, 2\]", {"0.png": [["a", 0, 2, 2]]}), (r"boxes.json: needs ", [[0, 0, 1, 1]]),
-    (r"image 0, 24 pixels wide and 16 high, has a box outside of it, \[30, 2, 40, 4\]", {"0.png": [[30, 2, 40, 4]]})])
+@pytest.mark.parametrize(
+    "message, boxes",
+    [
+        (
+            r"boxes.json: there is no image 'x.png'; names are as in the folder, like '0.png'",
+            {"x.png": []},
+        ),
+        (
+            r"image 0 has the box \[1, 2, 3\]; needs \[left, top, right, bottom\]",
+            {"0.png": [[1, 2, 3]]},
+        ),
+        (r"has the box \[5, 1, 2, 3\]", {"0.png": [[5, 1, 2, 3]]}),
+        (r"has the box 7", {"0.png": [7]}),
+        (
+            r"has the box \[0, 0, 2, 2, 300\]; .* mask value from 1 to 255",
+            {"0.png": [[0, 0, 2, 2, 300]]},
+        ),
+        (r"has the box \['a', 0, 2, 2\]", {"0.png": [["a", 0, 2, 2]]}),
+        (r"boxes.json: needs ", [[0, 0, 1, 1]]),
+        (
+            r"image 0, 24 pixels wide and 16 high, has a box outside of it, \[30, 2, 40, 4\]",
+            {"0.png": [[30, 2, 40, 4]]},
+        ),
+    ],
+)
 def test_bad_boxes_are_named(load, tmp_path, message, boxes):
     save(tmp_path / "set" / "0.png", pixels(16, 24))
     (tmp_path / "set" / "boxes.json").write_text(json.dumps(boxes))
@@ -317,20 +437,48 @@ def settled(monkeypatch):
 
 def plain_listing(root, split):
     """(paths, labels, class names, masks) of a folder, as the README describes them, by looking at every file."""
+
     def below(split):
         top = root / split if (root / "train").is_dir() else root
         pictures = top / "images" if (top / "images").is_dir() else top
-        return top, pictures, sorted((path for path in pictures.rglob("*") if path.suffix.lower() in data.EXTENSIONS
-                                      and not path.is_dir()), key=str)
+        return (
+            top,
+            pictures,
+            sorted(
+                (
+                    path
+                    for path in pictures.rglob("*")
+                    if path.suffix.lower() in data.EXTENSIONS and not path.is_dir()
+                ),
+                key=str,
+            ),
+        )
+
     splits = [split for split in data.SPLITS if (root / split).is_dir()] or ["train"]
-    firsts = [path.relative_to(pictures).parts for _, pictures, paths in map(below, splits) for path in paths]
-    names = sorted({parts[0] for parts in firsts}) if all(len(parts) > 1 for parts in firsts) else []
+    firsts = [
+        path.relative_to(pictures).parts
+        for _, pictures, paths in map(below, splits)
+        for path in paths
+    ]
+    names = (
+        sorted({parts[0] for parts in firsts}) if all(len(parts) > 1 for parts in firsts) else []
+    )
     top, pictures, paths = below(split)
     masks = None
     if pictures != top and (top / "masks").is_dir():
-        masks = [next((str(mask) for ending in (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg") if
-                       (mask := (top / "masks" / path.relative_to(pictures)).with_suffix(ending)).is_file()), None)
-                 for path in paths]
+        masks = [
+            next(
+                (
+                    str(mask)
+                    for ending in (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")
+                    if (
+                        mask := (top / "masks" / path.relative_to(pictures)).with_suffix(ending)
+                    ).is_file()
+                ),
+                None,
+            )
+            for path in paths
+        ]
     labels = [names.index(path.relative_to(pictures).parts[0]) for path in paths] if names else None
     return [str(path) for path in paths], labels, names, masks
 
@@ -338,30 +486,68 @@ def plain_listing(root, split):
 def listing(root, cache_dir, split="train"):
     read, _, class_names = data._scan_folder(str(root), 0, str(cache_dir))
     images, labels, masks = read(split)
-    return ([images.path(i) for i in range(len(images))], None if labels is None else labels.tolist(), class_names,
-            None if masks is None else [masks.path(i) if masks.names[i] else None for i in range(len(masks))])
+    return (
+        [images.path(i) for i in range(len(images))],
+        None if labels is None else labels.tolist(),
+        class_names,
+        (
+            None
+            if masks is None
+            else [masks.path(i) if masks.names[i] else None for i in range(len(masks))]
+        ),
+    )
 
 
 LAYOUTS = {
     "flat": ["b.png", "a.PNG", "a-1.png", "a/c.png", "a.b.png", "notes.txt"],
-    "classes": ["x/1.png", "x/deep/er/2.png", "x-1/3.png", "\u00fc/\u65e5.png", "y/.hidden.png", "y/no.gif"],
+    "classes": [
+        "x/1.png",
+        "x/deep/er/2.png",
+        "x-1/3.png",
+        "\u00fc/\u65e5.png",
+        "y/.hidden.png",
+        "y/no.gif",
+    ],
     "splits": ["train/x/1.png", "train/y/2.png", "val/x/1.png", "test/z/1.png", "other/1.png"],
     "a split with files at the top": ["train/x/1.png", "val/1.png"],
-    "masks": ["images/1.png", "images/1.b.png", "images/p/1.png", "images/p/3.png", "images/q/1.png", "masks/1.npy",
-              "masks/1.png", "masks/1.b.tif", "masks/p/3.bmp", "masks/r/1.png", "other/1.png"],
-    "masks in splits": ["train/images/x/1.png", "train/masks/x/1.jpg", "val/images/x/1.png"]}
+    "masks": [
+        "images/1.png",
+        "images/1.b.png",
+        "images/p/1.png",
+        "images/p/3.png",
+        "images/q/1.png",
+        "masks/1.npy",
+        "masks/1.png",
+        "masks/1.b.tif",
+        "masks/p/3.bmp",
+        "masks/r/1.png",
+        "other/1.png",
+    ],
+    "masks in splits": ["train/images/x/1.png", "train/masks/x/1.jpg", "val/images/x/1.png"],
+}
 
 
 @pytest.mark.parametrize("files", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_the_index_says_what_is_in_a_folder(tmp_path, settled, files):
     for file in files:
-        save(tmp_path / "set" / file.replace("txt", "png").replace("gif", "png"), np.zeros((4, 4), np.uint8))
+        save(
+            tmp_path / "set" / file.replace("txt", "png").replace("gif", "png"),
+            np.zeros((4, 4), np.uint8),
+        )
         if not file.endswith((".txt", ".gif")):
             continue
-        (tmp_path / "set" / file.replace("txt", "png").replace("gif", "png")).rename(tmp_path / "set" / file)
-    (tmp_path / "set" / "linked").symlink_to(tmp_path)         # a folder elsewhere is not followed: it could be a loop
+        (tmp_path / "set" / file.replace("txt", "png").replace("gif", "png")).rename(
+            tmp_path / "set" / file
+        )
+    (tmp_path / "set" / "linked").symlink_to(
+        tmp_path
+    )  # a folder elsewhere is not followed: it could be a loop
     splits = [split for split in data.SPLITS if (tmp_path / "set" / split).is_dir()] or ["train"]
-    for cache in ("/dev/null/x", tmp_path / "cache", tmp_path / "cache"):      # without a cache, built, from the cache
+    for cache in (
+        "/dev/null/x",
+        tmp_path / "cache",
+        tmp_path / "cache",
+    ):  # without a cache, built, from the cache
         for split in splits:
             assert listing(tmp_path / "set", cache, split) == plain_listing(tmp_path / "set", split)
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -376,24 +562,31 @@ def test_an_index_is_used_until_a_directory_changes(load, tmp_path, settled, mon
     def check(n_walks):
         assert listing(root, tmp_path / "cache") == plain_listing(root, "train")
         assert len(walks) == n_walks
+
     check(1)
     check(1)
     times = [(folder, os.stat(folder).st_mtime_ns) for folder, _, _ in os.walk(root)]
-    changes = [lambda: save(root / "images" / "a" / "deep" / "2.png", np.zeros((4, 4), np.uint8)),
-               lambda: save(root / "masks" / "b" / "2.png", np.zeros((4, 4), np.uint8)),
-               lambda: (root / "images" / "a" / "deep" / "1.png").rename(root / "images" / "a" / "deep" / "3.png"),
-               lambda: (root / "images" / "a" / "deep").rename(root / "images" / "a" / "deeper"),
-               lambda: (root / "images" / "b" / "1.png").unlink(),
-               lambda: (root / "masks" / "b" / "2.png").rename(root / "masks" / "b" / "3.png"),
-               lambda: (root / "masks").rename(root / "masques")]
+    changes = [
+        lambda: save(root / "images" / "a" / "deep" / "2.png", np.zeros((4, 4), np.uint8)),
+        lambda: save(root / "masks" / "b" / "2.png", np.zeros((4, 4), np.uint8)),
+        lambda: (root / "images" / "a" / "deep" / "1.png").rename(
+            root / "images" / "a" / "deep" / "3.png"
+        ),
+        lambda: (root / "images" / "a" / "deep").rename(root / "images" / "a" / "deeper"),
+        lambda: (root / "images" / "b" / "1.png").unlink(),
+        lambda: (root / "masks" / "b" / "2.png").rename(root / "masks" / "b" / "3.png"),
+        lambda: (root / "masks").rename(root / "masques"),
+    ]
     for number, change in enumerate(changes, start=2):
         change()
-        for folder, time in times:                             # as copying tools do
+        for folder, time in times:  # as copying tools do
             if os.path.isdir(folder):
                 os.utime(folder, ns=(time, time))
         check(number)
         check(number)
-    Image.fromarray(np.ones((4, 4), np.uint8)).save(root / "images" / "b" / "2.png")       # another content, no other name
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(
+        root / "images" / "b" / "2.png"
+    )  # another content, no other name
     assert load(root, "val")[0][0].max() in (0, 1) and len(walks) == len(changes) + 1
 
 
@@ -415,8 +608,11 @@ def test_half_an_index_is_never_used(tmp_path, settled, monkeypatch):
             raise KeyboardInterrupt
         written.append(path)
         write(path, array)
+
     monkeypatch.setattr(data.np, "save", killed)
-    monkeypatch.setattr(data.shutil, "rmtree", lambda *_, **__: None)          # kill -9: nothing is tidied up
+    monkeypatch.setattr(
+        data.shutil, "rmtree", lambda *_, **__: None
+    )  # kill -9: nothing is tidied up
     for limit in range(5):
         written.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -431,7 +627,9 @@ def test_processes_that_start_together_make_one_index(tmp_path, settled):
         save(tmp_path / "set" / f"c{i % 2}" / f"{i}.png", np.zeros((4, 4), np.uint8))
     caches = [tmp_path / "caches" / str(i) for i in range(8)]
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.starmap(listing, [(tmp_path / "set", cache) for cache in caches for _ in range(3)], chunksize=1)
+        found = pool.starmap(
+            listing, [(tmp_path / "set", cache) for cache in caches for _ in range(3)], chunksize=1
+        )
     assert found == [plain_listing(tmp_path / "set", "train")] * 24
     assert [len(list(cache.iterdir())) for cache in caches] == [1] * 8
 
@@ -446,10 +644,13 @@ def test_spawned_workers_map_the_index(load, tmp_path, settled):
     assert isinstance(train.images.names, np.memmap) and len(sent) < 2000 < 100 * len(train)
     arrived = pickle.loads(sent)
     assert isinstance(arrived.images.names, np.memmap) and (arrived.labels == 0).all()
-    assert [arrived.path(i) for i in range(300)] == [train.path(i) for i in range(300)] and arrived[0][0].max() == 1
+    assert [arrived.path(i) for i in range(300)] == [train.path(i) for i in range(300)] and arrived[
+        0
+    ][0].max() == 1
 
 
 # ---- one image ----
+
 
 def test_pixels_stay_what_they_are(tmp_path):
     grey, color = pixels(9, 7), pixels(9, 7, 3)
@@ -463,7 +664,10 @@ def test_pixels_stay_what_they_are(tmp_path):
         save(tmp_path / f"a{suffix}", sixteen)
         image = load_image(str(tmp_path / f"a{suffix}"))
         assert image.dtype.itemsize >= 2 and (image[..., 0] == sixteen).all()
-    for array in (pixels(9, 7, 5, dtype=np.int16, low=-1024, high=3000), pixels(9, 7, dtype=np.float32)):
+    for array in (
+        pixels(9, 7, 5, dtype=np.int16, low=-1024, high=3000),
+        pixels(9, 7, dtype=np.float32),
+    ):
         save(tmp_path / "a.npy", array)
         image = load_image(str(tmp_path / "a.npy"))
         assert image.dtype == array.dtype and (image == array.reshape(9, 7, -1)).all()
@@ -477,26 +681,52 @@ def test_a_large_jpeg_is_decoded_only_as_large_as_its_crops_need(tmp_path):
     small = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
     small.resize((1500, 1000), Image.BICUBIC).save(tmp_path / "a.jpg", quality=95)
     small.resize((1500, 1000), Image.BICUBIC).save(tmp_path / "a.png")
-    found = {side: load_image(str(tmp_path / "a.jpg"), least_side=side).shape[:2] for side in (0, 100, 125, 126, 250, 251, 500, 501, 2000)}
-    assert found == {0: (1000, 1500), 100: (125, 188), 125: (125, 188), 126: (250, 375), 250: (250, 375), 251: (500, 750), 500: (500, 750),
-                     501: (1000, 1500), 2000: (1000, 1500)}
+    found = {
+        side: load_image(str(tmp_path / "a.jpg"), least_side=side).shape[:2]
+        for side in (0, 100, 125, 126, 250, 251, 500, 501, 2000)
+    }
+    assert found == {
+        0: (1000, 1500),
+        100: (125, 188),
+        125: (125, 188),
+        126: (250, 375),
+        250: (250, 375),
+        251: (500, 750),
+        500: (500, 750),
+        501: (1000, 1500),
+        2000: (1000, 1500),
+    }
     assert load_image(str(tmp_path / "a.png"), least_side=100).shape == (1000, 1500, 3)
 
     crop = MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 4)
     assert crop.least_side() == 166 == math.ceil(32 / math.sqrt(3 / 4 * 0.05))
-    assert MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 0).least_side() == 117 == math.ceil(64 / math.sqrt(3 / 4 * 0.4))
+    assert (
+        MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 0).least_side()
+        == 117
+        == math.ceil(64 / math.sqrt(3 / 4 * 0.4))
+    )
     assert MultiCrop(64, (0.4, 1.0), 2, 32, (0.05, 0.4), 0, gram_crops_size=128).least_side() == 234
-    boxes = [MultiCrop.random_box((166, 249), scale, rng)[2:] + (size,) for size, scale in ((64, (0.4, 0.4)), (32, (0.05, 0.05)))
-             for _ in range(2000)]
-    assert all(min(h, w) >= size for h, w, size in boxes)                      # nothing is enlarged
+    boxes = [
+        MultiCrop.random_box((166, 249), scale, rng)[2:] + (size,)
+        for size, scale in ((64, (0.4, 0.4)), (32, (0.05, 0.05)))
+        for _ in range(2000)
+    ]
+    assert all(min(h, w) >= size for h, w, size in boxes)  # nothing is enlarged
 
-    dataset = Dataset(Rows(ImageFiles(str(tmp_path), ["a.png", "a.jpg"], 3), np.array([1, 0])), name="two")
+    dataset = Dataset(
+        Rows(ImageFiles(str(tmp_path), ["a.png", "a.jpg"], 3), np.array([1, 0])), name="two"
+    )
     whole, drafted = (CropDataset(dataset, crop, 0, 2, 8) for _ in range(2))
-    assert drafted.dataset[0][0].shape == (250, 375, 3) and drafted.dataset[1][0].shape == (1000, 1500, 3) == dataset[0][0].shape
+    assert (
+        drafted.dataset[0][0].shape == (250, 375, 3)
+        and drafted.dataset[1][0].shape == (1000, 1500, 3) == dataset[0][0].shape
+    )
     assert pickle.loads(pickle.dumps(drafted)).dataset[0][0].shape == (250, 375, 3)
     whole.dataset = dataset
     for key in ("global_crops", "local_crops"):
-        full, half, other = (crops[key].float() for crops in (whole[0, 0], drafted[0, 0], whole[1, 0]))
+        full, half, other = (
+            crops[key].float() for crops in (whole[0, 0], drafted[0, 0], whole[1, 0])
+        )
         # measured: 1.2 and 1.0 of 255, from boxes that are rounded to pixels of another size; another box is 50 away
         assert (full - half).abs().mean() < 1.6 < 0.1 * (full - other).abs().mean()
         assert (whole[0, 1][key] == drafted[0, 1][key]).all()
@@ -513,9 +743,15 @@ def test_eight_bit_pictures_follow_the_rest_of_the_folder(tmp_path):
 
     def image(name, channels=0):
         return load_image(str(tmp_path / name), channels)
+
     for name in ("palette.png", "alpha.png"):
-        assert image(name).shape == (8, 8, 3) and np.abs(image(name).astype(int) - (200, 100, 50)).max() <= 2
-        assert np.abs(image(name, 1).astype(int) - 124).max() <= 2      # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
+        assert (
+            image(name).shape == (8, 8, 3)
+            and np.abs(image(name).astype(int) - (200, 100, 50)).max() <= 2
+        )
+        assert (
+            np.abs(image(name, 1).astype(int) - 124).max() <= 2
+        )  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     assert image("grey.jpg").shape == (8, 8, 1)
     assert image("grey.jpg", 3).shape == (8, 8, 3) and (image("grey.jpg", 3) == 90).all()
     assert (image("bits.png")[..., 0] == 255 * np.eye(8)).all()
@@ -526,10 +762,22 @@ def test_a_grey_jpg_among_rgb(load, tmp_path):
     save(tmp_path / "set" / "b.jpg", np.full((8, 8), 90, np.uint8))
     train = load(tmp_path / "set")
     assert train.num_channels == 3 and train[0][0].shape == train[1][0].shape == (8, 8, 3)
-    wrong(load, r"images have 3 channel\(s\), num_channels=1; set --num_channels=0", tmp_path / "set", num_channels=1)
-    wrong(load, r"shape \(8, 8, 3\), uint8; needs .* with 5 channels", tmp_path / "set", num_channels=5)
+    wrong(
+        load,
+        r"images have 3 channel\(s\), num_channels=1; set --num_channels=0",
+        tmp_path / "set",
+        num_channels=1,
+    )
+    wrong(
+        load,
+        r"shape \(8, 8, 3\), uint8; needs .* with 5 channels",
+        tmp_path / "set",
+        num_channels=5,
+    )
     save(tmp_path / "set" / "c.npy", pixels(8, 8, 5, dtype=np.int16))
-    with pytest.raises(UserError, match=r"c\.npy: shape \(8, 8, 5\), int16; needs .* with 3 channels as the rest"):
+    with pytest.raises(
+        UserError, match=r"c\.npy: shape \(8, 8, 5\), int16; needs .* with 3 channels as the rest"
+    ):
         load(tmp_path / "set")[2]
 
 
@@ -540,34 +788,55 @@ def test_rgb_can_be_asked_for_where_the_first_file_is_grey(load, tmp_path):
     assert train[0][0].shape == (8, 8, 3) and (train[1][0] == (200, 100, 50)).all()
 
 
-@pytest.mark.parametrize("slope, intercept, dtype", [(2, -1024, np.int16), (1, 0, np.int16), (10, 0, np.float32)])
+@pytest.mark.parametrize(
+    "slope, intercept, dtype", [(2, -1024, np.int16), (1, 0, np.int16), (10, 0, np.float32)]
+)
 def test_dicom_comes_in_the_units_of_its_rescale(tmp_path, slope, intercept, dtype):
     pydicom = pytest.importorskip("pydicom")
     stored = pixels(12, 10, dtype=np.uint16, high=2000 if slope < 10 else 60000)
-    stored[0, 0] = 5000                                        # 5000 * 10 does not fit into int16
+    stored[0, 0] = 5000  # 5000 * 10 does not fit into int16
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        pydicom.uid.CTImageStorage,
+        "1.2.3",
+    )
     file = pydicom.Dataset()
     file.file_meta, file.Rows, file.Columns, file.PixelData = meta, 12, 10, stored.tobytes()
     file.BitsAllocated = file.BitsStored = 16
     file.HighBit, file.PixelRepresentation, file.SamplesPerPixel = 15, 0, 1
-    file.PhotometricInterpretation, file.RescaleSlope, file.RescaleIntercept = "MONOCHROME2", slope, intercept
+    file.PhotometricInterpretation, file.RescaleSlope, file.RescaleIntercept = (
+        "MONOCHROME2",
+        slope,
+        intercept,
+    )
     file.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     image = load_image(str(tmp_path / "a.dcm"))
-    assert image.dtype == dtype and (image[..., 0] == stored.astype(float) * slope + intercept).all()
+    assert (
+        image.dtype == dtype and (image[..., 0] == stored.astype(float) * slope + intercept).all()
+    )
 
 
 def test_unreadable_images_are_named(tmp_path):
     save(tmp_path / "a.png", pixels(64, 64))
     whole = (tmp_path / "a.png").read_bytes()
-    damaged = {"cut.png": whole[:1000], "text.jpg": b"hello", "empty.tif": b"", "a.npy": b"\x93NUMPY"}
+    damaged = {
+        "cut.png": whole[:1000],
+        "text.jpg": b"hello",
+        "empty.tif": b"",
+        "a.npy": b"\x93NUMPY",
+    }
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=re.escape(name) + ": cannot be read as an image .*set --on_bad_image=skip"):
+        with pytest.raises(
+            UserError,
+            match=re.escape(name) + ": cannot be read as an image .*set --on_bad_image=skip",
+        ):
             load_image(str(tmp_path / name))
     save(tmp_path / "b.npy", pixels(4, 4, 4, 4))
-    with pytest.raises(UserError, match=r"b\.npy: shape \(4, 4, 4, 4\), uint8; needs \[height, width, channels\]"):
+    with pytest.raises(
+        UserError, match=r"b\.npy: shape \(4, 4, 4, 4\), uint8; needs \[height, width, channels\]"
+    ):
         load_image(str(tmp_path / "b.npy"))
 
 
@@ -583,14 +852,20 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
 
 # ---- phantom ----
 
+
 def test_phantom_is_three_disjoint_splits(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "make_phantom", lambda n, size, seed: make_phantom(n // 100, size, seed))    # for speed
+    monkeypatch.setattr(
+        data, "make_phantom", lambda n, size, seed: make_phantom(n // 100, size, seed)
+    )  # for speed
     sets = {split: load("phantom", split, size=32) for split in data.SPLITS}
     assert [len(sets[split]) for split in data.SPLITS] == [24, 6, 6]
     for seed, split in enumerate(data.SPLITS):
         expected, dataset = make_phantom(6, 32, seed), sets[split]
         assert isinstance(dataset.images, np.memmap) and dataset.num_channels == 1
-        assert dataset.class_names == PHANTOM_CLASSES and (dataset.labels[:6] == expected["labels"]).all()
+        assert (
+            dataset.class_names == PHANTOM_CLASSES
+            and (dataset.labels[:6] == expected["labels"]).all()
+        )
         assert (dataset.images[:6] == expected["images"]).all()
         assert (dataset[5][1] == expected["masks"][5]).all() and dataset[5][0].dtype == np.int16
     (folder,) = (tmp_path / "cache").iterdir()
@@ -598,6 +873,7 @@ def test_phantom_is_three_disjoint_splits(load, tmp_path, monkeypatch):
 
 
 # ---- MedMNIST, from a server on loopback ----
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves .replies {path: (status, headers, body)} and remembers the paths asked for."""
@@ -637,24 +913,49 @@ def server(monkeypatch):
 @pytest.fixture
 def archive(server, tmp_path, monkeypatch):
     """The content of tinymnist.npz, a made-up MedMNIST set of size 28 that the server offers."""
-    arrays = {f"{split}_{key}": array for i, split in enumerate(data.SPLITS) for key, array in (
-        ("images", pixels(5 + i, 28, 28, 3, seed=i)), ("labels", pixels(5 + i, 1, high=2, seed=i)))}
+    arrays = {
+        f"{split}_{key}": array
+        for i, split in enumerate(data.SPLITS)
+        for key, array in (
+            ("images", pixels(5 + i, 28, 28, 3, seed=i)),
+            ("labels", pixels(5 + i, 1, high=2, seed=i)),
+        )
+    }
     np.savez_compressed(tmp_path / "original.npz", **arrays)
     content = (tmp_path / "original.npz").read_bytes()
-    server.replies["/files/tinymnist.npz?download=1"] = server.replies["/mirror/tinymnist.npz"] = (200, {}, content)
-    monkeypatch.setitem(data.MEDMNIST, "tinymnist", dict(label={"0": "no", "1": "yes"}, files={"28": dict(
-        url=f"{server.url}/files/tinymnist.npz?download=1", md5=hashlib.md5(content).hexdigest())}))
+    server.replies["/files/tinymnist.npz?download=1"] = server.replies["/mirror/tinymnist.npz"] = (
+        200,
+        {},
+        content,
+    )
+    monkeypatch.setitem(
+        data.MEDMNIST,
+        "tinymnist",
+        dict(
+            label={"0": "no", "1": "yes"},
+            files={
+                "28": dict(
+                    url=f"{server.url}/files/tinymnist.npz?download=1",
+                    md5=hashlib.md5(content).hexdigest(),
+                )
+            },
+        ),
+    )
     return content
 
 
 def test_medmnist_is_downloaded_once(load, tmp_path, server, archive):
     for split, n in zip(data.SPLITS, (5, 6, 7)):
         dataset = load("tinymnist", split, size=28)
-        assert len(dataset) == n and dataset.num_channels == 3 and dataset.class_names == ["no", "yes"]
+        assert (
+            len(dataset) == n and dataset.num_channels == 3 and dataset.class_names == ["no", "yes"]
+        )
         assert (dataset.images == pixels(n, 28, 28, 3, seed=n - 5)).all()
         assert (dataset.labels == pixels(n, 1, high=2, seed=n - 5)[:, 0]).all()
     assert server.asked == ["/files/tinymnist.npz?download=1"]
-    assert os.listdir(tmp_path / "cache") == ["tinymnist_28"]  # the archive is gone, its arrays are there
+    assert os.listdir(tmp_path / "cache") == [
+        "tinymnist_28"
+    ]  # the archive is gone, its arrays are there
     wrong(load, "dataset_size=32: tinymnist exists at 28 pixels", "tinymnist", size=32)
 
 
@@ -675,20 +976,29 @@ def test_an_archive_put_there_by_hand_is_used_and_kept(load, tmp_path, server, a
 
 
 FAILURES = {
-    "another file": ((200, {}, b"something else"), r"MD5 is \w{32}, should be \w{32}: a damaged or another file"),
-    "cut connection": ((200, {"Content-Length": 5000}, bytes(3000)), "connection was cut after 3000 of 5000 bytes"),
+    "another file": (
+        (200, {}, b"something else"),
+        r"MD5 is \w{32}, should be \w{32}: a damaged or another file",
+    ),
+    "cut connection": (
+        (200, {"Content-Length": 5000}, bytes(3000)),
+        "connection was cut after 3000 of 5000 bytes",
+    ),
     "nothing there": ((404, {}, b""), r"cannot be downloaded \(.*Not Found\)"),
-    "server in trouble": ((503, {}, b""), "cannot be downloaded")}
+    "server in trouble": ((503, {}, b""), "cannot be downloaded"),
+}
 
 
 @pytest.mark.parametrize("reply, message", FAILURES.values(), ids=list(FAILURES))
-def test_a_failed_download_says_why_and_leaves_nothing(load, tmp_path, server, archive, reply, message):
+def test_a_failed_download_says_why_and_leaves_nothing(
+    load, tmp_path, server, archive, reply, message
+):
     path = "/files/tinymnist.npz?download=1"
     good, server.replies[path] = server.replies[path], reply
     advice = "try again, name a mirror with --download_url, or put the file"
     wrong(load, rf"{server.url}/files/tinymnist.npz.*{message}.*{advice}", "tinymnist", size=28)
     assert os.listdir(tmp_path / "cache") == []
-    server.replies[path] = good                                # and the next attempt starts from nothing
+    server.replies[path] = good  # and the next attempt starts from nothing
     assert len(load("tinymnist", size=28)) == 5
 
 
@@ -696,8 +1006,13 @@ def test_no_server_listening(load, tmp_path, server, archive):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    wrong(load, rf"127\.0\.0\.1:{port}/tinymnist\.npz: cannot be downloaded \(.*refused.*\); try again", "tinymnist",
-          size=28, download_url=f"http://127.0.0.1:{port}")
+    wrong(
+        load,
+        rf"127\.0\.0\.1:{port}/tinymnist\.npz: cannot be downloaded \(.*refused.*\); try again",
+        "tinymnist",
+        size=28,
+        download_url=f"http://127.0.0.1:{port}",
+    )
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -706,8 +1021,12 @@ def test_medmnist_json_is_complete():
         sets = json.load(file)
     assert len(sets) == 12
     for name, entry in sets.items():
-        assert list(entry["files"]) == ["28", "64", "128", "224"] and set(entry["n_samples"]) == set(data.SPLITS)
-        assert entry["n_channels"] in (1, 3) and list(entry["label"]) == [str(i) for i in range(len(entry["label"]))]
+        assert list(entry["files"]) == ["28", "64", "128", "224"] and set(
+            entry["n_samples"]
+        ) == set(data.SPLITS)
+        assert entry["n_channels"] in (1, 3) and list(entry["label"]) == [
+            str(i) for i in range(len(entry["label"]))
+        ]
         for size, file in entry["files"].items():
             assert re.fullmatch("[0-9a-f]{32}", file["md5"]) and file["url"].startswith("https://")
             assert (name if size == "28" else f"{name}_{size}") + ".npz" in file["url"]
@@ -716,6 +1035,7 @@ def test_medmnist_json_is_complete():
 
 
 # ---- what a run reads, and when ----
+
 
 def order(n_images=10, batch=8, micro=1, rank=0, world=1, start=0, stop=10, seed=0, shuffle=True):
     return list(BatchOrder(n_images, batch, micro, rank, world, start, stop, seed, shuffle))
@@ -727,10 +1047,14 @@ def test_ranks_and_micro_batches_share_the_same_global_batches(world, micro):
     whole = order()
     parts = [order(micro=micro, rank=rank, world=world) for rank in range(world)]
     for part in parts:
-        assert len(part) == 10 * micro and all(len(samples) == 8 // world // micro for samples in part)
+        assert len(part) == 10 * micro and all(
+            len(samples) == 8 // world // micro for samples in part
+        )
     for iteration in range(10):
-        joined = [sample for part in parts for i in range(micro) for sample in part[iteration * micro + i]]
-        assert joined == whole[iteration]                      # in order: rank r has the r-th part
+        joined = [
+            sample for part in parts for i in range(micro) for sample in part[iteration * micro + i]
+        ]
+        assert joined == whole[iteration]  # in order: rank r has the r-th part
 
 
 @pytest.mark.parametrize("n_images, batch", [(10, 4), (10, 8), (3, 8), (1, 4), (64, 8)])
@@ -740,13 +1064,13 @@ def test_every_image_once_per_epoch(n_images, batch):
     epochs = np.array([index for _, index in samples]).reshape(batch, n_images)
     assert (np.sort(epochs, axis=1) == np.arange(n_images)).all()
     if n_images >= 10:
-        assert len({tuple(epoch) for epoch in epochs}) == batch           # each in an order of its own
+        assert len({tuple(epoch) for epoch in epochs}) == batch  # each in an order of its own
         assert order(n_images, batch, seed=1) != order(n_images, batch)
 
 
 def test_a_resumed_order_goes_on_where_it_was():
     for start in (1, 4, 9):
-        assert order(micro=2, start=start) == order(micro=2)[2 * start:]
+        assert order(micro=2, start=start) == order(micro=2)[2 * start :]
     assert len(BatchOrder(10, 8, 2, 0, 1, 4, 10, 0)) == 12
 
 
@@ -769,12 +1093,16 @@ def images():
 def batches(crops, n_images, workers=0, **settings):
     defaults = dict(micro_batches=1, rank=0, world_size=1, start=0, stop=3, seed=5)
     sampler = BatchOrder(n_images, 6, **{**defaults, **settings})
-    return list(DataLoader(crops, batch_sampler=sampler, collate_fn=crops.collate, num_workers=workers))
+    return list(
+        DataLoader(crops, batch_sampler=sampler, collate_fn=crops.collate, num_workers=workers)
+    )
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key] for key, value in a.items())
+        torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key]
+        for key, value in a.items()
+    )
 
 
 def test_batches_are_view_major(images):
@@ -782,7 +1110,12 @@ def test_batches_are_view_major(images):
     samples = [crops[n, index] for n, index in order(batch=6)[1]]
     batch = crops.collate(samples)
     assert batch["index"] == [index for _, index in order(batch=6)[1]] and batch["bad"] == []
-    assert batch["global_crops"].shape == (12, 1, 16, 16) and batch["local_crops"].shape == (24, 1, 8, 8)
+    assert batch["global_crops"].shape == (12, 1, 16, 16) and batch["local_crops"].shape == (
+        24,
+        1,
+        8,
+        8,
+    )
     assert batch["masks"].shape == (12, 16) and batch["masks"].any(dim=1).sum() == 6
     for b, sample in enumerate(samples):
         for views, name in ((2, "global"), (4, "local")):
@@ -796,10 +1129,16 @@ def test_batches_of_all_ranks_joined_are_the_batch_of_one(images, world_size, mi
     crops, split = crop_set(images), dict(world_size=world_size, micro_batches=micro_batches)
     parts = [batches(crops, 10, rank=rank, **split) for rank in range(world_size)]
     for iteration, whole in enumerate(batches(crops, 10)):
-        pieces = [piece for part in parts for piece in part[iteration * micro_batches:(iteration + 1) * micro_batches]]
+        pieces = [
+            piece
+            for part in parts
+            for piece in part[iteration * micro_batches : (iteration + 1) * micro_batches]
+        ]
         for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "masks"):
             share = 6 // len(pieces)
-            joined = torch.cat([piece[key].unflatten(0, (-1, share)) for piece in pieces], dim=1)    # [V,B,...]
+            joined = torch.cat(
+                [piece[key].unflatten(0, (-1, share)) for piece in pieces], dim=1
+            )  # [V,B,...]
             assert torch.equal(joined.flatten(0, 1), whole[key]), key
 
 
@@ -830,7 +1169,9 @@ def damaged(load, tmp_path):
 
 def test_a_bad_image_is_an_error_that_names_it(damaged):
     (batch,) = batches(crop_set(damaged), 5, stop=1)
-    assert list(batch) == ["error"] and re.search(r"[12]\.png: cannot be read as an image", batch["error"])
+    assert list(batch) == ["error"] and re.search(
+        r"[12]\.png: cannot be read as an image", batch["error"]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -853,6 +1194,7 @@ def test_a_folder_of_bad_images_ends(load, tmp_path):
 
 # ---- intensities ----
 
+
 def test_intensities_of_eight_bit():
     array = pixels(20, 8, 9, 3) // np.array([1, 2, 4], np.uint8)
     value_range, mean, std = measure_intensities(Dataset(array))
@@ -863,27 +1205,35 @@ def test_intensities_of_eight_bit():
 
 def test_intensities_of_hounsfield_units():
     array = np.random.default_rng(0).normal(100, 200, (40, 32, 32)).astype(np.int16)
-    array[0, 0, :2] = -30000, 30000                            # two dead pixels do not decide the range
+    array[0, 0, :2] = -30000, 30000  # two dead pixels do not decide the range
     (low, high), mean, std = measure_intensities(Dataset(array))
-    assert (low, high) == pytest.approx((100 - 2.576 * 200, 100 + 2.576 * 200), abs=25) and low == round(low)
+    assert (low, high) == pytest.approx(
+        (100 - 2.576 * 200, 100 + 2.576 * 200), abs=25
+    ) and low == round(low)
     unit = (array.clip(low, high) - low) / (high - low)
-    assert mean == pytest.approx((unit.mean(),), abs=1e-4) and std == pytest.approx((unit.std(),), abs=1e-4)
+    assert mean == pytest.approx((unit.mean(),), abs=1e-4) and std == pytest.approx(
+        (unit.std(),), abs=1e-4
+    )
 
 
 def test_intensities_of_a_given_range_and_of_floats():
     array = np.random.default_rng(0).uniform(0, 2, (10, 16, 16)).astype(np.float32)
     value_range, mean, std = measure_intensities(Dataset(array), (0.0, 1.0))
-    unit = array.clip(0, 1)                                    # half of the pixels are clipped to 1
+    unit = array.clip(0, 1)  # half of the pixels are clipped to 1
     assert value_range == (0.0, 1.0)
-    assert mean == pytest.approx((unit.mean(),), abs=1e-4) and std == pytest.approx((unit.std(),), abs=1e-4)
+    assert mean == pytest.approx((unit.mean(),), abs=1e-4) and std == pytest.approx(
+        (unit.std(),), abs=1e-4
+    )
     (low, high), _, _ = measure_intensities(Dataset(array))
-    assert 0.005 < low < 0.015 and 1.985 < high < 1.995        # percentiles 0.5 and 99.5, not rounded to whole numbers
+    assert (
+        0.005 < low < 0.015 and 1.985 < high < 1.995
+    )  # percentiles 0.5 and 99.5, not rounded to whole numbers
 
 
 @pytest.mark.parametrize("value", [0, -1000])
 def test_intensities_of_nothing_but_air(value):
     (low, high), mean, std = measure_intensities(Dataset(np.full((3, 8, 8), value, np.int16)))
-    assert high > low and std[0] > 0 and 0 <= mean[0] <= 1     # nothing is divided by zero
+    assert high > low and std[0] > 0 and 0 <= mean[0] <= 1  # nothing is divided by zero
 
 
 def test_intensities_are_measured_on_a_seeded_sample():
@@ -895,7 +1245,9 @@ def test_intensities_are_measured_on_a_seeded_sample():
 def test_intensities_name_or_leave_out_bad_images(damaged):
     with pytest.raises(UserError, match=r"1\.png: cannot be read"):
         measure_intensities(damaged)
-    assert measure_intensities(damaged, on_bad_image="skip")[1] == pytest.approx((70 / 3 / 255,), abs=1e-4)
+    assert measure_intensities(damaged, on_bad_image="skip")[1] == pytest.approx(
+        (70 / 3 / 255,), abs=1e-4
+    )
 
 
 def test_an_empty_split_of_a_folder_is_said(load, tmp_path):

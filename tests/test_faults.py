@@ -1,4 +1,5 @@
-"""What a machine does to a run: kills at any moment, a damaged checkpoint, a full disk, a rank that dies."""
+"""What a machine does to a run: kills at any moment, a damaged checkpoint, a full disk, a rank that
+dies."""
 import functools
 import os
 import random
@@ -14,10 +15,10 @@ import torch
 
 from checkpoint import export_hf, link_state, load_state, save_state, saved_states
 from configurator import UserError, one_line_errors
-from test_train import SHRUNK, assert_same, log, losses, npz, run, state  # noqa: F401
-from tests_support import ROOT
+from tests_support import ROOT, SHRUNK, assert_same, log, losses, run, state
 
-QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2", "--local_crops_number=0"]
+QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "--image_std=0.25",
+         "--model_type=dinov2", "--local_crops_number=0"]
 
 
 def in_fork(function):
@@ -41,83 +42,110 @@ def kill(pid):
 
 # ---- kill -9 ----
 
-def test_killed_at_random_moments_until_it_is_done(tmp_path, npz):  # noqa: F811
-    """A run that saves in every iteration is killed again and again, goes on with auto, and ends bit for bit where an
-    undisturbed one ends, log included. After every kill whatever is called a checkpoint can be read."""
-    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK, "--max_iterations=16"]
-    out, draw, kills, seen, pace = str(tmp_path / "killed"), random.Random(0), 0, -1, 0.05
+def test_killed_at_random_moments_until_it_is_done(tmp_path, npz):
+    """A run that saves in every iteration is killed again and again and goes on with auto. It ends
+    bit for bit as an undisturbed one ends, log included. After every kill all of its checkpoints
+    can be read."""
+    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK,
+             "--max_iterations=16"]
+    out, undisturbed = str(tmp_path / "killed"), str(tmp_path / "whole")
+    draw, kills, seen, pace = random.Random(0), 0, -1, 0.05
     last = f"{out}/checkpoints/last/state.pt"
 
     def written():
         return os.path.exists(last) and os.stat(last).st_ino
-    whole = run(str(tmp_path / "whole"), *extra, "--saveckp_freq=16")
+
+    def train_on():
+        run(out, *extra, "--saveckp_freq=1", "--resume_from=auto")
+
+    whole = run(undisturbed, *extra, "--saveckp_freq=16")
     while seen < 16:
-        pid = in_fork(lambda: run(out, *extra, "--saveckp_freq=1", "--resume_from=auto") and 0)
-        ended, saves = functools.partial(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), [time.time()]
-        before, wanted, until = written(), draw.randint(1, 2), time.time() + 60
+        pid = in_fork(train_on)
+        ended = functools.partial(os.waitid, os.P_PID, pid,
+                                  os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        saves, before = [time.time()], written()
+        wanted, until = draw.randint(1, 2), time.time() + 60
         while time.time() < until and len(saves) <= wanted and not ended():
             if written() != before:
-                before, saves = written(), [*saves, time.time()]
+                before = written()
+                saves.append(time.time())
             time.sleep(0.001)
         pace = saves[-1] - saves[-2] if len(saves) > 2 else pace
-        time.sleep(draw.uniform(0, pace))                      # up to the next save, about
+        time.sleep(draw.uniform(0, pace))  # up to the next save, about
         kill(pid)
         kills += 1
         for path in saved_states(out):
             load_state(path)
         assert load_state(out)["iteration"] > seen
         seen = load_state(out)["iteration"]
-    a, b = state(str(tmp_path / "whole")), state(out)
-    for key in ("student", "teacher", "optimizer", "centers"):
+    a, b = state(undisturbed), state(out)
+    for key in ("student", "ema", "optimizer", "centers"):
         assert_same(a[key], b[key])
-    assert [record["iteration"] for record in log(out)] == list(range(17)) and torch.equal(losses(log(out)), losses(whole))
+    assert [record["iteration"] for record in log(out)] == list(range(17))
+    assert torch.equal(losses(log(out)), losses(whole))
     assert kills >= 4, kills
 
 
+def state_of(value, size):
+    """A state that says `value` everywhere; 4 bytes per number."""
+    weights = {"w": torch.full((size,), float(value))}
+    return dict(iteration=value, config={}, student=weights)
+
+
 def test_killed_while_saving(tmp_path):
-    """A process that does nothing but save is killed 40 times: the state is always one of its own, whole."""
+    """A process that does nothing but save is killed 40 times: the state is always one of its own,
+    whole."""
+    root, last = str(tmp_path), str(tmp_path / "checkpoints" / "last")
+
     def save_for_ever():
-        value = load_state(str(tmp_path))["iteration"] if saved_states(str(tmp_path)) else 0
+        value = load_state(root)["iteration"] if saved_states(root) else 0
         while True:
             value += 1
-            save_state(last, dict(iteration=value, config={}, student={"w": torch.full((300_000,), float(value))}))
+            save_state(last, state_of(value, 300_000))
             link_state(last, str(tmp_path / "checkpoints" / "best"))
-    last, draw, seen, parts = str(tmp_path / "checkpoints" / "last"), random.Random(1), 0, 0
+
+    draw, seen, parts = random.Random(1), 0, 0
     for _ in range(40):
         pid = in_fork(save_for_ever)
         time.sleep(0.02 + draw.uniform(0, 0.08))
         kill(pid)
         parts += os.path.exists(f"{last}/state.pt.part")
-        for path in saved_states(str(tmp_path)):
+        for path in saved_states(root):
             found = load_state(path)
-            assert torch.equal(found["student"]["w"], torch.full((300_000,), float(found["iteration"])))
-        if saved_states(str(tmp_path)):
-            found = load_state(str(tmp_path))["iteration"]
-            assert found >= seen
-            seen = found
-    assert seen >= 5 and parts >= 3                           # it did save, and was hit on the way
+            expected = state_of(found["iteration"], 300_000)
+            assert torch.equal(found["student"]["w"], expected["student"]["w"])
+        if saved_states(root):
+            iteration = load_state(root)["iteration"]
+            assert iteration >= seen
+            seen = iteration
+    assert seen >= 5 and parts >= 3  # it did save, and was hit on the way
 
 
 # ---- a damaged checkpoint ----
 
-def test_a_truncated_last_falls_back_and_says_so(tmp_path, npz, capsys):  # noqa: F811
-    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK, "--max_iterations=5", "--saveckp_freq=2"]
-    whole, out = run(str(tmp_path / "run"), *extra), str(tmp_path / "run")
+def test_a_truncated_last_falls_back_and_says_so(tmp_path, npz, capsys):
+    extra = [f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", *QUICK,
+             "--max_iterations=5", "--saveckp_freq=2"]
+    out = str(tmp_path / "run")
+    whole = run(out, *extra)
     before, last = state(out), f"{out}/checkpoints/last/state.pt"
-    with open(last, "r+b") as file:                            # the link that best has, if any, is the same content
+    with open(last, "r+b") as file:  # the link that best has, if any, is the same content
         file.truncate(os.path.getsize(last) - 1000)
     with pytest.raises(UserError, match=r"resume_from='.*checkpoints/last': .*state.pt is damaged"):
-        load_state(f"{out}/checkpoints/last")                  # asked for by name
+        load_state(f"{out}/checkpoints/last")  # asked for by name
     capsys.readouterr()
     again = run(out, *extra, "--resume_from=auto")
     said = capsys.readouterr().out
     assert "!!!! " + last + " is damaged or no checkpoint of ours" in said
-    assert "Going on from the checkpoint before it, of iteration 4" in said and torch.equal(losses(again), losses(whole))
+    assert "Going on from the checkpoint before it, of iteration 4" in said
+    assert torch.equal(losses(again), losses(whole))
     assert_same(state(out)["student"], before["student"])
     os.remove(last)
-    assert load_state(out)["iteration"] == max(load_state(path)["iteration"] for path in saved_states(out))
+    newest = max(load_state(path)["iteration"] for path in saved_states(out))
+    assert load_state(out)["iteration"] == newest
     for path in saved_states(out):
-        open(path, "wb").write(b"not a checkpoint")
+        with open(path, "wb") as file:
+            file.write(b"not a checkpoint")
     with pytest.raises(UserError, match="nor can the others there be read: move the folder away"):
         run(out, *extra, "--resume_from=auto")
 
@@ -133,24 +161,27 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 8 MB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+    disk = str(tmp_path / "disk")
+    os.mkdir(disk)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a tmpfs here")
-    yield str(disk)
-    subprocess.run(["umount", "-l", str(disk)])
+    yield disk
+    subprocess.run(["umount", "-l", disk])
 
 
 def big_state(iteration):
-    return dict(iteration=iteration, config={}, student={"w": torch.full((800_000,), float(iteration))})    # 3.2 MB
+    """A state of 3.2 MB."""
+    return state_of(iteration, 800_000)
 
 
 def test_a_disk_that_is_full(small_disk):
     last, keep = f"{small_disk}/checkpoints/last", f"{small_disk}/checkpoints/0000001"
     save_state(last, big_state(1))
     link_state(last, keep)
-    save_state(last, big_state(2))                             # 6.4 of 8 MB
-    with pytest.raises(UserError, match=r"last/state.pt.part cannot be written: .*make space, then"):
+    save_state(last, big_state(2))  # 6.4 of 8 MB
+    problem = r"last/state.pt.part cannot be written: .*make space, then"
+    with pytest.raises(UserError, match=problem):
         save_state(last, big_state(3))
     assert load_state(small_disk)["iteration"] == 2 and os.listdir(last) == ["state.pt"]
     shutil.rmtree(keep)
@@ -159,50 +190,67 @@ def test_a_disk_that_is_full(small_disk):
 
 
 def test_a_disk_that_takes_only_part_of_a_file(tmp_path, tiny_backbone):
-    """The kernel itself refuses in the middle, by a limit on the size of files: for state and export."""
+    """The kernel itself refuses in the middle, by a limit on the size of files: for state and
+    export."""
     save_state(str(tmp_path), big_state(1))
     backbone = tiny_backbone("vit")
     backbone.embeddings.register_parameter("large", torch.nn.Parameter(torch.zeros(800_000)))
 
+    def write_state():
+        save_state(str(tmp_path), big_state(2))
+
+    def write_export():
+        export_hf(str(tmp_path / "hf"), backbone, 32, (0, 1), (0.5,), (0.2,), "card")
+
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-        for write in (lambda: save_state(str(tmp_path), big_state(2)),
-                      lambda: export_hf(str(tmp_path / "hf"), backbone, 32, (0, 1), (0.5,), (0.2,), "card")):
+        for write in (write_state, write_export):
             with pytest.raises(UserError, match=r"\.part cannot be written: .*make space, then"):
                 write()
         return 7
-    assert os.waitstatus_to_exitcode(os.waitpid(in_fork(limited), 0)[1]) == 7
+
+    _, status = os.waitpid(in_fork(limited), 0)
+    assert os.waitstatus_to_exitcode(status) == 7
     assert load_state(str(tmp_path))["iteration"] == 1 and os.listdir(tmp_path) == ["state.pt"]
 
 
-def test_a_full_disk_under_the_log_is_one_line(capsys):
+def test_a_full_disk_under_the_log_is_one_line():
     with pytest.raises(SystemExit) as error:
         with one_line_errors():
             with open("/dev/full", "w") as file:
                 file.write("a line")
-    assert str(error.value).startswith("error: No space left on device: a log file cannot be written")
+    expected = "error: No space left on device: a log file cannot be written"
+    assert str(error.value).startswith(expected)
 
 
 # ---- a rank that dies ----
 
 def rank_1_below(pid):
     """The pid of the worker with RANK=1 among the children of torchrun."""
-    for child in open(f"/proc/{pid}/task/{pid}/children").read().split():
-        if "\0RANK=1\0" in open(f"/proc/{child}/environ").read():
-            return int(child)
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = file.read().split()
+    for child in children:
+        with open(f"/proc/{child}/environ") as file:
+            if "\0RANK=1\0" in file.read():
+                return int(child)
 
 
-def test_a_rank_that_dies_takes_the_others_down(tmp_path, npz):  # noqa: F811
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SHRUNK, *QUICK, f"--dataset_path={npz}",
-               f"--cache_dir={tmp_path}/cache", f"--out_dir={tmp_path}/run", "--distribution=fsdp", "--max_iterations=100000", "--saveckp_freq=1000"]
-    torchrun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+def test_a_rank_that_dies_takes_the_others_down(tmp_path, npz):
+    out = str(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "train.py", *SHRUNK, *QUICK, f"--dataset_path={npz}",
+               f"--cache_dir={tmp_path}/cache", f"--out_dir={out}", "--distribution=fsdp",
+               "--max_iterations=100000", "--saveckp_freq=1000"]
+    torchrun = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
     try:
-        while not (os.path.exists(tmp_path / "run/log.jsonl") and len(log(str(tmp_path / "run"))) > 3):
+        while not os.path.exists(f"{out}/log.jsonl") or len(log(out)) <= 3:
             time.sleep(0.1)
         os.kill(rank_1_below(torchrun.pid), signal.SIGKILL)
         said = torchrun.communicate(timeout=60)[0]
     finally:
         torchrun.kill()
     assert torchrun.returncode == 1 and "exitcode  : -9" in said
-    assert "error: rank 0 has lost contact with another rank" in said and "[rank0]" not in said        # no page of traceback
+    assert "error: rank 0 has lost contact with another rank" in said
+    assert "[rank0]" not in said  # no page of traceback

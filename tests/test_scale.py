@@ -1,5 +1,6 @@
-"""One switch: train.py alone, under DDP and under FSDP has the same losses, weights and exports; checkpoints go from any
-to any; what goes wrong on one rank stops all of them. Ranks are forks that talk over gloo.
+"""One switch: train.py alone, under DDP and under FSDP has the same losses, weights and exports.
+Checkpoints go from any to any. What goes wrong on one rank stops all of them. Ranks are forks that
+talk over gloo.
 
 KoLeo is off throughout: it looks for neighbours on its own rank, by definition.
 """
@@ -17,50 +18,64 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
+import dino
 import distributed
 from checkpoint import load_state
 from configurator import UserError, override
-from test_train import SHRUNK, assert_same, load_train, log, losses, npz, state  # noqa: F401
-from tests_support import ROOT
+from tests_support import ROOT, SHRUNK, assert_same, load_train, log, losses, state
 
-COMMON = [*SHRUNK, "--koleo_loss_weight=0", "--saveckp_freq=8", "--eval_interval=10", "--eval_max_images=12", "--generate_samples=false", "--warmup_iterations=2", "--freeze_last_layer=5",
-          "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2", "--drop_path_rate=0", "--lora_dropout=0"]
-# everything at once, three times: what one leaves out, another has
-MODES = {
-    "centering": ["config/dinov2.py", "--centering=centering", "--gradient_accumulation_steps=2", "--activation_checkpointing=true",
-                  "--clip_grad_by=parameter", "--clip_grad=0.05", "--freeze_last_layer_by=grad", "--dino_head_norm_last_layer=false",
-                  "--freeze_backbone_layers=1", "--freeze_backbone_until=12", "--freeze_backbone_iterations=4", "--max_iterations=20"],
-    "sinkhorn": ["config/dinov3.py", "--model_type=dinov3_vit", "--gradient_accumulation_steps=1", "--pos_embed_rescale=0", "--clip_grad_by=module",
-                 "--clip_grad=0.05", "--gram_loss_weight=1", "--gram_teacher=start", "--gram_crops_size=48", "--label_guided_crops_number=2",
-                 "--label_guided_loss_weight=1", "--max_iterations=12"],
-    "lora": ["config/dinov1.py", "--use_lora=true", "--freeze_backbone_layers=1", "--num_hidden_layers=3", "--gram_loss_weight=1",
-             "--gram_teacher=snapshot", "--gram_refresh_iterations=7", "--freeze_backbone_iterations=3", "--max_iterations=12"]}
+COMMON = [
+    *SHRUNK, "--koleo_loss_weight=0", "--saveckp_freq=8", "--eval_interval=10",
+    "--eval_max_images=12", "--generate_samples=false", "--warmup_iterations=2",
+    "--freeze_last_layer=5", "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2",
+    "--drop_path_rate=0", "--lora_dropout=0"]
+MODES = {  # everything at once, three times: what one leaves out, another has
+    "centering": [
+        "config/dinov2.py", "--centering=centering", "--gradient_accumulation_steps=2",
+        "--activation_checkpointing=true", "--clip_grad_by=parameter", "--clip_grad=0.05",
+        "--freeze_last_layer_by=grad", "--dino_head_norm_last_layer=false",
+        "--freeze_backbone_layers=1", "--freeze_backbone_until=12",
+        "--freeze_backbone_iterations=4", "--max_iterations=20"],
+    "sinkhorn": [
+        "config/dinov3.py", "--model_type=dinov3_vit", "--gradient_accumulation_steps=1",
+        "--pos_embed_rescale=0", "--clip_grad_by=module", "--clip_grad=0.05",
+        "--gram_loss_weight=1", "--gram_teacher=start", "--gram_crops_size=48",
+        "--label_guided_crops_number=2", "--label_guided_loss_weight=1", "--max_iterations=12"],
+    "lora": [
+        "config/dinov1.py", "--use_lora=true", "--freeze_backbone_layers=1",
+        "--num_hidden_layers=3", "--gram_loss_weight=1", "--gram_teacher=snapshot",
+        "--gram_refresh_iterations=7", "--freeze_backbone_iterations=3", "--max_iterations=12"]}
+ITERATIONS = dict(centering=20, sinkhorn=12, lora=12)
 
 
 def worker(rank, world, port, jobs):
-    """One rank: train.py once for every job in one process group. What it says goes to {out}-{rank}.txt."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """One rank: train.py once for every job, in one process group. It prints to {out}-{rank}.txt.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for out, argv, change in jobs:
         module = load_train()
-        module.cleanup = distributed.barrier                  # the next job goes on in the same group
+        module.cleanup = distributed.barrier  # the next job goes on in the same group
         files = [os.path.join(ROOT, name) for name in argv if name.endswith(".py")]
         flags = [flag for flag in argv if flag.startswith("--")]
+        argv = [*files, *COMMON, *flags, f"--out_dir={out}"]
         with open(f"{out}-{rank}.txt", "a") as file, contextlib.redirect_stdout(file):
             try:
                 with change(rank, module) if change else contextlib.nullcontext():
-                    module.main(override(vars(module), module.config_keys, [*files, *COMMON, *flags, f"--out_dir={out}"]))
+                    module.main(override(vars(module), module.config_keys, argv))
             except UserError as error:
                 print(f"error: {error}")
     distributed.cleanup()
 
 
 def train(world, *jobs):
-    """train.py on `world` forks of this process, once for every job (folder, arguments, change of the module or None)."""
+    """Run train.py on `world` forks of this process, once for every job: (folder, arguments, change
+    of the module or None)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, args=(world, port, jobs), nprocs=world, start_method="fork")
+    torch.multiprocessing.start_processes(worker, args=(world, port, jobs), nprocs=world,
+                                          start_method="fork")
 
 
 @contextlib.contextmanager
@@ -79,7 +94,8 @@ def calls(owner, name, instead):
 
 
 def stop_after(iteration, on=1):
-    """A change: rank `on`, and no other, gets a SIGTERM in that iteration, as from a queue that wants its machine back."""
+    """A change: rank `on`, and no other, gets a SIGTERM in that iteration. A queue that wants its
+    machine back sends it."""
     def update(original, n, *args):
         original(*args)
         if n == iteration and distributed.rank() == on:
@@ -88,14 +104,17 @@ def stop_after(iteration, on=1):
 
 
 def nan_on_one_rank(rank, module):
+    """A change: the third loss of rank 1 is not a number."""
     def losses_of(original, n, *args):
         total, terms = original(*args)
-        return (total * float("nan"), terms) if n == 3 and rank == 1 else (total, terms)
-    return calls(module, "compute_losses", losses_of)
+        if n == 3 and rank == 1:
+            total = total * float("nan")
+        return total, terms
+    return calls(dino, "compute_losses", losses_of)
 
 
 def full_disk(rank, module):
-    """The third checkpoint (the first is that of iteration 0) stops halfway."""
+    """A change: the third checkpoint (the first is that of iteration 0) stops halfway."""
     def save(original, n, what, path):
         original(what, path)
         if n == 3:
@@ -104,85 +123,121 @@ def full_disk(rank, module):
     return calls(torch, "save", save)
 
 
+def count_local(tensors):
+    """How many numbers of these tensors this rank holds."""
+    return sum(distributed.local_shard(tensor.detach()).numel() for tensor in tensors)
+
+
 def weigh(rank, module):
-    """A change: how many numbers this rank holds in weights as built, and after the second step in weights, gradients,
-    EMA and moments."""
+    """A change: print how many numbers this rank holds in weights as built and, after the second
+    step, in weights, gradients, EMA and moments."""
     def update(original, n, teacher, student, momentum):
         original(teacher, student, momentum)
         if n == 2:
-            moments = [entry[key] for entry in found["optimizer"].state.values() for key in ("exp_avg", "exp_avg_sq")]
-            parts = dict(weights=student.parameters(), ema=teacher.values.values(), moments=moments)
-            numbers = {name: sum(distributed.local(tensor.detach()).numel() for tensor in part) for name, part in parts.items()}
-            print("HELD", json.dumps(dict(numbers, gradients=found["gradients"], built=found["built"])))
+            moments = []
+            for entry in found["optimizer"].state.values():
+                moments += [entry["exp_avg"], entry["exp_avg_sq"]]
+            numbers = dict(weights=count_local(student.parameters()),
+                           ema=count_local(teacher.values.values()), moments=count_local(moments),
+                           gradients=found["gradients"], built=found["built"])
+            print("HELD", json.dumps(numbers))
 
     def clip(original, n, student, *args):
-        found["gradients"] = sum(distributed.local(param.grad).numel() for param in student.parameters() if param.grad is not None)
+        grads = [param.grad for param in student.parameters() if param.grad is not None]
+        found["gradients"] = count_local(grads)
         return original(student, *args)
 
     def move_or_shard(original, n, student, *args):
         found["built"] = sum(param.numel() for param in student.parameters() if not param.is_meta)
         return original(student, *args)
 
-    def groups(original, n, *args, **kwargs):
+    def adamw(original, n, *args, **kwargs):
         found["optimizer"] = original(*args, **kwargs)
         return found["optimizer"]
     found, stack = {}, contextlib.ExitStack()
-    for owner, name, instead in ((module.EMATeacher, "update", update), (module, "clip_gradients", clip), (torch.optim, "AdamW", groups),
-                                 (module, "place", place)):
+    for owner, name, instead in ((module.EMATeacher, "update", update),
+                                 (dino, "clip_gradients", clip), (torch.optim, "AdamW", adamw),
+                                 (module, "move_or_shard", move_or_shard)):
         stack.enter_context(calls(owner, name, instead))
     return stack
 
 
-FAULTS = {"nan": (nan_on_one_rank, ["--saveckp_freq=1"]), "full disk": (full_disk, ["--saveckp_freq=1"]),
-          "bad image": (None, ["--dataset_path={images}"]), "skipped": (None, ["--dataset_path={images}", "--on_bad_image=skip"])}
+FAULTS = {"nan": (nan_on_one_rank, ["--saveckp_freq=1"]),
+          "full disk": (full_disk, ["--saveckp_freq=1"]),
+          "bad image": (None, ["--dataset_path={images}"]),
+          "skipped": (None, ["--dataset_path={images}", "--on_bad_image=skip"])}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, npz):  # noqa: F811
-    """A function (mode, ranks, distribution, ...) -> the folder of that run; all are trained at once."""
+def trained(tmp_path_factory, npz):
+    """A function (mode, ranks, distribution, ...) -> the folder of that run; all are trained at
+    once."""
     root = tmp_path_factory.mktemp("scale")
 
     def folder(*names):
         return f"{root}/{'-'.join(map(str, names))}"
 
     def job(mode, *names, more=(), change=None):
-        distribution = "none" if names[0] == 1 else next(name for name in names if name in ("ddp", "fsdp"))
-        return folder(mode, *names), [*MODES[mode], f"--dataset_path={npz}", f"--cache_dir={root}/cache",
-                                      f"--distribution={distribution}", *more], change
+        distribution = "none"
+        if names[0] > 1:
+            distribution = next(name for name in names if name in ("ddp", "fsdp"))
+        argv = [*MODES[mode], f"--dataset_path={npz}", f"--cache_dir={root}/cache",
+                f"--distribution={distribution}", *more]
+        return folder(mode, *names), argv, change
+
+    def resume(*names, checkpoint="/checkpoints/0000008"):
+        return f"--resume_from={folder(*names)}{checkpoint}"
+
     train(1, *(job(mode, 1, "none", change=weigh) for mode in MODES))
-    two = [job(mode, 2, how, change=weigh) for mode in MODES for how in ("ddp", "fsdp")]
-    two += [job("centering", 2, "ddp", "resumed", more=[f"--resume_from={folder('centering', 2, 'ddp')}/checkpoints/0000008", "--num_workers=1"]),
-            job("centering", 2, "fsdp", "resumed", more=["--num_workers=1"], change=stop_after(8)),    # in the middle of an epoch, of 5 iterations
-            job("centering", 2, "fsdp", "resumed", more=[f"--resume_from={folder('centering', 2, 'fsdp', 'resumed')}"])]
+    two = []
+    for mode in MODES:
+        two += [job(mode, 2, how, change=weigh) for how in ("ddp", "fsdp")]
+    stopped = ("centering", 2, "fsdp", "resumed")  # in the middle of an epoch, of 5 iterations
+    two += [job("centering", 2, "ddp", "resumed",
+                more=[resume("centering", 2, "ddp"), "--num_workers=1"]),
+            job(*stopped, more=["--num_workers=1"], change=stop_after(8)),
+            job(*stopped, more=[resume(*stopped, checkpoint="")])]
     os.mkdir(f"{root}/images")
     for i in range(8):
         Image.fromarray(np.full((40, 40), 20 * i, np.uint8)).save(f"{root}/images/{i}.png")
-    open(f"{root}/images/5.png", "wb").write(b"not a picture")
-    two += [(folder("fault", name), ["--distribution=fsdp", f"--dataset_path={npz}", "--max_iterations=3", "--intensity_range=0,255",
-                                     *(flag.format(images=f"{root}/images") for flag in flags)], change)
-            for name, (change, flags) in FAULTS.items()]
-    two.append(job("lora", 2, "fsdp", "from 1", more=[f"--resume_from={folder('lora', 1, 'none')}/checkpoints/0000008"]))
+    with open(f"{root}/images/5.png", "wb") as file:
+        file.write(b"not a picture")
+    for name, (change, flags) in FAULTS.items():
+        flags = [flag.format(images=f"{root}/images") for flag in flags]
+        argv = ["--distribution=fsdp", f"--dataset_path={npz}", "--max_iterations=3",
+                "--intensity_range=0,255", *flags]
+        two.append((folder("fault", name), argv, change))
+    two.append(job("lora", 2, "fsdp", "from 1", more=[resume("lora", 1, "none")]))
     train(2, *two)
-    train(1, job("lora", 1, "from fsdp", more=[f"--resume_from={folder('lora', 2, 'fsdp')}/checkpoints/0000008"]))
+    train(1, job("lora", 1, "from fsdp", more=[resume("lora", 2, "fsdp")]))
     return folder
 
 
 def assert_close_runs(ours, expected):
-    """The same losses to 1e-5 and gradient norms to 1e-4, iteration by iteration; the same k-NN."""
-    theirs = {record["iteration"]: record for record in log(expected)}
+    """The same losses to 1e-5 and gradient norms to 1e-4, iteration by iteration, and the same
+    k-NN. Returns how many iterations were compared."""
+    by_iteration = {record["iteration"]: record for record in log(expected)}
     records = [record for record in log(ours) if "loss" in record]
-    a, b = losses([theirs[record["iteration"]] for record in records]), losses(records)
+    theirs = [by_iteration[record["iteration"]] for record in records]
+    a, b = losses(theirs), losses(records)
     assert ((a - b).abs() <= 1e-5 * a.abs() + 1e-9).all(), ((a - b).abs() / a.abs()).max()
-    for record in records:
-        assert record["grad_norm"] == pytest.approx(theirs[record["iteration"]]["grad_norm"], rel=1e-4)
-        assert record.get("knn_accuracy") == theirs[record["iteration"]].get("knn_accuracy")
+    for record, their in zip(records, theirs):
+        assert record["grad_norm"] == pytest.approx(their["grad_norm"], rel=1e-4)
+        assert record.get("knn_accuracy") == their.get("knn_accuracy")
     return len(records)
 
 
 def exported(folder, name="best"):
     """The tensors of an exported teacher, and its HF config."""
     hf = f"{folder}/checkpoints/{name}/hf"
-    return load_file(f"{hf}/model.safetensors"), json.load(open(f"{hf}/config.json"))
+    with open(f"{hf}/config.json") as file:
+        return load_file(f"{hf}/model.safetensors"), json.load(file)
+
+
+def printed(folder, rank):
+    """What a rank printed in all of its runs in this folder."""
+    with open(f"{folder}-{rank}.txt") as file:
+        return file.read()
 
 
 both = pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -191,100 +246,125 @@ both = pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("mode", MODES)
 @both
 def test_two_processes_equal_one(trained, mode, how):
-    assert assert_close_runs(trained(mode, 2, how), trained(mode, 1, "none")) == (20 if mode == "centering" else 12)
+    compared = assert_close_runs(trained(mode, 2, how), trained(mode, 1, "none"))
+    assert compared == ITERATIONS[mode]
 
 
-def test_four_processes_equal_one(trained, npz, tmp_path):  # noqa: F811
+def test_four_processes_equal_one(trained, npz, tmp_path):
     """And a signal to the last of them stops all."""
     out = f"{tmp_path}/four"
-    train(4, (out, [*MODES["sinkhorn"], f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache", "--distribution=fsdp"], stop_after(3, on=3)))
+    argv = [*MODES["sinkhorn"], f"--dataset_path={npz}", f"--cache_dir={tmp_path}/cache",
+            "--distribution=fsdp"]
+    train(4, (out, argv, stop_after(3, on=3)))
     assert assert_close_runs(out, trained("sinkhorn", 1, "none")) == 3
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fsdp_shards_all_that_training_holds(trained, mode):
-    """Rank 0 alone builds all weights. Then half of the weights, gradients, moments and EMA values are on each of two
-    ranks; the shares add up to the whole."""
+    """Rank 0 alone builds all weights. Then each of two ranks holds half of the weights, gradients,
+    moments and EMA values; the shares add up to the whole."""
     def held(rank, *names):
-        text = open(f"{trained(mode, *names)}-{rank}.txt").read()
+        text = printed(trained(mode, *names), rank)
         return json.loads(text.split("HELD ")[1].splitlines()[0])
-    alone, ddp, shares = held(0, 1, "none"), held(1, 2, "ddp"), [held(rank, 2, "fsdp") for rank in (0, 1)]
-    assert alone == ddp and 2 * alone["ema"] >= alone["moments"] > 0 and alone["weights"] > 0
+    alone, ddp = held(0, 1, "none"), held(1, 2, "ddp")
+    shares = [held(rank, 2, "fsdp") for rank in (0, 1)]
+    assert alone == ddp
+    assert 2 * alone["ema"] >= alone["moments"] > 0 and alone["weights"] > 0
     built = [numbers.pop("built") for numbers in (ddp, *shares, alone)]
     assert built == [alone["weights"], alone["weights"], 0, alone["weights"]]
     for part, whole in alone.items():
-        assert shares[0][part] + shares[1][part] == whole and abs(shares[0][part] / whole - 0.5) < 0.1, part
+        first, second = (share[part] for share in shares)
+        assert first + second == whole, part
+        assert abs(first / whole - 0.5) < 0.1, part
 
 
 @pytest.mark.parametrize("mode", MODES)
 @both
 def test_checkpoint_and_export_are_whole(trained, mode, how):
-    """The same names, shapes and, to rounding, values as one process alone writes, moments and anchors included."""
+    """They have the names, shapes and, to rounding, values that one process alone writes, moments
+    and anchors included."""
+    def assert_close(value, expected, name):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=2e-5, msg=name)
+
+    def shapes(moments):
+        return {name: value.shape for name, value in moments.items()}
+
     ours, alone = state(trained(mode, 2, how)), state(trained(mode, 1, "none"))
-    for key in ("student", "teacher", "anchor"):
+    for key in ("student", "ema", "anchor"):
         assert (ours[key] or {}).keys() == (alone[key] or {}).keys()
         for name, value in (ours[key] or {}).items():
-            torch.testing.assert_close(value, alone[key][name], rtol=1e-3, atol=2e-5, msg=f"{key} {name}")
-    for index, entry in alone["optimizer"]["state"].items():
-        assert {name: value.shape for name, value in entry.items()} == \
-            {name: value.shape for name, value in ours["optimizer"]["state"][index].items()}
-        assert entry["step"] == ours["optimizer"]["state"][index]["step"]
-    (weights, config), (expected, expected_config) = exported(trained(mode, 2, how)), exported(trained(mode, 1, "none"))
-    assert config == expected_config and weights.keys() == expected.keys() and len(weights) > 20
+            assert_close(value, alone[key][name], f"{key} {name}")
+    for index, expected in alone["optimizer"]["state"].items():
+        moments = ours["optimizer"]["state"][index]
+        assert shapes(expected) == shapes(moments)
+        assert expected["step"] == moments["step"]
+    weights, config = exported(trained(mode, 2, how))
+    expected_weights, expected_config = exported(trained(mode, 1, "none"))
+    assert config == expected_config
+    assert weights.keys() == expected_weights.keys() and len(weights) > 20
     for name, value in weights.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+        assert_close(value, expected_weights[name], name)
 
 
 def test_saved_under_fsdp_on_two_goes_on_alone_and_back(trained):
     for there in ((1, "from fsdp"), (2, "fsdp", "from 1")):
         assert assert_close_runs(trained("lora", *there), trained("lora", 1, "none")) == 4
-    assert "changed since: distribution: 'fsdp' -> 'none'" in open(trained("lora", 1, "from fsdp") + "-0.txt").read()
+    text = printed(trained("lora", 1, "from fsdp"), 0)
+    assert "changed since: distribution: 'fsdp' -> 'none'" in text
 
 
 @both
 def test_resuming_is_exact(trained, how):
-    """In the middle of an epoch, with a worker, accumulation and layers that thaw later: the same bits."""
+    """The same bits, resumed in the middle of an epoch, with a worker, accumulation and layers that
+    thaw later."""
     resumed, whole = trained("centering", 2, how, "resumed"), trained("centering", 2, how)
     assert_same(state(resumed), state(whole) | dict(config=state(resumed)["config"]))
     assert_same(exported(resumed, "last")[0], exported(whole, "last")[0])
     parts = [record for record in log(resumed) if "loss" in record]
-    assert torch.equal(losses(parts), losses(log(whole))[-len(parts):]) and len(parts) == (20 if how == "fsdp" else 12)
+    assert torch.equal(losses(parts), losses(log(whole))[-len(parts):])
+    assert len(parts) == dict(ddp=12, fsdp=20)[how]
 
 
 def test_a_signal_to_one_rank_stops_all(trained):
     """Rank 1 alone got it; rank 0 says how to go on, with the numbers of torchrun."""
     stopped = trained("centering", 2, "fsdp", "resumed")
-    said = [open(f"{stopped}-{rank}.txt").read() for rank in (0, 1)]
-    assert "stopped by a signal after iteration 8, saved" in said[0] and "\nerror:" not in said[0]
-    assert "error" not in said[1] and "resuming" in said[0]
-    assert f"torchrun --nnodes=1 --nproc_per_node=2 train.py {stopped}/config.py --resume_from={stopped}\n" in said[0]
+    first, second = (printed(stopped, rank) for rank in (0, 1))
+    assert "stopped by a signal after iteration 8, saved" in first and "\nerror:" not in first
+    assert "error" not in second and "resuming" in first
+    assert (f"torchrun --nnodes=1 --nproc_per_node=2 train.py {stopped}/config.py "
+            f"--resume_from={stopped}\n") in first
 
 
 # ---- what goes wrong on one rank stops all of them ----
 
-def said(trained, fault):
-    """What each rank said in its last line, and what is left in the folder."""
-    folder = trained("fault", fault)
-    return [open(f"{folder}-{rank}.txt").read().splitlines()[-1:] for rank in (0, 1)], folder
+def last_lines(folder):
+    """The last line of each rank, in a list; an empty list if the rank printed nothing."""
+    return [printed(folder, rank).splitlines()[-1:] for rank in (0, 1)]
 
 
 def test_a_loss_that_is_no_number_on_one_rank(trained):
-    lines, folder = said(trained, "nan")
-    assert lines[0] == lines[1] and "error: loss is nan at iteration 2 (" in lines[0][0]
-    assert len(lines[0][0].split("[")[1].split(",")) == 8     # the images of both ranks are named
+    folder = trained("fault", "nan")
+    first, second = last_lines(folder)
+    assert first == second and "error: loss is nan at iteration 2 (" in first[0]
+    assert len(first[0].split("[")[1].split(",")) == 8  # it names the images of both ranks
     saved = load_state(folder)
-    assert saved["iteration"] == 2 and all(torch.isfinite(value).all() for value in saved["teacher"].values())
+    assert saved["iteration"] == 2
+    assert all(torch.isfinite(value).all() for value in saved["ema"].values())
 
 
 def test_a_full_disk_on_rank_0(trained):
-    lines, folder = said(trained, "full disk")
-    assert lines[0] == lines[1] and "state.pt.part cannot be written: [Errno 28] No space left on device" in lines[0][0]
-    assert load_state(folder)["iteration"] == 1 and sorted(os.listdir(f"{folder}/checkpoints/last")) == ["state.pt"]
+    folder = trained("fault", "full disk")
+    first, second = last_lines(folder)
+    assert first == second
+    assert "state.pt.part cannot be written: [Errno 28] No space left on device" in first[0]
+    assert load_state(folder)["iteration"] == 1
+    assert os.listdir(f"{folder}/checkpoints/last") == ["state.pt"]
 
 
 def test_an_unreadable_image_on_one_rank(trained):
-    lines, _ = said(trained, "bad image")
-    assert lines[0] == lines[1] and "images/5.png: cannot be read" in lines[0][0]
-    lines, folder = said(trained, "skipped")
-    text = open(folder + "-0.txt").read()
-    assert text.count("images/5.png") == 1 and "1 image(s) could not be read" in text and lines[1] == []
+    first, second = last_lines(trained("fault", "bad image"))
+    assert first == second and "images/5.png: cannot be read" in first[0]
+    folder = trained("fault", "skipped")
+    text = printed(folder, 0)
+    assert text.count("images/5.png") == 1 and "1 image(s) could not be read" in text
+    assert last_lines(folder)[1] == []
