@@ -62,7 +62,8 @@ from tqdm import tqdm
 import pictures
 from augment import Photometrics, is_labelled, resize
 from data import Dataset, load_dataset
-from detection import detect, detection_metrics, labelled_patches, patch_metrics, pool_detections
+from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
+                       scaled)
 from distributed import setup
 from features import find_networks, load_network
 from images import EXTENSIONS, ImageFiles, load_image
@@ -119,18 +120,17 @@ def pca_heads(attention, n_components=1):
 
     A patch is a point with one coordinate for each head; the components are the directions in which
     the patches of one image differ most. Each image has its own, so no map depends on the batch.
-    Args: attention [B,heads,h,w].
-    Returns: [B,n,h,w] fp32 in 0..1, each from its smallest to its largest value. PCA leaves the
-    sign open; here high = attended (correlates with the mean over the heads). Zeros for components
-    that the heads lack, and if all patches are alike.
+    Args: attention [B,heads,h,w]. Returns: [B,n,h,w] fp32 in 0..1, each from its smallest to its
+    largest value. PCA leaves the sign open; here high = attended (correlates with the mean over the
+    heads). Zeros for components that the heads lack, and if all patches are alike.
     """
     x = attention.flatten(2).double()  # [B,heads,P]
     x = x - x.mean(dim=2, keepdim=True)
     _, directions = torch.linalg.eigh(x @ x.transpose(1, 2))  # smallest first
     directions = directions.flip(2)[:, :, :n_components]  # [B,heads,n]
     scores = directions.transpose(1, 2) @ x  # [B,n,P]
-    agreement = scores * x.mean(dim=1, keepdim=True)
-    agreement = agreement.sum(dim=2, keepdim=True)
+    mean = x.mean(dim=1, keepdim=True)
+    agreement = (scores * mean).sum(dim=2, keepdim=True)
     scores = scores * torch.where(agreement < 0, -1.0, 1.0)
     low = scores.amin(dim=2, keepdim=True)
     span = scores.amax(dim=2, keepdim=True) - low
@@ -145,12 +145,9 @@ def pca_heads(attention, n_components=1):
 # ---- one network on many images ----
 
 def network_input(image, backbone, inputs):
-    """(pixels, x) of an image [H,W,C]: pixels [1,C,H',W'] in its own dtype, and x, the network's
-    input on its device.
-
+    """(pixels, x): an image [H,W,C] as [1,C,H',W'] in its own dtype, and as the network's input.
     The shorter side is inputs["size"], each side is rounded to a multiple of the patch size.
-    Nothing is cut off or padded; the aspect changes by half a patch. inputs: of load_network.
-    """
+    Nothing is cut off or padded; the aspect changes by half a patch. inputs: of load_network."""
     patch = backbone.config.patch_size
     shorter = min(image.shape[:2])
     shape = [max(1, round(side * inputs["size"] / shorter / patch)) * patch
@@ -163,16 +160,15 @@ def network_input(image, backbone, inputs):
 
 @torch.no_grad()
 def attention_maps(backbone, dataset, inputs, classes, indices=None):
-    """The maps of every image. One image at a time, because sizes may differ.
+    """The maps of images, one image at a time, because sizes may differ.
 
     Args: backbone, inputs: of features.load_network; classes: mask values that are labels, () = all
     except 0; indices: of the images, None = all that have a mask.
     Returns: list of dicts of attention [heads,h,w] on the CPU; labelled [h,w] bool, None without a
-    mask; brightest [h,w], the largest pixel of each patch (mean over channels, not clipped to
-    intensity_range), the baseline without a network.
+    mask; brightest [h,w], the largest pixel of each patch (mean over channels, not clipped): the
+    baseline without a network.
     """
-    all_maps = []
-    masked_only = indices is None
+    all_maps, masked_only = [], indices is None
     if masked_only:
         indices = range(len(dataset))
     for i in tqdm(indices, desc=f"{dataset.split} attention", leave=False, disable=None):
@@ -184,9 +180,9 @@ def attention_maps(backbone, dataset, inputs, classes, indices=None):
         labelled = None
         if mask is not None:
             labelled = labelled_patches(is_labelled(mask, classes), attention.shape[1:])
-        brightest = F.max_pool2d(pixels.float().mean(dim=1), backbone.config.patch_size)
-        all_maps.append(dict(attention=attention, labelled=labelled,
-                             brightest=brightest[0].numpy()))
+        grey = pixels.float().mean(dim=1)  # [1,H',W']
+        brightest = F.max_pool2d(grey, backbone.config.patch_size)[0].numpy()
+        all_maps.append(dict(attention=attention, labelled=labelled, brightest=brightest))
     return all_maps
 
 
@@ -202,16 +198,6 @@ def heat_of(maps, source):
     return maps["attention"][int(source.removeprefix("head"))].numpy()
 
 
-def scaled(heatmap, scale):
-    """Heat in 0..1. scale: (low, high), the same for all images, or () = the image's own smallest
-    and largest value."""
-    low, high = scale or (heatmap.min(), heatmap.max())
-    span = high - low if high > low else 1
-    return ((heatmap - low) / span).clip(0, 1)
-
-
-# ---- the choice of heat, and its numbers ----
-
 def find_lesions(heatmaps, all_maps, scale):
     """For each image the dict of detection_metrics and its regions, whose boxes are shares of width
     and height."""
@@ -219,10 +205,9 @@ def find_lesions(heatmaps, all_maps, scale):
     for heatmap, maps in zip(heatmaps, all_maps):
         regions = detect(scaled(heatmap, scale), low_threshold, high_threshold)
         result = detection_metrics(regions, maps["labelled"], min_iou)
-        h, w = heatmap.shape
-        boxes = []
+        sides, boxes = heatmap.shape[::-1] * 2, []  # (w, h, w, h)
         for region in regions:
-            box = [x / n for x, n in zip(region["box"], (w, h, w, h))]
+            box = [x / side for x, side in zip(region["box"], sides)]
             boxes.append(dict(box=box, area=region["area"], score=region["score"]))
         results.append(dict(result, regions=boxes))
     return results
@@ -230,17 +215,16 @@ def find_lesions(heatmaps, all_maps, scale):
 
 def choose_heat(choices, all_maps):
     """(source, scale, F1): the source and the scale of heat with the largest F1 on val, from counts
-    summed over the images. Without a lesion on val: the first source, (), nan.
-
-    Scales are () (each image by itself as in the paper, which finds something in every image) and
-    from the median of all patches to one of QUANTILES. choices: sources for heat_of.
-    """
+    summed over the images. Without a lesion on val: the first source, (), nan. Scales are () (each
+    image by itself as in the paper, which finds something in every image) and from the median of
+    all patches to one of QUANTILES. choices: sources for heat_of."""
     best, best_f1 = (choices[0], (), math.nan), -1.0
     for source in choices:
         heatmaps = [heat_of(maps, source) for maps in all_maps]
         values = np.concatenate([heatmap.ravel() for heatmap in heatmaps])
-        low, highs = float(np.median(values)), np.quantile(values, QUANTILES).tolist()
-        for scale in [(), *((low, high) for high in highs)]:
+        low = float(np.median(values))
+        scales = [(low, float(np.quantile(values, q))) for q in QUANTILES]
+        for scale in [(), *scales]:
             results = find_lesions(heatmaps, all_maps, scale)
             f1 = pool_detections(results)["micro"]["f1"]
             if f1 > best_f1:  # nan is never larger
@@ -250,25 +234,23 @@ def choose_heat(choices, all_maps):
 
 def measure(name, group, choices, all_maps, val_maps):
     """Choose the heat on val, measure it, print a line. Returns: a column of the table, a dict.
-
-    Args: choices: sources for heat_of; all_maps, val_maps: of attention_maps, of images with masks;
-    without val_maps the heat is the first of the choices, and each image has its own scale.
-    """
+    choices: sources for heat_of; all_maps, val_maps: of attention_maps, of images with masks.
+    Without val_maps the heat is the first of the choices, and each image has its own scale."""
     source, scale, chosen = choices[0], (), "nothing was chosen"
     if val_maps:
         source, scale, f1 = choose_heat(choices, val_maps)
         chosen = f"F1 on val {f1:.3f}"
-    column = dict(name=name, group=group, heat=source, scale=scale, chosen=chosen)
     heatmaps = [heat_of(maps, source) for maps in all_maps]
     labelled = [maps["labelled"] for maps in all_maps]
     per_image = find_lesions(heatmaps, all_maps, scale)
     with_lesion = [result for result, label in zip(per_image, labelled) if label.any()]
     pooled, patches = pool_detections(per_image), patch_metrics(heatmaps, labelled)
-    column["results"] = dict(all=pooled, lesions=pool_detections(with_lesion), patches=patches)
-    column["images"], f1 = per_image, pooled["micro"]["f1"]
-    print(f"{name}: heat = {source}, F1 {f1:.3f}, AUROC {patches['auroc']:.3f}, average precision "
-          f"{patches['average_precision']:.3f}, pointing {patches['pointing']:.3f}", flush=True)
-    return column
+    results = dict(all=pooled, lesions=pool_detections(with_lesion), patches=patches)
+    print(f"{name}: heat = {source}, F1 {pooled['micro']['f1']:.3f}, "
+          f"AUROC {patches['auroc']:.3f}, average precision {patches['average_precision']:.3f}, "
+          f"pointing {patches['pointing']:.3f}", flush=True)
+    return dict(name=name, group=group, heat=source, scale=scale, chosen=chosen,
+                results=results, images=per_image)
 
 
 # ---- tables ----
@@ -300,17 +282,16 @@ def detection_tables(columns):
         rows += [row(name, part, "micro", key) for name, key in counts]
         rows += [row(f"{name}, total", part, "micro", key) for name, key in ratios]
         text += f"\n## {title}\n\n{markdown(header, rows)}\n"
-    rows = [row("AUROC", "patches", "auroc"),
-            row("Average precision", "patches", "average_precision"),
-            row("Average precision at chance level", "patches", "chance"),
-            row("Pointing game", "patches", "pointing")]
+    numbers = (("AUROC", "auroc"), ("Average precision", "average_precision"),
+               ("Average precision at chance level", "chance"), ("Pointing game", "pointing"))
+    rows = [row(name, "patches", key) for name, key in numbers]
     text += f"\n## Patches, without a threshold\n\n{markdown(header, rows)}\n\n"
     for column in columns:
         scale = "each image from its smallest to its largest value"
         if column["scale"]:
             scale = "{:.4g} to {:.4g} is 0 to 1 in all images".format(*column["scale"])
         text += f"- {column['name']}: heat = {column['heat']}, {scale}; {column['chosen']}\n"
-    return text + "- brightest patch: the largest pixel of each patch, on the first grid\n"
+    return text + "- brightest patch: the largest pixel of each patch, on the first network's grid\n"
 
 
 def _group_name(group):
@@ -344,41 +325,34 @@ def patch_colors(backbone, dataset, inputs, indices):
     return colors
 
 
-def labelled_tile(picture, label):
-    """A picture for the sheet, with the outline of its label [H,W] bool, if it has one."""
-    tile = pictures.to_picture(picture, side=SIDE)
-    if label is None or not label.any():
-        return tile
-    return pictures.outline(tile, label)
-
-
-def map_tiles(picture, label, maps, color, network):
-    """The sheet's row of an image behind the image itself, for pictures.contact_sheet.
-
-    Args: picture: the image; label [H,W] bool or None; maps: of attention_maps; color [h,w,3]: of
-    patch_colors; network: of draw.
-    """
-    def overlay(heatmap):
-        return pictures.overlay(picture, heatmap, SIDE)
+def sheet_row(picture, name, label, maps, color, network):
+    """The row of an image in sheet.png, for pictures.contact_sheet. label [H,W] bool or None; maps:
+    of attention_maps; color [h,w,3]: of patch_colors; network: of draw."""
+    def tile(under):  # at SIDE pixels, with the outline of the label if there is one
+        under = pictures.to_picture(under, side=SIDE)
+        return under if label is None or not label.any() else pictures.outline(under, label)
 
     def mosaic(values):  # [h,w,3] in 0..1
         small = Image.fromarray((values * 255).round().astype(np.uint8))
-        return labelled_tile(small.resize(picture.size, Image.NEAREST), label)
+        return tile(small.resize(picture.size, Image.NEAREST))
     hot = scaled(heat_of(maps, network["heat"]), network["scale"])
     regions = detect(hot, low_threshold, high_threshold)
     found = np.zeros(hot.shape, bool)
     for region in regions:
         found[tuple(region["patches"].T)] = True
-    counts = ""
+    outlined = pictures.outline(tile(pictures.overlay(picture, hot, SIDE)), found, "white")
+    caption = f"{len(regions)} region(s)\n"
     if label is not None:
-        counts = "{tp} found, {fn} missed, {fp} false".format(
-            **detection_metrics(regions, maps["labelled"], min_iou))
+        counts = detection_metrics(regions, maps["labelled"], min_iou)
+        caption += "{tp} found, {fn} missed, {fp} false".format(**counts)
     mean = heat_of(maps, "mean")
+    mean_heat = pictures.overlay(picture, scaled(mean, ()), SIDE)
     pca = pca_heads(maps["attention"][None], 3)[0].numpy()  # [3,h,w]
-    outlined = pictures.outline(labelled_tile(overlay(hot), label), found, "white")
-    return [(overlay(scaled(mean, ())), f"{mean.sum():.0%} of the attention", None),
-            (overlay(pca[0]), "", None), (mosaic(pca.transpose(1, 2, 0)), "", None),
-            (mosaic(color), "", None), (outlined, f"{len(regions)} region(s)\n{counts}", None)]
+    return [(tile(picture), name, None),
+            (mean_heat, f"{mean.sum():.0%} of the attention", None),
+            (pictures.overlay(picture, pca[0], SIDE), "", None),
+            (mosaic(pca.transpose(1, 2, 0)), "", None),
+            (mosaic(color), "", None), (outlined, caption, None)]
 
 
 def draw(network, backbone, inputs, dataset, classes, folder):
@@ -399,9 +373,8 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         name = f"{dataset.split}-{i:04d}"
         if isinstance(dataset.images, ImageFiles):
             name = Path(dataset.path(i)).stem
-        first = (labelled_tile(picture, label), name, None)
-        sheet.append([first, *map_tiles(picture, label, maps, color, network)])
-        tiles = [first]
+        sheet.append(sheet_row(picture, name, label, maps, color, network))
+        tiles = sheet[-1][:1]
         for n, head in enumerate(maps["attention"]):
             tile = pictures.overlay(picture, scaled(head.numpy(), ()), SIDE)
             tiles.append((tile, f"head {n}\n{head.sum():.0%}, peak {head.max():.3f}", None))
@@ -430,16 +403,16 @@ def list_images(path):
         raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         return [path]
-    files = sorted(file for file in os.listdir(path) if file.lower().endswith(EXTENSIONS))
-    return [os.path.join(path, file) for file in files]
+    files = [os.path.join(path, file) for file in sorted(os.listdir(path))]
+    return [file for file in files if file.lower().endswith(EXTENSIONS)]
 
 
 def open_images(num_channels):
     """The data set of the keys images and masks. num_channels: 0 = as the first image."""
     files = list_images(images)
     if not files:
-        raise UserError(f"images={images!r}: no image; looked for files ending in "
-                        f"{', '.join(EXTENSIONS)}")
+        endings = ", ".join(EXTENSIONS)
+        raise UserError(f"images={images!r}: no image; looked for files ending in {endings}")
     mask_images = None
     if masks:
         by_name = {Path(file).stem: file for file in list_images(masks)}
@@ -460,12 +433,12 @@ def open_data(config, network):
     measured. config: of the first run, or {}; network: the last one, of find_networks."""
     source = dataset_path or config.get("dataset_path", "")
     if not images and not source:
-        raise UserError("there is no run to take a data set from; add --images=... or "
-                        "--dataset_path=...")
+        raise UserError("no run gives a data set; add --images=... or --dataset_path=...")
 
     def open_split(name):
-        return load_dataset(source, name, dataset_size or config.get("dataset_size", 224),
-                            cache_dir, download_url, config.get("num_channels", 0))
+        size = dataset_size or config.get("dataset_size", 224)
+        return load_dataset(source, name, size, cache_dir, download_url,
+                            config.get("num_channels", 0))
     if images:
         num_channels = 0  # released weights take what the images have, a run has its own number
         path = os.path.join(network["settings_path"], "config.json")
@@ -476,21 +449,10 @@ def open_data(config, network):
         dataset = open_split(split)
     if detection and dataset.masks is None:
         raise UserError(f"detection=true, but {dataset.name} has no masks to compare with")
-    if heat != "auto" or not detection or images or split == "val" or "val" not in dataset.splits:
-        return dataset, None
-    val = open_split("val")
-    return dataset, val if val.masks is not None else None
-
-
-def heat_choices(name, backbone):
-    """The sources of heat that the key `heat` allows for the network `name`."""
-    n_heads = backbone.config.num_attention_heads
-    heads = [f"head{n}" for n in range(n_heads)]
-    if heat == "auto":
-        return ["mean", "pca", *heads]
-    if heat not in ("mean", "pca", *heads):
-        raise UserError(f"heat={heat!r}: {name} has {n_heads} heads, head0 to {heads[-1]}")
-    return [heat]
+    val = None
+    if heat == "auto" and detection and "val" in dataset.splits and split != "val":
+        val = open_split("val")
+    return dataset, val if val is not None and val.masks is not None else None
 
 
 def check_config(config, names):
@@ -515,8 +477,7 @@ def main(sources):
     """Look at what the config in this module's globals names. sources: of configurator.override."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    names = [name.strip() for name in f"{run},{model_type}".split(",")]
-    names = list(filter(None, names))
+    names = [name for name in map(str.strip, f"{run},{model_type}".split(",")) if name]
     check_config(config, names)
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
@@ -534,13 +495,19 @@ def main(sources):
     for network in networks:
         backbone, inputs = load_network(network, network["config"] or run_config, dataset,
                                         run_device, image_size, intensity_range)
-        choices = heat_choices(network["name"], backbone)
+        heads = [f"head{n}" for n in range(backbone.config.num_attention_heads)]
+        choices = ["mean", "pca", *heads]
+        if heat not in ("auto", *choices):
+            raise UserError(f"heat={heat!r}: {network['name']} has {len(heads)} heads, head0 to "
+                            f"{heads[-1]}")
+        choices = choices if heat == "auto" else [heat]
         drawn = dict(name=network["name"], heat=choices[0], scale=())
         if detection:
             all_maps = attention_maps(backbone, dataset, inputs, classes)
             val_maps = attention_maps(backbone, val, inputs, classes) if val else []
             if not columns:
-                columns.append(measure(*["brightest patch"] * 2, ["brightest"], all_maps, val_maps))
+                columns.append(measure("brightest patch", "brightest patch", ["brightest"],
+                                       all_maps, val_maps))
             drawn = measure(network["name"], network["group"], choices, all_maps, val_maps)
             columns.append(drawn)
 

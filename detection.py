@@ -31,6 +31,14 @@ def clusters(on):
     return found
 
 
+def scaled(heatmap, scale):
+    """A heatmap in 0..1. scale: the values (low, high) that become 0 and 1; () = the smallest and
+    the largest value of the heatmap."""
+    low, high = scale or (heatmap.min(), heatmap.max())
+    span = high - low if high > low else 1
+    return ((heatmap - low) / span).clip(0, 1)
+
+
 def detect(heatmap, low=0.3, high=0.7):
     """Regions of a heatmap by hysteresis: connected patches of at least `low`, at least one of them
     of at least `high`. The two thresholds are the paper's (section 3.2, Figure 10).

@@ -46,7 +46,8 @@ def load_image(path, num_channels=0, as_mask=False, least_side=0):
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
                         "mend or remove it, or set --on_bad_image=skip") from None
     image = image[..., None] if image.ndim == 2 else image
-    if image.ndim == 3 and image.dtype.kind in "uif" and num_channels in (0, image.shape[2]):
+    is_picture = image.ndim == 3 and image.dtype.kind in "uif"
+    if is_picture and num_channels in (0, image.shape[2]):
         return image
     rule = "needs [height, width, channels] numbers"
     if num_channels:
@@ -188,9 +189,7 @@ class BoxMasks(Sendable):
         height, width = self.images[i].shape[:2]
         mask = np.zeros((height, width), np.uint8)
         for left, top, right, bottom, *value in self.boxes[i]:
-            rows = slice(max(0, math.floor(top)), max(0, math.ceil(bottom)))
-            columns = slice(max(0, math.floor(left)), max(0, math.ceil(right)))
-            inside = mask[rows, columns]
+            inside = mask[_covered(top, bottom), _covered(left, right)]
             if inside.size == 0:
                 raise UserError(
                     f"{self.source}: image {i}, {width} pixels wide and {height} high, has a box "
@@ -199,14 +198,20 @@ class BoxMasks(Sendable):
         return mask
 
 
+def _covered(start, end):
+    """The slice of all pixels along one axis that lie at least partly between start and end."""
+    first = max(0, math.floor(start))
+    return slice(first, max(0, math.ceil(end)))
+
+
 def _is_box(box):
-    """True for [left, top, right, bottom] or [left, top, right, bottom, value] with a valid value."""
+    """True for [left, top, right, bottom], and for these four and a mask value behind them."""
     if not isinstance(box, (list, tuple)) or len(box) not in (4, 5):
         return False
     if not all(type(number) in (int, float) for number in box):  # True is an int, but no number
         return False
     left, top, right, bottom, *value = box
-    if value and not 1 <= int(value[0]) <= 255:
+    if value and not 1 <= value[0] < 256:
         return False
     return left < right and top < bottom
 
@@ -224,7 +229,8 @@ def read_boxes(path, files, images):
             boxes = json.load(file)
     except ValueError as error:
         raise UserError(f"{path}: not json ({error})") from None
-    if not isinstance(boxes, dict) or not all(isinstance(value, list) for value in boxes.values()):
+    is_dict = isinstance(boxes, dict)
+    if not is_dict or not all(isinstance(value, list) for value in boxes.values()):
         raise UserError(f'{path}: needs {{"image name": [[left, top, right, bottom], ...], ...}}')
     names = [file.replace(os.sep, "/") for file in files]
     if unknown := sorted(set(boxes) - set(names)):

@@ -84,8 +84,9 @@ def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=
     for image in images:
         x = image.reshape(-1, channels).astype(np.float64)
         x = np.clip((x - low) / (high - low), 0, 1)
-        count = np.full(channels, len(x))
-        sums += np.stack([count, x.sum(0), (x * x).sum(0)])
+        sums[0] += len(x)
+        sums[1] += x.sum(0)
+        sums[2] += (x * x).sum(0)
     mean = sums[1] / sums[0]
     variance = sums[2] / sums[0] - mean**2
     std = np.sqrt(np.maximum(variance, 1e-8))
@@ -98,17 +99,16 @@ def _common_range(images):
     if images[0].dtype == np.uint8:
         return 0.0, 255.0
     sample = np.concatenate([image.ravel()[::7] for image in images])
-    low, high = np.percentile(sample, (0.5, 99.5))
+    low, high = np.percentile(sample, (0.5, 99.5)).tolist()
     digits = 0 if high - low > 20 else 4
-    low = round(float(low), digits)
-    high = round(float(high), digits)
+    low, high = round(low, digits), round(high, digits)
     if high <= low:  # nothing but air: any width is fine
         high = low + 1
     return low, high
 
 
-def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), std=(), seed=0,
-                   on_bad_image="error"):
+def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), std=(),
+                   seed=0, on_bad_image="error"):
     """How pixels become the network's input: as given, else as the weights expect, else measured.
 
     Args: pretrained: of model.pretrained_input, {} for random weights; intensity_range (0, 0),
@@ -277,7 +277,8 @@ class CropDataset(torch.utils.data.Dataset):
 
 def view_major(samples, key):
     """Stack one entry [V,...] of B samples: [V*B,...], crop v of image b in row v * B + b."""
-    return torch.stack([sample[key] for sample in samples], dim=1).flatten(0, 1)
+    crops = torch.stack([sample[key] for sample in samples], dim=1)  # [V,B,...]
+    return crops.flatten(0, 1)
 
 
 def ignore_ctrl_c(_):

@@ -1,4 +1,5 @@
-"""checkpoint.py: what is saved comes back, a crash leaves the previous state, the export is the teacher."""
+"""checkpoint.py: what is saved comes back, a crash leaves the previous state, the export is the
+teacher."""
 import json
 import os
 import pickle
@@ -9,19 +10,21 @@ import torch
 from transformers import AutoModel
 
 from augment import Photometrics
-from checkpoint import (check_fits, config_changes, export_hf, link_state, load_state, model_card, open_run, save_state,
-                        truncate_log)
+from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer,
+                        load_state, model_card, open_folder, save_state, truncate_log)
 from configurator import UserError
 from model import FAMILIES, EMATeacher, Student, add_lora, forward_features
+from optim import param_groups
 
 
 def state_of(value, **more):
     weights = {"w": torch.full((3, 2), float(value))}
-    return dict(iteration=value, config=dict(lr=1e-3, crops=(0.4, 1.0), name="a"), student=weights, **more)
+    config = dict(lr=1e-3, crops=(0.4, 1.0), name="a")
+    return dict(iteration=value, config=config, student=weights, **more)
 
 
 def same(a, b):
-    """Nested states, tensors bit for bit and of the same type."""
+    """True if nested states are equal, tensors bit for bit and of the same type."""
     if torch.is_tensor(a):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -40,11 +43,18 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     optimizer.step()
     state = state_of(7, optimizer=optimizer.state_dict(), center=torch.randn(1, 5).bfloat16(),
                      rng=torch.get_rng_state(), module=dict(module.state_dict()), best=[0.5, 3])
-    run = tmp_path / "run"
-    save_state(str(run / "checkpoints" / "last"), state)
-    for path in (run, run / "checkpoints" / "last", run / "checkpoints" / "last" / "state.pt"):
-        assert same(load_state(str(path)), state)
-    assert os.listdir(run / "checkpoints" / "last") == ["state.pt"]
+    run = str(tmp_path / "run")
+    last = f"{run}/checkpoints/last"
+    save_state(last, state)
+    for path in (run, last, f"{last}/state.pt"):
+        assert same(load_state(path), state)
+    assert os.listdir(last) == ["state.pt"]
+
+
+def test_the_older_name_of_the_ema_is_read(tmp_path):
+    weights = {"w": torch.randn(3, 2)}
+    torch.save(state_of(4, teacher=weights), tmp_path / "state.pt")
+    assert same(load_state(str(tmp_path)), state_of(4, ema=weights))
 
 
 @pytest.mark.parametrize("written", [0, 10, 1000])
@@ -55,12 +65,14 @@ def test_a_crash_while_saving_leaves_the_previous_state(tmp_path, monkeypatch, w
         with open(path, "wb") as file:
             file.write(b"x" * written)
         raise OSError("No space left on device")
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", crash)
-        with pytest.raises(UserError, match="state.pt.part cannot be written: No space left on device.*make space"):
+        problem = "state.pt.part cannot be written: No space left on device.*make space"
+        with pytest.raises(UserError, match=problem):
             save_state(str(tmp_path), state_of(2))
     assert same(load_state(str(tmp_path)), state_of(1)) and os.listdir(tmp_path) == ["state.pt"]
-    (tmp_path / "state.pt.part").write_bytes(b"x" * written)   # as a kill leaves it: in nobody's way
+    (tmp_path / "state.pt.part").write_bytes(b"x" * written)  # as a kill leaves it: in nobody's way
     save_state(str(tmp_path), state_of(3))
     assert same(load_state(str(tmp_path)), state_of(3)) and os.listdir(tmp_path) == ["state.pt"]
 
@@ -69,6 +81,7 @@ def test_a_crash_while_saving_leaves_the_previous_state(tmp_path, monkeypatch, w
 def test_a_linked_state_stays_when_the_source_moves_on(tmp_path, monkeypatch, links):
     def no_link(source, target):
         raise OSError("Operation not permitted")
+
     if not links:
         monkeypatch.setattr(os, "link", no_link)
     last, best = str(tmp_path / "last"), str(tmp_path / "best")
@@ -78,7 +91,7 @@ def test_a_linked_state_stays_when_the_source_moves_on(tmp_path, monkeypatch, li
         assert os.path.samefile(last + "/state.pt", best + "/state.pt") == links
         save_state(last, state_of(10 * i))
         assert same(load_state(best), state_of(i)) and same(load_state(last), state_of(10 * i))
-    with open(best + "/state.pt.part", "wb") as file:          # as a kill leaves it
+    with open(best + "/state.pt.part", "wb") as file:  # as a kill leaves it
         file.write(b"x")
     link_state(last, best)
     assert same(load_state(best), state_of(20)) and os.listdir(best) == ["state.pt"]
@@ -93,7 +106,8 @@ def test_missing_and_damaged_checkpoints_are_named(tmp_path):
     whole = file.read_bytes()
     for damaged in (whole[:len(whole) // 2], whole[:20], b"", b"hello"):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"state\.pt is damaged or no checkpoint of ours \(\w+\); resume from"):
+        problem = r"state\.pt is damaged or no checkpoint of ours \(\w+\); resume from"
+        with pytest.raises(UserError, match=problem):
             load_state(str(tmp_path))
 
 
@@ -107,6 +121,7 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, write):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
+
     write(state_of(1, trap=Trap()), str(tmp_path / "state.pt"))
     with pytest.raises(UserError, match="damaged or no checkpoint of ours"):
         load_state(str(tmp_path))
@@ -117,16 +132,60 @@ def test_a_checkpoint_of_another_shape_is_refused_with_both(tiny_student):
     config = dict(lr=1e-3, hidden_size=16, num_hidden_layers=2)
     student = tiny_student("vit")
     state = dict(student=student.state_dict(), config=config)
-    check_fits(state, tiny_student("vit"), dict(config, lr=5e-4))          # shapes fit: other keys may differ
+    check_fits(state, tiny_student("vit"), dict(config, lr=5e-4))  # shapes fit: rates may differ
     name = "backbone.embeddings.cls_token"
     with pytest.raises(UserError) as error:
         check_fits(state, tiny_student("vit", hidden_size=24), dict(config, hidden_size=24))
-    assert f"{name} is (1, 1, 16) in the checkpoint, (1, 1, 24) now" in str(error.value)
-    assert "keys that differ: hidden_size: checkpoint 16, now 24. Take the checkpoint's values" in str(error.value)
-    with pytest.raises(UserError, match=r"\(\d+.*\) in the checkpoint, absent now.*_layers: checkpoint 2, now 1"):
-        check_fits(state, tiny_student("vit", num_hidden_layers=1), dict(config, num_hidden_layers=1))
-    with pytest.raises(UserError, match=r"absent in the checkpoint, \(\d+.*\) now; keys that differ: none of the"):
+    problem = str(error.value)
+    assert f"{name} is (1, 1, 16) in the checkpoint, (1, 1, 24) now" in problem
+    assert ("keys that differ: hidden_size: checkpoint 16, now 24. Take the checkpoint's values"
+            in problem)
+    problem = r"\(\d+.*\) in the checkpoint, absent now.*_layers: checkpoint 2, now 1"
+    with pytest.raises(UserError, match=problem):
+        check_fits(state, tiny_student("vit", num_hidden_layers=1),
+                   dict(config, num_hidden_layers=1))
+    problem = r"absent in the checkpoint, \(\d+.*\) now; keys that differ: none of the"
+    with pytest.raises(UserError, match=problem):
         check_fits(state, tiny_student("vit", num_hidden_layers=3), config)
+
+
+def adamw(student, layerwise_decay, betas):
+    """(optimizer of a student, {parameter name: parameter} of its groups in their order)."""
+    groups = param_groups(student, 1e-3, 0.1, layerwise_decay=layerwise_decay)
+    params = {}
+    for group in groups:
+        params.update(zip(group["names"], group["params"]))
+    return torch.optim.AdamW(groups, betas=betas), params
+
+
+def test_moments_come_back_by_name_under_another_grouping(tiny_student):
+    """As when layerwise_decay and adam_betas are changed between two parts of a run."""
+    bare = "backbone.embeddings.cls_token"  # without a gradient, so without moments
+    before, params = adamw(tiny_student("vit"), 1.0, betas=(0.9, 0.999))
+    for _ in range(2):
+        for name, param in params.items():
+            param.grad = None if name == bare else torch.randn_like(param)
+        before.step()
+    after, new_params = adamw(tiny_student("vit"), 0.5, betas=(0.8, 0.95))
+    assert len(after.param_groups) > len(before.param_groups)
+    assert list(new_params) != list(params) and new_params.keys() == params.keys()
+    settings = [dict(group, params=None) for group in after.param_groups]
+
+    load_optimizer(after, before.state_dict())
+    assert [dict(group, params=None) for group in after.param_groups] == settings
+    assert {group["betas"] for group in after.param_groups} == {(0.8, 0.95)}
+    for name, param in new_params.items():
+        if name != bare:
+            assert same(after.state[param], before.state[params[name]]), name
+            moments = after.state[param]["exp_avg"]
+            assert moments.data_ptr() != before.state[params[name]]["exp_avg"].data_ptr(), name
+    assert new_params[bare] not in after.state
+
+    for param in new_params.values():
+        param.grad = torch.ones_like(param)
+    after.step()
+    for name, param in new_params.items():
+        assert after.state[param]["step"] == (1 if name == bare else 3), name
 
 
 def test_config_changes_lists_changed_new_and_removed_keys():
@@ -140,39 +199,45 @@ def test_config_changes_lists_changed_new_and_removed_keys():
 
 def test_an_earlier_run_is_moved_aside_and_a_resumed_one_is_not(tmp_path):
     run = str(tmp_path / "run")
-    assert open_run(run, False, "lr = 1\n") == ""
-    assert open_run(run, True, "lr = 2\n") == ""               # resumed: the same folder, the config of now
+    assert open_folder(run, False, "lr = 1\n") == ""
+    assert open_folder(run, True, "lr = 2\n") == ""  # resumed: the same folder, the config of now
     with open(f"{run}/config.py") as file:
         namespace = {}
         exec(file.read(), namespace)
     assert namespace["lr"] == 2
-    assert open_run(run, False, "lr = 3\n") == f"{run}.1" and open_run(run, False, "lr = 4\n") == f"{run}.2"
-    texts = [open(f"{path}/config.py").read().splitlines()[-1] for path in (f"{run}.1", f"{run}.2", run)]
-    assert texts == ["lr = 2", "lr = 3", "lr = 4"]
+    assert open_folder(run, False, "lr = 3\n") == f"{run}.1"
+    assert open_folder(run, False, "lr = 4\n") == f"{run}.2"
+    for path, last_line in ((f"{run}.1", "lr = 2"), (f"{run}.2", "lr = 3"), (run, "lr = 4")):
+        with open(f"{path}/config.py") as file:
+            assert file.read().splitlines()[-1] == last_line
     assert sorted(os.listdir(run)) == ["checkpoints", "config.py", "logs", "results", "samples"]
 
 
 def test_a_log_is_cut_at_the_resumed_iteration(tmp_path):
     path = tmp_path / "log.jsonl"
-    truncate_log(str(path), 5)                                 # no log, nothing to do
+    truncate_log(str(path), 5)  # no log, nothing to do
     assert not path.exists()
     lines = [json.dumps(dict(iteration=i, loss=i / 7)) + "\n" for i in range(10)]
-    path.write_text("".join(lines) + '{"iteration": 4, "lo')   # the last line half-written when the run was killed
+    path.write_text("".join(lines) + '{"iteration": 4, "lo')  # a kill leaves half of the last line
     truncate_log(str(path), 5)
     assert path.read_text() == "".join(lines[:6]) and os.listdir(tmp_path) == ["log.jsonl"]
 
 
 def test_model_card_says_where_it_comes_from_and_what_was_measured():
-    config = dict(model_type="facebook/dinov2-small", use_pretrained=True, max_iterations=100, dataset_path="phantom")
+    config = dict(model_type="facebook/dinov2-small", use_pretrained=True, max_iterations=100,
+                  dataset_path="phantom")
     card = model_card("my run", 40, dict(val=0.9), config, "lr = 1\n")
-    for text in ("# my run", "after 40 of 100 iterations on phantom", "facebook/dinov2-small", "val: 0.9", "lr = 1"):
+    for text in ("# my run", "after 40 of 100 iterations on phantom", "facebook/dinov2-small",
+                 "val: 0.9", "lr = 1"):
         assert text in card
-    assert "random weights (vit)" in model_card("x", 1, {}, dict(config, model_type="vit", use_pretrained=False), "")
+    config.update(model_type="vit", use_pretrained=False)
+    assert "random weights (vit)" in model_card("x", 1, {}, config, "")
 
 
 # ---- export ----
 
-PIPELINE = dict(size=32, intensity_range=(-1000.0, 1000.0), mean=(0.3,), std=(0.2,), card="# a card\n")
+PIPELINE = dict(size=32, intensity_range=(-1000.0, 1000.0), mean=(0.3,), std=(0.2,),
+                card="# a card\n")
 
 
 def pixels():
@@ -194,6 +259,12 @@ def reloaded_features(folder):
     return forward_features(model, pixels())
 
 
+def read(folder, name):
+    """The text of a file of an export."""
+    with open(os.path.join(folder, name)) as file:
+        return file.read()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_is_what_the_teacher_computes(tiny_student, tmp_path, family):
     student = tiny_student(family, 1)
@@ -205,24 +276,26 @@ def test_export_is_what_the_teacher_computes(tiny_student, tmp_path, family):
     cls, patches = reloaded_features(folder)
     assert torch.equal(cls, expected[0]) and torch.equal(patches, expected[1])
     model = AutoModel.from_pretrained(folder).eval()
-    with torch.no_grad():                                      # as a user calls it
+    with torch.no_grad():  # as a user calls it
         assert torch.equal(model(pixel_values=pixels()).last_hidden_state, tokens)
         assert not torch.equal(forward_features(student.eval().backbone, pixels())[0], cls)
-    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-    assert open(os.path.join(folder, "README.md")).read() == "# a card\n" and os.listdir(tmp_path / "best") == ["hf"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors",
+                                          "preprocessor_config.json"]
+    assert read(folder, "README.md") == "# a card\n" and os.listdir(tmp_path / "best") == ["hf"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_is_merged_and_the_adapter_lies_beside(tiny_backbone, tmp_path, family):
     peft = pytest.importorskip("peft")
-    student = Student(add_lora(tiny_backbone(family, 1), r=3, alpha=6, dropout=0.5), torch.nn.Identity())
+    backbone = add_lora(tiny_backbone(family, 1), r=3, alpha=6, dropout=0.5)
+    student = Student(backbone, torch.nn.Identity())
     teacher, folder = teacher_of(student), str(tmp_path / "hf")
     before = {name: value.clone() for name, value in student.state_dict().items()}
     with teacher.teacher_weights(student) as network:
         expected = forward_features(network.backbone, pixels())
         export_hf(folder, network.backbone, **PIPELINE)
-        assert all(torch.equal(a, b) for a, b in zip(forward_features(network.backbone, pixels()), expected))
-    assert same(dict(student.state_dict()), before)            # merged is a copy; the run goes on with its adapters
+        assert same(forward_features(network.backbone, pixels()), expected)
+    assert same(dict(student.state_dict()), before)  # a copy is merged; the run keeps its adapters
     base = tiny_backbone(family, 1).eval()
     with torch.no_grad():
         assert (forward_features(base, pixels())[0] - expected[0]).abs().max() > 1e-2
@@ -239,35 +312,42 @@ def test_a_second_export_replaces_the_first(tiny_backbone, tmp_path):
     with torch.no_grad():
         backbone.embeddings.cls_token.add_(1.0)
         expected = forward_features(backbone, pixels())[0]
-    (tmp_path / "hf.part").mkdir()                             # a kill during an export leaves this
+    (tmp_path / "hf.part").mkdir()  # a kill during an export leaves this
     (tmp_path / "hf.part" / "model.safetensors").write_bytes(b"half")
     export_hf(folder, backbone, **{**PIPELINE, "card": "# second\n", "std": (0.4,)})
     second = reloaded_features(folder)[0]
     assert torch.equal(second, expected) and not torch.equal(second, first)
-    assert open(os.path.join(folder, "README.md")).read() == "# second\n"
-    assert json.load(open(os.path.join(folder, "preprocessor_config.json")))["image_std"] == [0.4]
+    assert read(folder, "README.md") == "# second\n"
+    assert json.loads(read(folder, "preprocessor_config.json"))["image_std"] == [0.4]
     assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_preprocessor_config_has_the_range_in_its_mean(tiny_backbone, tmp_path):
     folder = str(tmp_path / "hf")
     export_hf(folder, tiny_backbone("dinov2", 2), 28, (-200.0, 300.0), (0.25, 0.5), (0.1, 0.2), "")
-    settings = json.load(open(os.path.join(folder, "preprocessor_config.json")))
-    assert settings["rescale_factor"] == pytest.approx(1 / 500) and settings["image_std"] == [0.1, 0.2]
-    assert settings["image_mean"] == pytest.approx([0.25 - 0.4, 0.5 - 0.4])      # -200 / 500 is the range's lower end
-    assert settings["size"] == {"shortest_edge": 28} and settings["crop_size"] == {"height": 28, "width": 28}
-    assert settings["do_convert_rgb"] is False and settings["intensity_range"] == [-200.0, 300.0]
+    settings = json.loads(read(folder, "preprocessor_config.json"))
+    assert settings["rescale_factor"] == pytest.approx(1 / 500)
+    # -200 / 500 is the lower end of the range
+    assert settings["image_mean"] == pytest.approx([0.25 - 0.4, 0.5 - 0.4])
+    assert settings["image_std"] == [0.1, 0.2]
+    assert settings["size"] == {"shortest_edge": 28}
+    assert settings["crop_size"] == {"height": 28, "width": 28}
+    assert settings["do_convert_rgb"] is False
+    assert settings["intensity_range"] == [-200.0, 300.0]
 
 
-@pytest.mark.parametrize("dtype, value_range", [(np.int16, (-1000.0, 1000.0)), (np.uint8, (0.0, 255.0))])
+@pytest.mark.parametrize("dtype, value_range", [(np.int16, (-1000.0, 1000.0)),
+                                                (np.uint8, (0.0, 255.0))])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_processor_of_the_export_makes_our_pixels(tiny_backbone, tmp_path, dtype, value_range, channels):
-    pytest.importorskip("torchvision")                         # the processors of transformers 5 need it
+def test_the_processor_of_the_export_makes_our_pixels(tiny_backbone, tmp_path, dtype, value_range,
+                                                      channels):
+    pytest.importorskip("torchvision")  # the processors of transformers 5 need it
     from transformers import AutoImageProcessor
     mean, std, folder = (0.3, 0.4, 0.5)[:channels], (0.2, 0.1, 0.3)[:channels], str(tmp_path / "hf")
     export_hf(folder, tiny_backbone("dinov2", channels), 32, value_range, mean, std, "")
     low, high = (int(end) for end in value_range)
     image = np.random.default_rng(0).integers(low, high, (32, 32, channels)).astype(dtype)
     theirs = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
-    ours = Photometrics("medical", value_range, mean, std).plain(torch.from_numpy(image).permute(2, 0, 1)[None])
+    photometrics = Photometrics("medical", value_range, mean, std)
+    ours = photometrics.plain(torch.from_numpy(image).permute(2, 0, 1)[None])
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)

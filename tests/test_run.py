@@ -62,7 +62,7 @@ def test_compiling_raises_the_limit_of_recompilations(start, monkeypatch):
     """At torch's own limit of 8, blocks would go on without being compiled, in silence."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.config.recompile_limit = 8
     start("--compile=true", "--max_iterations=1")
     assert len(compiled) == 2 and torch._dynamo.config.recompile_limit == 64
 
