@@ -291,7 +291,7 @@ def detection_tables(columns):
         if column["scale"]:
             scale = "{:.4g} to {:.4g} is 0 to 1 in all images".format(*column["scale"])
         text += f"- {column['name']}: heat = {column['heat']}, {scale}; {column['chosen']}\n"
-    return text + "- brightest patch: the largest pixel of each patch, on the first network's grid\n"
+    return text + "- brightest patch: the largest pixel of each patch of the first network\n"
 
 
 def _group_name(group):
@@ -403,8 +403,8 @@ def list_images(path):
         raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         return [path]
-    files = [os.path.join(path, file) for file in sorted(os.listdir(path))]
-    return [file for file in files if file.lower().endswith(EXTENSIONS)]
+    names = [name for name in os.listdir(path) if name.lower().endswith(EXTENSIONS)]
+    return [os.path.join(path, name) for name in sorted(names)]
 
 
 def open_images(num_channels):

@@ -46,8 +46,8 @@ class Dataset(Sendable, torch.utils.data.Dataset):
     num_channels: int; name: dataset_path; split: str; splits: list of all splits of the source
     """
 
-    def __init__(self, images, labels=None, masks=None, class_names=(), name="", split="train",
-                 splits=(), mask_names=()):
+    def __init__(self, images, labels=None, masks=None, class_names=(), name="",
+                 split="train", splits=(), mask_names=()):
         self.images, self.labels, self.masks = images, labels, masks
         self.class_names, self.mask_names = list(class_names), list(mask_names)
         self.name, self.split, self.splits = name, split, list(splits)
@@ -92,7 +92,8 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         are decoded no larger than that requires. With masks it is unchanged, as they must fit."""
         if self.masks is not None:
             return self
-        return Dataset(at_least(self.images, side), self.labels, None, self.class_names, self.name,
+        images = at_least(self.images, side)
+        return Dataset(images, self.labels, None, self.class_names, self.name,
                        self.split, self.splits, self.mask_names)
 
     def subset(self, indices, split):
@@ -100,8 +101,8 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         images = Rows(self.images, indices, self.num_channels)
         labels = None if self.labels is None else self.labels[indices]
         masks = None if self.masks is None else Rows(self.masks, indices)
-        return Dataset(images, labels, masks, self.class_names, self.name, split, self.splits,
-                       self.mask_names)
+        return Dataset(images, labels, masks, self.class_names, self.name,
+                       split, self.splits, self.mask_names)
 
 
 def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="",
@@ -165,14 +166,16 @@ def _open_source(dataset_path, size, cache_dir, download_url, num_channels):
         return _reader(folder), SPLITS, PHANTOM_CLASSES, ("background", "calcification")
     if dataset_path in MEDMNIST:
         folder = _medmnist_arrays(dataset_path, size, cache_dir, download_url)
-        return _reader(folder), SPLITS, list(MEDMNIST[dataset_path]["label"].values()), ()
+        class_names = list(MEDMNIST[dataset_path]["label"].values())
+        return _reader(folder), SPLITS, class_names, ()
     if dataset_path.endswith(".npz") and os.path.isfile(dataset_path):
         folder, ending = _npz_arrays(dataset_path, cache_dir), "_images.npy"
         files = sorted(os.listdir(folder))
         splits = [file.removesuffix(ending) for file in files if file.endswith(ending)]
         return _reader(folder), splits, _names(folder, "class"), _names(folder, "mask")
     if os.path.isdir(dataset_path):
-        return *_scan_folder(dataset_path, num_channels, cache_dir), ()
+        read, splits, class_names = _scan_folder(dataset_path, num_channels, cache_dir)
+        return read, splits, class_names, ()
     raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', a MedMNIST "
                     f"name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
 
@@ -180,7 +183,8 @@ def _open_source(dataset_path, size, cache_dir, download_url, num_channels):
 def cut_tenth(n, seed):
     """The indices of n images in two sorted parts, drawn by seed: (the rest, a tenth but at least
     one)."""
-    indices, n_tenth = np.random.default_rng(seed).permutation(n), max(1, n // 10)
+    indices = np.random.default_rng(seed).permutation(n)
+    n_tenth = max(1, n // 10)
     return np.sort(indices[n_tenth:]), np.sort(indices[:n_tenth])
 
 
@@ -215,8 +219,8 @@ def _save_arrays(folder, arrays):
 
 def _map_folder(folder):
     """{name: array} of a folder of .npy files, as memory maps."""
-    files = os.listdir(folder)
-    return {file.removesuffix(".npy"): _map_array(os.path.join(folder, file)) for file in files}
+    names = [file.removesuffix(".npy") for file in os.listdir(folder)]
+    return {name: _map_array(os.path.join(folder, f"{name}.npy")) for name in names}
 
 
 def _map_array(path):
@@ -311,10 +315,12 @@ def _medmnist_arrays(name, size, cache_dir, download_url):
     files = MEDMNIST[name]["files"]
     if str(size) not in files:
         raise UserError(f"dataset_size={size}: {name} exists at {', '.join(files)} pixels")
-    url, md5 = files[str(size)]["url"], files[str(size)]["md5"]
-    archive = os.path.join(cache_dir, url.split("/")[-1].split("?")[0])
+    file = files[str(size)]
+    url, md5 = file["url"], file["md5"]
+    file_name = url.split("/")[-1].split("?")[0]
+    archive = os.path.join(cache_dir, file_name)
     if download_url:
-        url = f"{download_url.rstrip('/')}/{os.path.basename(archive)}"
+        url = f"{download_url.rstrip('/')}/{file_name}"
 
     def fill(temporary):
         if os.path.isfile(archive):  # the user put it there, so it stays
@@ -367,8 +373,9 @@ def download(url, md5, path):
 def _phantom_arrays(cache_dir, size):
     """The folder in the cache with the phantom's three splits, made if necessary."""
     def fill(temporary):
-        for split, n_images, seed in (("train", 2400, 0), ("val", 600, 1), ("test", 600, 2)):
-            arrays = make_phantom(n_images, size, seed)  # other seeds, so no image is in two splits
+        n_images = dict(train=2400, val=600, test=600)
+        for seed, split in enumerate(SPLITS):  # other seeds, so no image is in two splits
+            arrays = make_phantom(n_images[split], size, seed)
             _save_arrays(temporary, {f"{split}_{key}": array for key, array in arrays.items()})
 
     with open(os.path.join(HERE, "phantom.py"), "rb") as file:
@@ -432,7 +439,8 @@ def _masks_of(files, mask_names, split):
     if not os.path.isfile(boxes_path):
         return None
     pictures = _sub_folder(top, "images")
-    names = [os.path.relpath(files.path(i), pictures) for i in range(len(files))]
+    paths = [files.path(i) for i in range(len(files))]
+    names = [os.path.relpath(path, pictures) for path in paths]
     return read_boxes(boxes_path, names, files)
 
 
@@ -496,7 +504,7 @@ def _list_folder(root):
     class_names      [c] of str: sorted, those of all splits; [0] without labels
     directories      of bytes: all directories that the result depends on
     """
-    splits = [split for split in SPLITS if os.path.isdir(os.path.join(root, split))]
+    splits = [split for split in SPLITS if _sub_folder(root, split) != root]
     found, directories = {}, [root]
     for split in splits or ["train"]:
         top = os.path.join(root, split) if splits else root
@@ -506,14 +514,15 @@ def _list_folder(root):
         names.update(classes)
     names = [] if "" in names else sorted(names)
     number = {name: i for i, name in enumerate(names)}
-    index = dict(class_names=np.array(names, dtype=str))
-    index["directories"] = np.array([os.fsencode(path) for path in directories])
+    index = dict(class_names=np.array(names, dtype=str),
+                 directories=np.array([os.fsencode(path) for path in directories]))
     for split, (images, classes, masks) in found.items():
         images = np.array(images, dtype=bytes)
         order = np.argsort(images, kind="stable")
         index[f"{split}_images"] = images[order]
         if masks is not None:
-            index[f"{split}_masks"] = np.array(masks, dtype=bytes)[order if any(masks) else []]
+            kept = order if any(masks) else order[:0]
+            index[f"{split}_masks"] = np.array(masks, dtype=bytes)[kept]
         if names:
             labels = np.array([number[name] for name in classes], dtype=np.int64)
             index[f"{split}_labels"] = labels[order]
@@ -555,5 +564,6 @@ def _find_masks(folder, files):
     names = []
     for file in files:
         base = os.path.splitext(file)[0]
-        names.append(next((base + e for e in MASK_EXTENSIONS if base + e in existing), ""))
+        candidates = (base + extension for extension in MASK_EXTENSIONS)
+        names.append(next((name for name in candidates if name in existing), ""))
     return names
