@@ -5,17 +5,15 @@
     torchrun --standalone --nproc_per_node=4 distill.py config/distill_pathmnist.py
     python distill.py --help                            # every key and every config file
 
-The teacher is any Hugging Face ViT, or with 'timm:' any timm ViT; teachers.py knows UNI,
-Prov-GigaPath, Virchow2 and H-optimus. It may differ from the student in everything: both see the
-same augmented crop, each in its own size and normalisation. The teacher never changes. The run
-exports the student's EMA, the paper's "student shadow". The folder out/NAME/ is like that of
-train.py, so evaluate.py --run=out/NAME reads it.
+The teacher is any Hugging Face ViT, or with 'timm:' any timm ViT (teachers.py). It never changes
+and may differ from the student in everything: both see the same augmented crop, each in its own
+size and normalisation. The run exports the student's EMA, the paper's "student shadow", into a
+folder like that of train.py.
 
-There are two objectives. feature: linear projections of the student's CLS and patch tokens match
-the teacher's tokens of the same crop, standardised and, if asked, whitened. prototype: the paper's
-cross-entropy between DINO outputs. The teacher's output is the similarity of its CLS token to fixed
-prototypes (k-means centroids of its own features), the student's that of its DINO head for another
-crop of the image.
+objective='feature': linear projections of the student's CLS and patch tokens match the teacher's
+tokens of the same crop, standardised and, if asked, whitened. 'prototype': the paper's
+cross-entropy. The teacher's side is the similarity of its CLS token to fixed prototypes (k-means
+centroids of its own features), the student's side is its DINO head's output for another crop.
 """
 from types import SimpleNamespace
 
@@ -139,7 +137,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from augment import (PRESETS, MultiCrop, Photometrics, augmentation_values, choose_preset)
+from augment import PRESETS, MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
@@ -155,9 +153,8 @@ from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, bl
 from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learning_rates,
                    warmup_factor)
 from pictures import save_samples
-from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
-                 seed_iteration)
-from teachers import FeatureCache, FeatureStatistics, build_teacher
+from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, restore, seed_iteration
+from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
 
 
 def check_config(config):
@@ -180,12 +177,11 @@ def check_config(config):
                f"global_crops_number={global_crops_number}, local_crops_number="
                f"{local_crops_number} with objective={objective!r}: the student learns from "
                "another view; use two at least")
-    check.need(objective != "feature" or local_crops_number == 0,
-               f"local_crops_number={local_crops_number} with objective='feature': the teacher "
-               "does not see them; set 0, or use prototypes")
-    check.need(objective == "prototype" or feature_cls_weight > 0,
-               f"feature_cls_weight={feature_cls_weight}: the CLS token would not learn; a "
-               "positive number")
+    check.need(objective != "feature" or local_crops_number == 0, f"local_crops_number="
+               f"{local_crops_number} with objective='feature': the teacher does not see them; "
+               "set 0, or use prototypes")
+    check.need(objective == "prototype" or feature_cls_weight > 0, f"feature_cls_weight="
+               f"{feature_cls_weight}: the CLS token would not learn; a positive number")
     check.need(not teacher_cache or fixed_views > 0,
                f"teacher_cache={teacher_cache!r} with fixed_views=0: views that never come back "
                "need no cache; set fixed_views, like 8")
@@ -229,9 +225,8 @@ def compute_losses(student_out, targets, config):
     The terms of an objective that is off are 0.
     """
     V, L, kind = config.global_crops_number, config.local_crops_number, config.feature_loss_kind
-    zero = student_out["global_cls"].new_zeros((), dtype=torch.float32)
-    terms = dict(feature_cls_loss=zero, feature_patch_loss=zero, dino_global_loss=zero,
-                 dino_local_loss=zero)
+    names = ("feature_cls_loss", "feature_patch_loss", "dino_global_loss", "dino_local_loss")
+    terms = dict.fromkeys(names, student_out["global_cls"].new_zeros((), dtype=torch.float32))
     if config.objective != "prototype":
         terms["feature_cls_loss"] = feature_loss(student_out["projected_cls"], targets["cls"], kind)
         if config.feature_patch_weight > 0:
@@ -290,8 +285,6 @@ HARM = ("the teacher's features harm these, or lr is too high. Evaluate the teac
         "checkpoints/best keeps the best student.")
 
 
-# ---- the teacher ----
-
 def cache_key(config, preset, **more):
     """Everything that cached teacher features depend on, as a dict."""
     keys = ("dataset_path", "dataset_size", "num_channels", "seed", "fixed_views",
@@ -302,25 +295,6 @@ def cache_key(config, preset, **more):
     return dict(values, augmentation=augmentation_values(preset), **more)
 
 
-def check_same_teacher(run):
-    """UserError if a resumed run has another teacher now."""
-    for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
-        before, value = run.saved["config"][key], getattr(run.config, key)
-        if before != value:
-            raise UserError(f"resume_from={run.resumed_from!r}: {key} is {before!r} there, "
-                            f"{value!r} now; what the student learnt to match is that teacher's: "
-                            "take its value, or start a new run")
-
-
-def describe_teacher(teacher):
-    """The teacher in one line."""
-    count = sum(param.numel() for param in teacher.parameters()) / 1e6
-    return (f"teacher: {distilled_model_type}, width {teacher.patch_width}, image feature "
-            f"{teacher.cls_width}, patch {teacher.patch_size}, {count:.1f} M parameters in "
-            f"{next(teacher.parameters()).dtype}; sees crops at {teacher.size} pixels, "
-            f"{len(teacher.mean)} channel(s)")
-
-
 def main(sources):
     """Distil with the config in this module's globals. sources: of configurator.override."""
     run_device = setup(device)
@@ -329,8 +303,7 @@ def main(sources):
     run = Run("distill.py", config, describe(globals(), config_keys, sources), notes)
 
     # ---- teacher ----
-    # A sharded teacher answers all ranks or none. With a cache each rank asks when it must, so
-    # there the teacher stays whole
+    # a sharded teacher answers all ranks or none; with a cache each rank asks on its own
     teacher_distribution = "none" if teacher_cache else distribution
     dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
     with built_by_main(teacher_distribution), main_first():
@@ -352,7 +325,7 @@ def main(sources):
         raise UserError(f"intensity_range={low_high}, but the teacher was trained on "
                         f"{teacher.intensity_range}; give --intensity_range={low},{high}")
     run.say(describe_data(train_set, measured, inputs, source))
-    run.say(describe_teacher(teacher))
+    run.say(teacher.describe(distilled_model_type))
 
     # ---- student ----
     torch.manual_seed(seed)  # the same first weights on every rank
@@ -471,11 +444,10 @@ def main(sources):
                                run_device))
     while state.iteration < max_iterations:
         seed_iteration(seed, state.iteration)
-        lr_now = cosine_schedule(lr, min_lr, state.iteration, max_iterations, warmup_iterations)
-        weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, state.iteration,
-                                           max_iterations)
-        momentum_now = cosine_schedule(momentum_teacher, final_momentum_teacher, state.iteration,
-                                       max_iterations)
+        moment = (state.iteration, max_iterations)
+        lr_now = cosine_schedule(lr, min_lr, *moment, warmup_iterations)
+        weight_decay_now = cosine_schedule(weight_decay, weight_decay_end, *moment)
+        momentum_now = cosine_schedule(momentum_teacher, final_momentum_teacher, *moment)
         set_learning_rates(optimizer, lr_now, lr_now, weight_decay_now,
                            warmup_factor(state.iteration, heads_only_iterations))
 

@@ -194,6 +194,16 @@ def _read_tensors(path):
         values = groups[0]
 
 
+def check_same_teacher(run):
+    """UserError if a resumed run (run.Run) has another teacher now."""
+    for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
+        before, value = run.saved["config"][key], getattr(run.config, key)
+        if before != value:
+            raise UserError(f"resume_from={run.resumed_from!r}: {key} is {before!r} there, "
+                            f"{value!r} now; what the student learnt to match is that teacher's: "
+                            "take its value, or start a new run")
+
+
 class FrozenTeacher(nn.Module):
     """A network that is never trained: always in eval mode, without gradients, its weights in half
     precision.
@@ -219,6 +229,14 @@ class FrozenTeacher(nn.Module):
         self.requires_grad_(False)
         width = network.num_features if n_prefix else network.config.hidden_size
         self.cls_width, self.patch_width = width * (2 if cls_mean else 1), width
+
+    def describe(self, name):
+        """The teacher in one line."""
+        dtype = next(self.parameters()).dtype
+        count = sum(param.numel() for param in self.parameters()) / 1e6
+        return (f"teacher: {name}, width {self.patch_width}, image feature {self.cls_width}, patch "
+                f"{self.patch_size}, {count:.1f} M parameters in {dtype}; sees crops at "
+                f"{self.size} pixels, {len(self.mean)} channel(s)")
 
     def train(self, mode=True):
         """Stay in eval mode: drop path and DINOv3's random positions follow the mode."""

@@ -156,8 +156,7 @@ from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, bl
                    set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
-from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
-                 seed_iteration)
+from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, restore, seed_iteration
 
 
 def check_config(config):

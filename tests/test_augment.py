@@ -1,5 +1,6 @@
-"""augment.py against numbers: Pillow's resize, boxes and flips, photometrics against plain loops, iBOT masks."""
-
+"""augment.py against numbers: Pillow's resize, boxes and flips, photometrics against plain loops,
+iBOT masks."""
+import json
 import math
 
 import numpy as np
@@ -12,30 +13,30 @@ from augment import (
     PRESETS,
     MultiCrop,
     Photometrics,
+    augmentation_values,
     color_matrix,
     gaussian_blur,
     photometric,
     resize,
     resize_center,
     sample_masks,
-    save_samples,
     to_unit,
     uniforms,
 )
 
-NOTHING = {key: 0.0 for key in PRESETS["rgb"]}
+NOTHING = dict.fromkeys(PRESETS["rgb"], 0.0)
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def picture(*shape, seed=0, dtype=np.uint8):
-    """Smooth random pixels [H,W,C]: on pure noise, resampling differs where it does not matter."""
+    """Smooth random pixels [H,W,C]: pure noise shows differences that do not matter."""
     height, width, channels = shape
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, channels)).astype(np.uint8)
-    planes = [
-        Image.fromarray(small[..., c]).resize((width, height), Image.BILINEAR)
-        for c in range(channels)
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1).astype(dtype)
+    planes = []
+    for c in range(channels):
+        plane = Image.fromarray(small[..., c]).resize((width, height), Image.BILINEAR)
+        planes.append(np.asarray(plane))
+    return np.stack(planes, axis=-1).astype(dtype)
 
 
 def batch(n=16, channels=3, size=16, seed=0):
@@ -51,22 +52,44 @@ def preset(monkeypatch, name="rgb", **strengths):
     monkeypatch.setitem(PRESETS, name, dict(NOTHING, **strengths))
 
 
+def brightest(crops):
+    """The largest pixel of every crop, [N]."""
+    return crops.amax(dim=(1, 2, 3))
+
+
+def assert_near(ours, expected, atol):
+    torch.testing.assert_close(ours, expected, atol=atol, rtol=0)
+
+
+# ---- presets ----
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_augmentation_values_follow_an_edited_preset(monkeypatch, name):
+    """They go into a cache's about.json: a cache of other augmentations must not be taken."""
+    before = augmentation_values(name)
+    assert json.loads(json.dumps(before)) == before == augmentation_values(name)
+    for key, value in PRESETS[name].items():
+        with monkeypatch.context() as patch:
+            patch.setitem(PRESETS, name, dict(PRESETS[name], **{key: value + 0.05}))
+            assert augmentation_values(name) != before, key
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "BLUR_SIGMA", (0.1, 3.0))
+        assert augmentation_values(name) != before
+    assert augmentation_values(name) == before
+
+
 # ---- resize ----
 
-
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "source, target",
-    [((61, 40), (16, 16)), ((20, 31), (48, 48)), ((64, 64), (32, 24)), ((9, 7), (16, 16))],
-)
+@pytest.mark.parametrize("source, target", [
+    ((61, 40), (16, 16)), ((20, 31), (48, 48)), ((64, 64), (32, 24)), ((9, 7), (16, 16))])
 def test_resize_uint8_agrees_with_pillow(channels, source, target):
     image = picture(*source, channels)
     ours = resize(image, target).numpy().astype(int)
     for c in range(channels):
-        pillow = np.asarray(
-            Image.fromarray(image[..., c]).resize(target[::-1], Image.BICUBIC)
-        ).astype(int)
-        off = np.abs(ours[c] - pillow)  # both round to integers between their two passes
+        pillow = Image.fromarray(image[..., c]).resize(target[::-1], Image.BICUBIC)
+        # both round to integers between their two passes
+        off = np.abs(ours[c] - np.asarray(pillow).astype(int))
         assert off.max() <= 2 and (off > 1).mean() < 0.01
 
 
@@ -74,22 +97,22 @@ def test_resize_other_types_agree_with_uint8():
     image = picture(40, 52, 3)
     expected = resize(image, (17, 17)).float()
     for dtype, offset in ((np.int16, -1000), (np.int32, 0), (np.float32, 0), (np.uint16, 0)):
-        ours = resize((image.astype(np.float64) + offset).astype(dtype), (17, 17)).float() - offset
+        moved = (image.astype(np.float64) + offset).astype(dtype)
+        ours = resize(moved, (17, 17)).float() - offset
         assert (ours.clamp(0, 255) - expected).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize(
-    "dtype, value",
-    [(np.uint8, 200), (np.int16, -1024), (np.int16, 3071), (np.float32, 0.3), (np.uint16, 60000)],
-)
+@pytest.mark.parametrize("dtype, value", [
+    (np.uint8, 200), (np.int16, -1024), (np.int16, 3071), (np.float32, 0.3), (np.uint16, 60000)])
 def test_constant_images_stay_constant(dtype, value, channels):
     image = np.full((23, 31, channels), value, dtype)
     for size in ((7, 7), (48, 40)):
         out = resize(image, size)
         assert out.shape == (channels, *size)
         assert out.dtype == (torch.float32 if dtype == np.uint16 else torch.from_numpy(image).dtype)
-        np.testing.assert_allclose(out.numpy(), value, rtol=1e-6 if out.is_floating_point() else 0)
+        rtol = 1e-6 if out.is_floating_point() else 0
+        np.testing.assert_allclose(out.numpy(), value, rtol=rtol)
 
 
 def test_integers_are_clipped_not_wrapped():
@@ -98,16 +121,13 @@ def test_integers_are_clipped_not_wrapped():
     edge[:, 4:] = 1
     for dtype in (np.uint8, np.int16):
         info = np.iinfo(dtype)
-        out = (
-            resize((edge * (info.max - info.min) + info.min).astype(dtype), (40, 40))
-            .numpy()
-            .astype(int)
-        )
+        image = (edge * (info.max - info.min) + info.min).astype(dtype)
+        out = resize(image, (40, 40)).numpy().astype(int)
         assert out.min() == info.min and out.max() == info.max
-        assert (np.sort(out[0], axis=1)[:, 20:] >= np.sort(out[0], axis=1)[:, 19:20]).all()
-        assert (out[0, :, :8] < 0.1 * info.max + info.min).all() and (
-            out[0, :, -8:] > 0.9 * info.max
-        ).all()
+        in_order = np.sort(out[0], axis=1)
+        assert (in_order[:, 20:] >= in_order[:, 19:20]).all()
+        assert (out[0, :, :8] < 0.1 * info.max + info.min).all()
+        assert (out[0, :, -8:] > 0.9 * info.max).all()
 
 
 def test_resize_does_not_write_to_the_image():
@@ -129,17 +149,13 @@ def test_resize_center_takes_the_central_square():
 
 # ---- crops ----
 
-
 def test_crops_are_a_function_of_the_generator():
-    crop, image = MultiCrop(
-        global_crops_size=16, local_crops_size=8, local_crops_number=3
-    ), picture(30, 40, 3)
-    a, b, c = (crop(image, None, np.random.default_rng(seed)) for seed in (5, 5, 6))
-    for key in a:
-        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
-    a, b, c = (crop(image, None, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
-    for key in a:
-        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
+    crop = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=3)
+    image = picture(30, 40, 3)
+    for make in (np.random.default_rng, torch.Generator().manual_seed):
+        a, b, c = (crop(image, None, make(seed)) for seed in (5, 5, 6))
+        for key in a:
+            assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
 
 
 def test_crops_of_one_image_differ():
@@ -154,41 +170,29 @@ def test_crops_of_one_image_differ():
 @pytest.mark.parametrize("scale", [(0.1, 0.4), (0.4, 0.7)])
 def test_random_boxes_have_the_area_aspect_and_place_asked_for(shape, scale):
     rng = np.random.default_rng(0)
-    top, left, height, width = np.array(
-        [MultiCrop.random_box(shape, scale, rng) for _ in range(2000)]
-    ).T
+    boxes = [MultiCrop.random_box(shape, scale, rng) for _ in range(2000)]
+    top, left, height, width = np.array(boxes).T
     area, aspect = height * width / (shape[0] * shape[1]), width / height
     for start, length, side in ((top, height, shape[0]), (left, width, shape[1])):
         assert start.min() >= 0 and (start + length).max() <= side
-    assert (
-        scale[0] - 0.01 < area.min() < scale[0] + 0.02
-        and scale[1] - 0.02 < area.max() < scale[1] + 0.01
-    )
+    assert scale[0] - 0.01 < area.min() < scale[0] + 0.02
+    assert scale[1] - 0.02 < area.max() < scale[1] + 0.01
     assert 0.74 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.35
     # in a wide image the largest boxes do not fit at every aspect and are drawn again
     assert abs(area.mean() - sum(scale) / 2) < (0.015 if shape[0] == shape[1] else 0.04)
     for start, room in ((top, shape[0] - height), (left, shape[1] - width)):
         assert abs((start / np.maximum(room, 1))[room > 20].mean() - 0.5) < 0.05
-        assert (
-            start[room > 20] == 0
-        ).any() or room.min() > 20  # the border is reached, not avoided
+        # the border is reached, not avoided
+        assert (start[room > 20] == 0).any() or room.min() > 20
 
 
 def test_a_box_that_cannot_fit_becomes_the_largest_central_one():
     # the whole of a 10 x 100 strip at aspect 3/4..4/3 is impossible
     for _ in range(5):
-        assert MultiCrop.random_box((10, 100), (1.0, 1.0), np.random.default_rng(0)) == (
-            0,
-            43,
-            10,
-            13,
-        )
-        assert MultiCrop.random_box((100, 10), (1.0, 1.0), np.random.default_rng(0)) == (
-            43,
-            0,
-            13,
-            10,
-        )
+        box = MultiCrop.random_box((10, 100), (1.0, 1.0), np.random.default_rng(0))
+        assert box == (0, 43, 10, 13)
+        box = MultiCrop.random_box((100, 10), (1.0, 1.0), np.random.default_rng(0))
+        assert box == (43, 0, 13, 10)
 
 
 def test_scale_one_without_flips_is_the_resized_image():
@@ -204,9 +208,8 @@ def test_scale_one_without_flips_is_the_resized_image():
 @pytest.mark.parametrize("value", [-1024, 3071])
 def test_any_image_size_keeps_constant_hounsfield_units(shape, value):
     image = np.full((*shape, 1), value, np.int16)
-    crops = MultiCrop(global_crops_size=32, local_crops_size=16)(
-        image, None, np.random.default_rng(0)
-    )
+    crop = MultiCrop(global_crops_size=32, local_crops_size=16)
+    crops = crop(image, None, np.random.default_rng(0))
     for key, views, size in (("global_crops", 2, 32), ("local_crops", 8, 16)):
         assert crops[key].shape == (views, 1, size, size) and crops[key].dtype == torch.int16
         assert (crops[key] == value).all()
@@ -215,9 +218,8 @@ def test_any_image_size_keeps_constant_hounsfield_units(shape, value):
 @pytest.mark.parametrize("horizontal, vertical, axes", [(1, 0, [3]), (0, 1, [2]), (1, 1, [2, 3])])
 def test_flips_with_certainty(horizontal, vertical, axes):
     def crops(**flips):
-        return MultiCrop(16, local_crops_size=8, **flips)(
-            picture(40, 30, 3), None, np.random.default_rng(3)
-        )
+        crop = MultiCrop(16, local_crops_size=8, **flips)
+        return crop(picture(40, 30, 3), None, np.random.default_rng(3))
 
     plain = crops(horizontal_flip=0, vertical_flip=0)
     flipped = crops(horizontal_flip=horizontal, vertical_flip=vertical)
@@ -229,37 +231,24 @@ def test_flips_come_at_their_probability():
     image = picture(16, 16, 1)
     crop = MultiCrop(16, (1.0, 1.0), 1, local_crops_number=0, horizontal_flip=0.3, vertical_flip=0)
     rng, plain = np.random.default_rng(0), resize(image, (16, 16))
-    flipped = np.mean(
-        [not torch.equal(crop(image, None, rng)["global_crops"][0], plain) for _ in range(1000)]
-    )
+    views = [crop(image, None, rng)["global_crops"][0] for _ in range(1000)]
+    flipped = np.mean([not torch.equal(view, plain) for view in views])
     assert abs(flipped - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 1000)
 
 
-@pytest.mark.parametrize(
-    "dtype, out",
-    [
-        (np.uint8, torch.uint8),
-        (np.int16, torch.int16),
-        (np.uint16, torch.float32),
-        (np.float32, torch.float32),
-    ],
-)
+@pytest.mark.parametrize("dtype, out", [
+    (np.uint8, torch.uint8), (np.int16, torch.int16),
+    (np.uint16, torch.float32), (np.float32, torch.float32)])
 def test_views_have_the_shape_and_type_of_the_image(dtype, out):
-    crop = MultiCrop(
-        24,
-        global_crops_number=3,
-        local_crops_size=8,
-        local_crops_number=2,
-        label_guided_crops_number=4,
-    )
-    crops = crop(picture(40, 40, 5, dtype=dtype), None, np.random.default_rng(0))
+    image = picture(40, 40, 5, dtype=dtype)
+    crop = MultiCrop(24, global_crops_number=3, local_crops_size=8, local_crops_number=2,
+                     label_guided_crops_number=4)
+    crops = crop(image, None, np.random.default_rng(0))
     assert crops["global_crops"].shape == (3, 5, 24, 24) and crops["global_crops"].dtype == out
     assert crops["local_crops"].shape == (6, 5, 8, 8) and crops["local_crops"].dtype == out
     assert crops["global_seeds"].shape == (3,) and crops["local_seeds"].shape == (6,)
     assert crops["local_seeds"].dtype == torch.int64
-    none = MultiCrop(24, local_crops_number=0)(
-        picture(40, 40, 5, dtype=dtype), None, np.random.default_rng(0)
-    )
+    none = MultiCrop(24, local_crops_number=0)(image, None, np.random.default_rng(0))
     assert len(none["local_crops"]) == len(none["local_seeds"]) == 0
 
 
@@ -267,10 +256,10 @@ def test_views_have_the_shape_and_type_of_the_image(dtype, out):
 @pytest.mark.parametrize("scale", [(0.001, 0.002), (0.02, 0.1), (0.5, 1.0)])
 def test_guided_boxes_contain_a_labelled_pixel(shape, scale):
     height, width = shape
-    rng, several = np.random.default_rng(0), np.argwhere(np.ones(shape))[:: height * width // 5]
-    single = [
-        np.array([[y, x]]) for y in (0, height // 2, height - 1) for x in (0, width // 2, width - 1)
-    ]
+    rng, several = np.random.default_rng(0), np.argwhere(np.ones(shape))[::height * width // 5]
+    single = []
+    for y in (0, height // 2, height - 1):
+        single += [np.array([[y, x]]) for x in (0, width // 2, width - 1)]
     for labelled in (*single, several):
         hits = np.zeros(len(labelled), int)
         for _ in range(100):
@@ -286,26 +275,27 @@ def test_guided_boxes_contain_a_labelled_pixel(shape, scale):
 @pytest.mark.parametrize("shape", [(64, 64), (9, 7), (30, 100), (200, 61)])
 @pytest.mark.parametrize("scale", [(0.001, 0.002), (0.02, 0.1), (0.5, 1.0)])
 def test_every_guided_crop_contains_its_labelled_pixel(shape, scale):
-    # one labelled pixel, anywhere, borders and corners included, whatever the flips: its mark is in every guided crop.
-    # The mark is the crop of the label itself, resized to more pixels than the box has, so that no pixel can vanish.
+    """One labelled pixel, anywhere, borders and corners included, whatever the flips: every guided
+    crop shows its mark.
+
+    The mark is the crop of the label itself, resized to more pixels than the box has. So no pixel
+    can vanish.
+    """
     rng = np.random.default_rng(0)
-    crop = MultiCrop(
-        8,
-        local_crops_number=1,
-        local_crops_size=max(shape),
-        label_guided_crops_number=3,
-        label_guided_crops_scale=scale,
-    )
-    corners = [(y, x) for y in (0, shape[0] - 1) for x in (0, shape[1] - 1)]
+    crop = MultiCrop(8, local_crops_number=1, local_crops_size=max(shape),
+                     label_guided_crops_number=3, label_guided_crops_scale=scale)
+    height, width = shape
+    corners = [(0, 0), (0, width - 1), (height - 1, 0), (height - 1, width - 1)]
     for y, x in corners + [tuple(rng.integers(shape)) for _ in range(8)]:
         mask = np.zeros(shape, np.uint8)
         mask[y, x] = 3
         guided = crop.of_label(shape, mask, rng)["local_crops"][1:]
-        assert len(guided) == 3 and (guided.amax(dim=(1, 2, 3)) > 127).all()
+        assert len(guided) == 3 and (brightest(guided) > 127).all()
 
 
 def test_crops_of_the_label_are_the_crops_of_the_image():
-    # an image that is its own mask: crops of either are the same, so outlines in samples/crops.png lie where they belong
+    # the image is its own mask and the crops of either are the same: so the outlines in
+    # samples/crops.png lie at their place
     mask = np.zeros((40, 56), np.uint8)
     mask[5:9, 40:50] = 255
     crop = MultiCrop(24, local_crops_size=16, local_crops_number=3, label_guided_crops_number=2)
@@ -322,19 +312,11 @@ def test_guided_classes_choose_among_mask_values():
     image = (mask == 2).astype(np.int16)[..., None] * 1000
     shows = {}
     for classes in ((), (1.0,), (2.0,), (1.0, 2.0), (7.0,)):
-        crop = MultiCrop(
-            16,
-            local_crops_number=0,
-            local_crops_size=16,
-            label_guided_crops_number=60,
-            label_guided_crops_scale=(0.02, 0.03),
-            label_guided_classes=classes,
-        )
-        shows[classes] = float(
-            (crop(image, mask, np.random.default_rng(0))["local_crops"].amax(dim=(1, 2, 3)) > 400)
-            .float()
-            .mean()
-        )
+        crop = MultiCrop(16, local_crops_number=0, local_crops_size=16,
+                         label_guided_crops_number=60, label_guided_crops_scale=(0.02, 0.03),
+                         label_guided_classes=classes)
+        guided = crop(image, mask, np.random.default_rng(0))["local_crops"]
+        shows[classes] = float((brightest(guided) > 400).float().mean())
     assert shows[(2.0,)] == 1 and shows[(1.0,)] == 0 and 0.3 < shows[()] == shows[(1.0, 2.0)] < 0.7
     assert shows[(7.0,)] < 0.2  # nothing is labelled: random crops
 
@@ -342,20 +324,12 @@ def test_guided_classes_choose_among_mask_values():
 def test_every_labelled_pixel_is_as_likely_as_any_other():
     mask = np.zeros((64, 64), np.uint8)
     mask[4:7, 4:7], mask[60, 60] = 1, 1  # nine pixels and one
-    crop = MultiCrop(
-        16,
-        local_crops_number=0,
-        local_crops_size=16,
-        label_guided_crops_number=1000,
-        label_guided_crops_scale=(0.02, 0.03),
-    )
+    crop = MultiCrop(16, local_crops_number=0, local_crops_size=16,
+                     label_guided_crops_number=1000, label_guided_crops_scale=(0.02, 0.03))
     image = np.zeros((64, 64, 1), np.int16)
     image[60, 60] = 1000
-    small = (
-        (crop(image, mask, np.random.default_rng(0))["local_crops"].amax(dim=(1, 2, 3)) > 100)
-        .float()
-        .mean()
-    )
+    guided = crop(image, mask, np.random.default_rng(0))["local_crops"]
+    small = (brightest(guided) > 100).float().mean()
     assert abs(float(small) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 1000)
 
 
@@ -363,30 +337,22 @@ def test_guided_crops_show_the_label_and_come_last():
     mask = np.zeros((64, 64), np.uint8)
     mask[50, 9] = 1
     image = mask.astype(np.int16)[..., None] * 1000
-    crop = MultiCrop(
-        32,
-        local_crops_size=32,
-        local_crops_number=4,
-        local_crops_scale=(0.05, 0.1),
-        label_guided_crops_number=6,
-    )
+    crop = MultiCrop(32, local_crops_size=32, local_crops_number=4, local_crops_scale=(0.05, 0.1),
+                     label_guided_crops_number=6)
     guided = crop(image, mask, np.random.default_rng(0))["local_crops"][4:]
-    assert len(guided) == 6 and (guided.amax(dim=(1, 2, 3)) > 500).all()
+    assert len(guided) == 6 and (brightest(guided) > 500).all()
     # without labels the same number, from anywhere
     for absent in (None, np.zeros_like(mask)):
         crops = crop(image, absent, np.random.default_rng(0))["local_crops"]
-        assert len(crops) == 10 and (crops[4:].amax(dim=(1, 2, 3)) > 500).sum() < 6
+        assert len(crops) == 10 and (brightest(crops[4:]) > 500).sum() < 6
 
 
 # ---- uniforms, windows ----
 
-
 def test_uniforms_are_uniform_and_uncorrelated():
     n = 20000
-    for source in (
-        np.arange(n),
-        np.random.default_rng(0).integers(2**63 - 1, size=n),
-    ):  # counters and random seeds
+    counters, random_seeds = np.arange(n), np.random.default_rng(0).integers(2**63 - 1, size=n)
+    for source in (counters, random_seeds):
         u = np.concatenate([uniforms(source, 11), uniforms(source, 2, stream=1)], axis=1)  # [n,13]
         assert u.shape == (n, 13) and 0 <= u.min() and u.max() < 1
         assert np.abs(u.mean(0) - 0.5).max() < 4.5 * math.sqrt(1 / 12 / n)
@@ -412,9 +378,8 @@ def test_to_unit_windows():
 
 def test_window_jitter_moves_both_ends_by_its_share():
     n, low, high, jitter = 4000, -100.0, 300.0, 0.1
-    crops = (
-        torch.tensor([60.0, 140.0]).view(1, 1, 1, 2).repeat(n, 1, 1, 1)
-    )  # inside of every window
+    two_points = torch.tensor([60.0, 140.0])  # inside of every window
+    crops = two_points.view(1, 1, 1, 2).repeat(n, 1, 1, 1)
     a, b = to_unit(crops, (low, high), seeds(n), jitter)[:, 0, 0].double().T
     width = 80 / (b - a)  # two points of a line give back both its ends
     start, end = 60 - a * width, 60 + (1 - a) * width
@@ -429,18 +394,15 @@ def test_window_jitter_moves_both_ends_by_its_share():
 
 # ---- photometrics ----
 
-
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_nothing_happens_at_probability_zero(monkeypatch, channels):
     preset(monkeypatch)
     x = batch(channels=channels)
     for kind in augment.KINDS:
-        torch.testing.assert_close(
-            photometric(x, "rgb", seeds(16), kind, (0, 0, 0)), x, atol=2e-6, rtol=0
-        )
+        assert_near(photometric(x, "rgb", seeds(16), kind, (0, 0, 0)), x, atol=2e-6)
     eight_bit = (x * 255).byte()
     out = photometric(eight_bit, "rgb", seeds(16), "local", (0, 0, 0))
-    torch.testing.assert_close(out, eight_bit / 255, atol=2e-6, rtol=0)
+    assert_near(out, eight_bit / 255, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -450,13 +412,9 @@ def test_result_is_in_range_changed_and_leaves_its_input_alone(name, channels):
     before = x.clone()
     for kind in augment.KINDS:
         out = photometric(x, name, seeds(64), kind)
-        assert (
-            out.shape == x.shape
-            and out.dtype == torch.float32
-            and out.min() >= 0
-            and out.max() <= 1
-        )
-        changed = ((out - x).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean()
+        assert out.shape == x.shape and out.dtype == torch.float32
+        assert out.min() >= 0 and out.max() <= 1
+        changed = (brightest((out - x).abs()) > 1e-3).float().mean()
         assert changed > 0.7 and torch.equal(x, before)
 
 
@@ -466,14 +424,14 @@ def test_a_crop_looks_the_same_in_any_batch(name):
     for kind in augment.KINDS:
         full = photometric(x, name, own, kind, (0.5, 0.5, 0.5))
         part = photometric(x[rows], name, own[rows], kind, (0.5, 0.5, 0.5))
-        torch.testing.assert_close(part, full[rows], atol=1e-6, rtol=0)
+        assert_near(part, full[rows], atol=1e-6)
 
 
 def test_photometric_takes_numpy_and_torch_generators():
     x = batch()
     for make in (np.random.default_rng, torch.Generator().manual_seed):
         a, b, c = (photometric(x, "rgb", make(seed), "global1") for seed in (1, 1, 2))
-        assert torch.equal(a, b) and (a - c).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+        assert torch.equal(a, b) and brightest((a - c).abs()).min() > 1e-3
     assert photometric(x[:0], "rgb", np.random.default_rng(0), "local").shape == (0, 3, 16, 16)
     with pytest.raises(ValueError, match="preset='x-ray'.*rgb, medical"):
         photometric(x, "x-ray", seeds(16), "local")
@@ -482,14 +440,12 @@ def test_photometric_takes_numpy_and_torch_generators():
 
 
 def test_medical_brightness_keeps_order_and_relations(monkeypatch):
-    """Inverted or recoloured CT means nothing: every pixel of a crop is multiplied by the same number."""
+    """Inverted or recoloured CT means nothing: one number multiplies every pixel of a crop."""
     monkeypatch.setitem(PRESETS, "medical", dict(PRESETS["medical"], noise_probability=0.0))
     x = 0.1 + 0.6 * batch(500, 3, 8)  # times 1.4 at most: below 1, nothing is clipped
     for kind in augment.KINDS:
         factor = photometric(x, "medical", seeds(500), kind, (0, 0, 0)) / x
-        torch.testing.assert_close(
-            factor, factor[:, :1, :1, :1].expand_as(factor), atol=1e-5, rtol=0
-        )
+        assert_near(factor, factor[:, :1, :1, :1].expand_as(factor), atol=1e-5)
         factor = factor[:, 0, 0, 0]
         changed = (factor - 1).abs() > 1e-6
         assert 0.6 - 1e-5 <= factor.min() < 0.65 and 1.35 < factor.max() <= 1.4 + 1e-5
@@ -502,12 +458,10 @@ def test_solarize_is_for_the_second_global_crop(monkeypatch):
     x = batch()
     expected = dict(global1=x, global2=torch.where(x >= 0.5, 1 - x, x), local=x)
     for kind, result in expected.items():
-        torch.testing.assert_close(
-            photometric(x, "rgb", seeds(16), kind, (0, 0, 0)), result, atol=2e-6, rtol=0
-        )
+        assert_near(photometric(x, "rgb", seeds(16), kind, (0, 0, 0)), result, atol=2e-6)
     preset(monkeypatch, solarize_probability=0.2)
     out = photometric(batch(1000, 3, 4), "rgb", seeds(1000), "global2", (0, 0, 0))
-    solarized = out.amax(dim=(1, 2, 3)) < 0.5 + 1e-5
+    solarized = brightest(out) < 0.5 + 1e-5
     assert abs(solarized.float().mean() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 1000)
 
 
@@ -516,21 +470,16 @@ def test_grayscale_makes_equal_channels(monkeypatch):
     x = batch()
     out = photometric(x, "rgb", seeds(16), "local", (0, 0, 0))
     luma = torch.einsum("nchw,c->nhw", x, LUMA)
-    torch.testing.assert_close(out, luma[:, None].expand_as(out), atol=2e-6, rtol=0)
+    assert_near(out, luma[:, None].expand_as(out), atol=2e-6)
     five = batch(channels=5)  # what has no colour has no grey
-    torch.testing.assert_close(
-        photometric(five, "rgb", seeds(16), "local", (0, 0, 0)), five, atol=2e-6, rtol=0
-    )
+    assert_near(photometric(five, "rgb", seeds(16), "local", (0, 0, 0)), five, atol=2e-6)
 
 
 def apply_matrix(x, **strengths):
     """color_matrix applied, with everything that is not named left at 0."""
     zero = np.zeros(len(x))
-    strengths = {
-        **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), zero),
-        **strengths,
-    }
-    matrix, offset = color_matrix(x, zero > 0, **strengths)
+    unchanged = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), zero)
+    matrix, offset = color_matrix(x, zero > 0, **{**unchanged, **strengths})
     return torch.einsum("nij,njhw->nihw", matrix, x) + offset[:, :, None, None]
 
 
@@ -547,42 +496,37 @@ def test_color_matrix_is_brightness_contrast_saturation_in_turn(channels):
         if channels == 3:
             gray = torch.einsum("chw,c->hw", y, weights)
             y = gray + (y - gray) * (1 + s[i])
-        torch.testing.assert_close(ours[i], y.to(torch.float32), atol=2e-5, rtol=0)
+        assert_near(ours[i], y.to(torch.float32), atol=2e-5)
 
 
 def test_hue_turns_around_the_grey_axis():
     x = batch(8)
     luma = torch.einsum("nchw,c->nhw", x, LUMA)[:, None]
     full, half, quarter = (np.full(8, turn) for turn in (1.0, 0.5, 0.25))
-    torch.testing.assert_close(apply_matrix(x, hue=full), x, atol=1e-4, rtol=0)
+    assert_near(apply_matrix(x, hue=full), x, atol=1e-4)
     opposite = 2 * luma - x  # as bright, the complementary colour
-    torch.testing.assert_close(apply_matrix(x, hue=half), opposite, atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        apply_matrix(apply_matrix(x, hue=quarter), hue=quarter), opposite, atol=1e-4, rtol=0
-    )
+    assert_near(apply_matrix(x, hue=half), opposite, atol=1e-4)
+    twice = apply_matrix(apply_matrix(x, hue=quarter), hue=quarter)
+    assert_near(twice, opposite, atol=1e-4)
     turned = apply_matrix(x, hue=np.linspace(-0.1, 0.1, 8))
-    torch.testing.assert_close(
-        torch.einsum("nchw,c->nhw", turned, LUMA)[:, None], luma, atol=1e-4, rtol=0
-    )
+    assert_near(torch.einsum("nchw,c->nhw", turned, LUMA)[:, None], luma, atol=1e-4)
     grey = luma.expand_as(x)
-    torch.testing.assert_close(
-        apply_matrix(grey, hue=np.linspace(-0.5, 0.5, 8)), grey, atol=1e-4, rtol=0
-    )
+    assert_near(apply_matrix(grey, hue=np.linspace(-0.5, 0.5, 8)), grey, atol=1e-4)
 
 
 def plain_blur(image, sigma, radius):
-    """[H,W] blurred by the definition: the weighted mean of the neighbours, the image mirrored at its border."""
+    """[H,W] blurred by the definition: the weighted mean of the neighbours, the image mirrored at
+    its border."""
+    height, width = image.shape
     padded, out = np.pad(image, radius, mode="reflect"), np.zeros(image.shape)
-    taps = range(-radius, radius + 1)
-    weights = {(i, j): math.exp(-(i * i + j * j) / (2 * sigma**2)) for i in taps for j in taps}
-    for (i, j), weight in weights.items():
-        out += (
-            weight
-            * padded[
-                radius + i : radius + i + image.shape[0], radius + j : radius + j + image.shape[1]
-            ]
-        )
-    return out / sum(weights.values())
+    total = 0.0
+    for i in range(2 * radius + 1):
+        for j in range(2 * radius + 1):
+            squared = (i - radius) ** 2 + (j - radius) ** 2
+            weight = math.exp(-squared / (2 * sigma**2))
+            out += weight * padded[i:i + height, j:j + width]
+            total += weight
+    return out / total
 
 
 def test_blur_is_the_direct_convolution():
@@ -590,86 +534,65 @@ def test_blur_is_the_direct_convolution():
     ours = gaussian_blur(x, sigma)
     for n in range(3):
         for c in range(2):
-            np.testing.assert_allclose(
-                ours[n, c], plain_blur(x[n, c].double().numpy(), float(sigma[n]), 6), atol=1e-5
-            )
+            expected = plain_blur(x[n, c].double().numpy(), float(sigma[n]), 6)
+            np.testing.assert_allclose(ours[n, c], expected, atol=1e-5)
 
 
 def test_blur_keeps_constants_and_tiny_crops():
     constant = torch.full((2, 3, 20, 20), 0.37)
-    torch.testing.assert_close(
-        gaussian_blur(constant, torch.tensor([0.1, 2.0])), constant, atol=1e-6, rtol=0
-    )
-    assert gaussian_blur(batch(2, 1, 3), torch.tensor([1.0, 2.0])).shape == (
-        2,
-        1,
-        3,
-        3,
-    )  # smaller than the kernel
+    assert_near(gaussian_blur(constant, torch.tensor([0.1, 2.0])), constant, atol=1e-6)
+    smaller_than_the_kernel = gaussian_blur(batch(2, 1, 3), torch.tensor([1.0, 2.0]))
+    assert smaller_than_the_kernel.shape == (2, 1, 3, 3)
     untouched = batch(1, 1, 12)
-    torch.testing.assert_close(
-        gaussian_blur(untouched, torch.tensor([0.1])), untouched, atol=1e-6, rtol=0
-    )
+    assert_near(gaussian_blur(untouched, torch.tensor([0.1])), untouched, atol=1e-6)
 
 
 @pytest.mark.parametrize("probabilities", [(1.0, 0.1, 0.5), (0.0, 0.9, 0.5)])
 def test_blur_comes_at_its_probability(monkeypatch, probabilities):
     preset(monkeypatch)
-    monkeypatch.setattr(
-        augment, "BLUR_SIGMA", (1.5, 2.0)
-    )  # the smallest sigmas change too little to be counted
+    # the smallest sigmas change too little to be counted
+    monkeypatch.setattr(augment, "BLUR_SIGMA", (1.5, 2.0))
     n = 1000
     x = batch(n, 1, 32)
     for kind, p in zip(augment.KINDS, probabilities):
         out = photometric(x, "rgb", seeds(n, seed=4), kind, probabilities)
-        blurred = float(((out - x).abs().amax(dim=(1, 2, 3)) > 0.01).float().mean())
+        blurred = float((brightest((out - x).abs()) > 0.01).float().mean())
         assert abs(blurred - p) <= 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_noise_has_its_strength(monkeypatch):
     preset(monkeypatch, "medical", noise_probability=0.5, noise=0.05)
-    out = (
-        photometric(torch.full((400, 2, 32, 32), 0.5), "medical", seeds(400), "local", (0, 0, 0))
-        - 0.5
-    )
+    grey = torch.full((400, 2, 32, 32), 0.5)
+    out = photometric(grey, "medical", seeds(400), "local", (0, 0, 0)) - 0.5
     std = out.flatten(1).std(dim=1)
     noisy = std > 1e-6
     assert abs(noisy.float().mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
     std = std[noisy]  # sigma is uniform in 0..0.05
-    assert (
-        std.max() < 0.05 * 1.1
-        and std.mean() == pytest.approx(0.025, rel=0.15)
-        and std.min() < 0.005
-    )
+    assert std.max() < 0.05 * 1.1 and std.min() < 0.005
+    assert std.mean() == pytest.approx(0.025, rel=0.15)
     mean = out[noisy].flatten(1).mean(dim=1) / std  # in units of the standard error: 1 / sqrt(2048)
     assert mean.abs().max() < 5 / math.sqrt(2048)
     unit = (out[noisy] / std[:, None, None, None]).flatten(1)
     overlap = (unit @ unit.T / 2048).fill_diagonal_(0)  # no two crops share their noise
     assert overlap.abs().max() < 5.5 / math.sqrt(2048)
-    channels = (unit.view(-1, 2, 1024)[:, 0] * unit.view(-1, 2, 1024)[:, 1]).mean(dim=1)
-    assert channels.abs().max() < 5 / math.sqrt(1024)  # nor two channels
+    first, second = unit.view(-1, 2, 1024).unbind(dim=1)
+    assert (first * second).mean(dim=1).abs().max() < 5 / math.sqrt(1024)  # nor two channels
 
 
 def test_photometrics_knows_its_numbers():
-    crops = (
-        torch.tensor([[-1000, 0], [500, 1000]], dtype=torch.int16)
-        .view(1, 1, 2, 2)
-        .repeat(1, 2, 1, 1)
-    )
-    settings = dict(
-        preset="medical", intensity_range=(-1000.0, 1000.0), mean=(0.25, 0.5), std=(0.5, 0.25)
-    )
+    pixels = torch.tensor([[-1000, 0], [500, 1000]], dtype=torch.int16)
+    crops = pixels.view(1, 1, 2, 2).repeat(1, 2, 1, 1)
+    settings = dict(preset="medical", intensity_range=(-1000.0, 1000.0), mean=(0.25, 0.5),
+                    std=(0.5, 0.25))
     out = Photometrics(**settings).plain(crops)
-    assert out[0, 0].flatten().tolist() == pytest.approx(
-        [-0.5, 0.5, 1.0, 1.5]
-    )  # (0, .5, .75, 1) - .25 over .5
+    # (0, .5, .75, 1) - .25 over .5
+    assert out[0, 0].flatten().tolist() == pytest.approx([-0.5, 0.5, 1.0, 1.5])
     assert out[0, 1].flatten().tolist() == pytest.approx([-2.0, 0.0, 1.0, 2.0])
     own = seeds(4)
     crops = (batch(4, 2) * 2000 - 1000).round().to(torch.int16)
     pipeline = Photometrics(**settings, window_jitter=0.1, blur_probability=(1, 1, 1))
-    by_hand = photometric(
-        to_unit(crops, (-1000, 1000), own, 0.1), "medical", own, "global2", (1, 1, 1)
-    )
+    unit = to_unit(crops, (-1000, 1000), own, 0.1)
+    by_hand = photometric(unit, "medical", own, "global2", (1, 1, 1))
     torch.testing.assert_close(pipeline(crops, own, "global2"), pipeline.normalize(by_hand))
 
 
@@ -678,37 +601,39 @@ def test_photometrics_knows_its_numbers():
 GRIDS = [14, (12, 16), 7]
 
 
+def n_patches(grid):
+    return math.prod(np.broadcast_to(grid, 2))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("n, probability", [(64, 0.5), (10, 0.33), (7, 1.0), (5, 0.0)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_masks_have_their_number_and_range(grid, n, probability, exact):
-    h, w = (grid, grid) if isinstance(grid, int) else grid
+    patches = n_patches(grid)
     masks = sample_masks(n, grid, np.random.default_rng(1), probability, (0.1, 0.5), exact=exact)
-    assert masks.shape == (n, h * w) and masks.dtype == torch.bool
+    assert masks.shape == (n, patches) and masks.dtype == torch.bool
     n_masked = int(n * probability)
     counts = np.sort(masks.sum(dim=1).numpy())
-    assert (counts[: n - n_masked] == 0).all() and (counts[n - n_masked :] > 0).all()
-    upper = (h * w * np.linspace(0.1, 0.5, n_masked + 1)[1:]).astype(int)
-    assert (
-        (counts[n - n_masked :] == upper).all()
-        if exact
-        else (counts[n - n_masked :] <= upper).all()
-    )
+    empty, masked = np.split(counts, [n - n_masked])
+    assert (empty == 0).all() and (masked > 0).all()
+    upper = (patches * np.linspace(0.1, 0.5, n_masked + 1)[1:]).astype(int)
+    assert (masked <= upper).all()
+    if exact:
+        assert (masked == upper).all()
 
 
 def test_masks_cover_the_range_evenly():
     masks = sample_masks(400, 14, np.random.default_rng(0), 0.5, (0.1, 0.5))
     share = np.sort(masks.float().mean(dim=1).numpy())[200:]
-    # they may fall short of the bin where no rectangle fits, never by much
+    # they may fall short of the bin if no rectangle fits, never by much
     short = np.linspace(0.1, 0.5, 401)[1::2] - share
     assert short.max() < 0.12 and abs(short.mean()) < 0.01
 
 
 def test_masks_are_blocks():
-    """Not salt and pepper: among masked patches most right-hand neighbours are masked too."""
-    masks = (
-        sample_masks(200, 14, np.random.default_rng(0), 1.0, (0.1, 0.5)).view(200, 14, 14).float()
-    )
+    """Not salt and pepper: of the masked patches, most right-hand neighbours are masked too."""
+    masks = sample_masks(200, 14, np.random.default_rng(0), 1.0, (0.1, 0.5))
+    masks = masks.view(200, 14, 14).float()
     both, one = (masks[:, :, 1:] * masks[:, :, :-1]).sum(), masks[:, :, :-1].sum()
     assert both / one > 0.6 > 2 * masks.mean()
 
@@ -722,9 +647,8 @@ def test_every_row_has_its_share_of_masks():
 @pytest.mark.parametrize("exact", [False, True])
 def test_rows_are_those_of_the_whole_batch(exact):
     def masks(rows=None):
-        return sample_masks(
-            24, 10, np.random.default_rng(5), 0.5, (0.1, 0.5), exact=exact, rows=rows
-        )
+        rng = np.random.default_rng(5)
+        return sample_masks(24, 10, rng, 0.5, (0.1, 0.5), exact=exact, rows=rows)
 
     rows = [3, 4, 17, 22]
     part, whole = masks(rows), masks()
@@ -741,74 +665,9 @@ def test_masks_are_reproducible():
 @pytest.mark.parametrize("grid", [1, 2, 3, (1, 8), (8, 1)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_tiny_grids_do_not_hang(grid, exact):
-    h, w = (grid, grid) if isinstance(grid, int) else grid
+    shares = np.linspace(0.3, 1.0, 9)[1:]
     for seed in range(20):
         masks = sample_masks(8, grid, np.random.default_rng(seed), 1.0, (0.3, 1.0), exact=exact)
         if exact:
-            assert sorted(masks.sum(dim=1).tolist()) == [
-                int(h * w * share) for share in np.linspace(0.3, 1.0, 9)[1:]
-            ]
-
-
-# ---- samples ----
-
-
-def test_save_samples_draws_the_crops_and_the_masks(tmp_path):
-    pipeline = Photometrics("medical", (0.0, 1.0), (0.5,), (0.25,))
-    grey = pipeline.normalize(torch.full((4, 1, 16, 16), 0.6))
-    masks = torch.zeros(4, 16, dtype=torch.bool)
-    masks[0, 3] = masks[2, :5] = masks[3, 15] = True
-    save_samples(
-        tmp_path / "a.png",
-        grey,
-        pipeline.normalize(torch.full((6, 1, 8, 8), 0.2)),
-        masks,
-        2,
-        pipeline,
-    )
-    pixels = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-    assert pixels.shape == (
-        14 + 2 * 116 + 4,
-        7 * 116 + 4,
-        3,
-    )  # two rows of 2 global, 2 masked, 3 local crops
-
-    def count(color):
-        return (pixels == color).all(axis=2).sum()
-
-    assert count((255, 140, 0)) == 7 * 28 * 28  # seven masked patches in a grid of 4 x 4
-    assert count((153, 153, 153)) == 8 * 112 * 112 - 7 * 28 * 28
-    assert count((51, 51, 51)) >= 6 * 112 * 112  # titles may have such pixels too
-    assert (pixels[20:130, 10:110] == 153).all()  # the first tile is a plain global crop
-    # masked 1 of image 1 hides patch 3, top right; view-major, so row 2 is view 2 of image 1
-    tile = pixels[18 : 18 + 112, 4 + 2 * 116 :][:, :112]
-    assert (tile[:28, 84:] == (255, 140, 0)).all() and (tile[28:] == 153).all()
-
-
-def test_save_samples_outlines_the_label(tmp_path):
-    pipeline = Photometrics("medical", (0.0, 1.0), (0.5,), (0.25,))
-    grey, small = (
-        pipeline.normalize(torch.full((n, 1, side, side), 0.6)) for n, side in ((2, 16), (3, 8))
-    )
-    labels = dict(global_crops=torch.zeros(2, 1, 16, 16), local_crops=torch.zeros(3, 1, 8, 8))
-    labels["global_crops"][0, 0, 4:8, 4:8] = labels["local_crops"][2, 0, 0:2, 0:2] = (
-        255  # 28 pixels of the tiles each
-    )
-    save_samples(tmp_path / "a.png", grey, small, None, 1, pipeline, labels=labels, n_guided=1)
-    cyan = (np.asarray(Image.open(tmp_path / "a.png")) == (0, 229, 255)).all(axis=2)
-    tiles = [int(cyan[18:130, 4 + 116 * i :][:, :112].sum()) for i in range(5)]
-    assert tiles == [
-        4 * 28,
-        0,
-        0,
-        0,
-        2 * 28,
-    ]  # just outside of the label; what is off the tile is cut off
-
-
-def test_save_samples_without_masks_or_local_crops(tmp_path):
-    pipeline = Photometrics("rgb", (0.0, 255.0), (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
-    save_samples(
-        tmp_path / "a.png", pipeline.normalize(batch(20, 3)), None, None, 10, pipeline, max_images=4
-    )
-    assert Image.open(tmp_path / "a.png").size == (2 * 116 + 4, 14 + 4 * 116 + 4)
+            counts = sorted(masks.sum(dim=1).tolist())
+            assert counts == [int(n_patches(grid) * share) for share in shares]

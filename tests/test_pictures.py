@@ -207,7 +207,7 @@ def test_outline_runs_just_outside_of_the_mask():
     mask = np.zeros((4, 8), np.uint8)
     mask[1:3, 2:4] = 2
     result = np.asarray(pictures.outline(Image.new("RGB", (16, 16)), mask, "red"))
-  # placed like an 8 x 4 image on a square: 4 pixels of black above; 2 pixels each
+    # placed like an 8 x 4 image on a square: 4 pixels of black above; 2 pixels each
     expected = np.zeros((16, 16), bool)
     expected[[5, 10], 4:8] = expected[6:10, 3] = expected[6:10, 8] = True
     assert ((result == (255, 0, 0)).all(axis=2) == expected).all()

@@ -1,6 +1,7 @@
-"""Frozen teachers: every family of transformers and every pathology teacher of timm, tiny and offline; prototypes; the cache."""
-
+"""Frozen teachers: every family of transformers and every pathology teacher of timm, tiny and
+offline; prototypes; the cache."""
 import os
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 
 import model
 from augment import Photometrics
+from checkpoint import export_hf
 from configurator import UserError
-from conftest import TINY
 from model import FAMILIES, forward_features, inflate_patch_embed
 from teachers import (
     PATHOLOGY_TEACHERS,
@@ -21,13 +22,12 @@ from teachers import (
     load_weights,
     spherical_kmeans,
 )
+from tests_support import TINY
 
 SIZES = {key: value for key, value in TINY.items() if key != "pos_embed_rescale"}
 TIMM = dict(embed_dim=24, depth=2, num_heads=2)
-MEAN, STD = (
-    torch.tensor((0.485, 0.456, 0.406))[:, None, None],
-    torch.tensor((0.229, 0.224, 0.225))[:, None, None],
-)
+MEAN = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
+STD = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
 
 
 def pixels(n=2, channels=3, size=32, seed=0):
@@ -39,8 +39,12 @@ def tiny_teacher(name, size=0, **keys):
     return build_teacher(name, size=size, fallback_size=32, dtype=torch.float32, **keys)
 
 
-# ---- one wrapper for all ----
+def view_major(features):
+    """[n,V,...] as [V*n,...], the order of a teacher's features."""
+    return features.transpose(0, 1).flatten(0, 1)
 
+
+# ---- one wrapper for all ----
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_teacher_is_its_network_on_normalised_crops(family):
@@ -49,26 +53,23 @@ def test_a_teacher_is_its_network_on_normalised_crops(family):
     cls, patches = teacher(x)
     with torch.no_grad():
         expected = forward_features(teacher.network, (x - MEAN) / STD)
-    assert (
-        torch.equal(cls, expected[0])
-        and torch.equal(patches, expected[1])
-        and patches.shape == (2, 16, 16)
-    )
+    assert torch.equal(cls, expected[0]) and torch.equal(patches, expected[1])
+    assert patches.shape == (2, 16, 16)
     teacher.train()
-    assert not teacher.network.training and not any(
-        param.requires_grad for param in teacher.parameters()
-    )
+    assert not teacher.network.training
+    assert not any(param.requires_grad for param in teacher.parameters())
     assert torch.equal(teacher(x)[0], cls)  # DINOv3's random positions would show here
     grey = teacher(x[:, :1])
-    assert torch.equal(
-        grey[0], teacher(x[:, :1].expand(-1, 3, -1, -1))[0]
-    )  # grey is copied into RGB
+    copied_into_rgb = x[:, :1].expand(-1, 3, -1, -1)
+    assert torch.equal(grey[0], teacher(copied_into_rgb)[0])
 
 
 def test_many_channels_are_what_inflated_filters_compute():
-    """Without mean and std, the mean of five channels in RGB gives what model.inflate_patch_embed gives on five."""
+    """Without mean and std, the mean of five channels in RGB gives what model.inflate_patch_embed
+    gives on five."""
     teacher, x = tiny_teacher("dinov2", **SIZES), pixels(channels=5)
-    teacher.mean.zero_(), teacher.std.fill_(1)
+    teacher.mean.zero_()
+    teacher.std.fill_(1)
     conv = teacher.network.embeddings.patch_embeddings.projection
     expected = F.conv2d(x, inflate_patch_embed(conv.weight, 5), conv.bias, stride=8)
     found = []
@@ -82,10 +83,8 @@ def test_a_teacher_resizes_to_its_own_size():
     assert teacher.grid == 6 and teacher(x)[1].shape == (2, 36, 16)
     resized = F.interpolate(x, size=(48, 48), mode="bicubic", antialias=True).clamp(0, 1)
     assert torch.equal(teacher(x)[0], teacher(resized)[0])
-    with pytest.raises(
-        UserError,
-        match="distilled_crops_size=36 is not a multiple of patch_size=8 of vit; use 32 or 40",
-    ):
+    message = "distilled_crops_size=36 is not a multiple of patch_size=8 of vit; use 32 or 40"
+    with pytest.raises(UserError, match=message):
         tiny_teacher("vit", size=36, **SIZES)
 
 
@@ -93,31 +92,26 @@ def test_half_precision_weights_stay_near():
     whole = tiny_teacher("dinov2", **SIZES)
     torch.manual_seed(0)
     half = build_teacher("dinov2", fallback_size=32, **SIZES)
-    assert (
-        next(half.network.parameters()).dtype == torch.bfloat16
-        and half(pixels())[0].dtype == torch.float32
-    )
+    assert next(half.network.parameters()).dtype == torch.bfloat16
+    assert half(pixels())[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(half(pixels())[0], half(pixels())[0])
     assert F.cosine_similarity(half(pixels())[0], whole(pixels())[0]).min() > 0.999
 
 
 def test_a_teacher_keeps_the_input_of_its_weights(tmp_path):
-    from checkpoint import export_hf
-
-    network = tiny_teacher("dinov2", **SIZES).network
-    export_hf(str(tmp_path / "hf"), network, 24, (-100, 300), (0.4,) * 3, (0.2,) * 3, "card")
-    teacher = build_teacher(str(tmp_path / "hf"), load_from_disk=True, dtype=torch.float32)
+    network, folder = tiny_teacher("dinov2", **SIZES).network, str(tmp_path / "hf")
+    mean, std = (0.4,) * 3, (0.2,) * 3
+    export_hf(folder, network, 24, (-100, 300), mean, std, "card")
+    teacher = build_teacher(folder, load_from_disk=True, dtype=torch.float32)
     assert teacher.size == 24 and teacher.intensity_range == (-100, 300)
-    own = Photometrics("medical", (0, 1), (0.4,) * 3, (0.2,) * 3).normalize(pixels(size=24))
+    own = Photometrics("medical", (0, 1), mean, std).normalize(pixels(size=24))
     with torch.no_grad():
-        torch.testing.assert_close(
-            teacher(pixels(size=24))[0], forward_features(network, own)[0], rtol=1e-4, atol=1e-5
-        )
+        found, expected = teacher(pixels(size=24))[0], forward_features(network, own)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- checkpoint files ----
-
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_weights_file_replaces_the_weights(tmp_path, wrapped):
@@ -125,23 +119,20 @@ def test_a_weights_file_replaces_the_weights(tmp_path, wrapped):
     values = {name: value + 0.1 for name, value in source.state_dict().items()}
     path = str(tmp_path / ("w.pt" if wrapped else "w.safetensors"))
     if wrapped:
-        torch.save(
-            dict(teacher={f"module.backbone.{name}": value for name, value in values.items()}), path
-        )
+        inside = {f"module.backbone.{name}": value for name, value in values.items()}
+        torch.save(dict(teacher=inside), path)
     else:
         save_file(values, path)
-    source.save_pretrained(tmp_path / "shape")
-    teacher = build_teacher(
-        str(tmp_path / "shape"), path, load_from_disk=True, fallback_size=32, dtype=torch.float32
-    )
+    shape = str(tmp_path / "shape")
+    source.save_pretrained(shape)
+    teacher = build_teacher(shape, path, load_from_disk=True, fallback_size=32, dtype=torch.float32)
     found = teacher.network.state_dict()
     assert all(torch.equal(found[name], value) for name, value in values.items())
     del values["layernorm.bias"]
     torch.save(values, str(tmp_path / "part.pt"))
-    with pytest.raises(
-        UserError,
-        match=r"1 tensors differ, the first is layernorm.bias: absent in the file, \(16,\) in the network",
-    ):
+    message = (r"1 tensors differ, the first is layernorm.bias: absent in the file, \(16,\) in the "
+               "network")
+    with pytest.raises(UserError, match=message):
         load_weights(source, str(tmp_path / "part.pt"))
     (tmp_path / "no.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
@@ -149,10 +140,9 @@ def test_a_weights_file_replaces_the_weights(tmp_path, wrapped):
 
 
 def test_load_from_disk_asks_no_hub():
-    with pytest.raises(
-        UserError,
-        match="load_from_disk=true with distilled_model_type='facebook/dinov2-large': give a local directory",
-    ):
+    message = ("load_from_disk=true with distilled_model_type='facebook/dinov2-large': give a "
+               "local directory")
+    with pytest.raises(UserError, match=message):
         build_teacher("facebook/dinov2-large", load_from_disk=True)
     with pytest.raises(UserError, match="distilled_model_weights='nowhere.pt': no such file"):
         build_teacher("vit", "nowhere.pt")
@@ -160,22 +150,19 @@ def test_load_from_disk_asks_no_hub():
 
 # ---- gated weights ----
 
-
 class GatedRepoError(Exception):
     """As the hub's client raises it."""
 
 
 def test_gated_weights_say_how_to_get_them(monkeypatch):
     def refuse(*args, **kwargs):
-        raise OSError(
-            "You are trying to access a gated repo.\nMake sure to have access to it"
-        ) from GatedRepoError("403")
+        text = "You are trying to access a gated repo.\nMake sure to have access to it"
+        raise OSError(text) from GatedRepoError("403")
 
     monkeypatch.setattr(model.transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(
-        UserError,
-        match="'owkin/secret' is gated, or private.*`hf auth login`, accept the licence at https://huggingface.co/owkin/secret",
-    ) as error:
+    message = ("'owkin/secret' is gated, or private.*`hf auth login`, accept the licence at "
+               "https://huggingface.co/owkin/secret")
+    with pytest.raises(UserError, match=message) as error:
         build_teacher("owkin/secret")
     assert "\n" not in str(error.value)
 
@@ -187,15 +174,12 @@ def test_gated_timm_weights_say_so_too(monkeypatch):
         raise GatedRepoError("403 Client Error. (Request ID: 1)\n\nCannot access gated repo")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(
-        UserError, match="'MahmoodLab/UNI2-h' is gated.*https://huggingface.co/MahmoodLab/UNI2-h"
-    ):
+    message = "'MahmoodLab/UNI2-h' is gated.*https://huggingface.co/MahmoodLab/UNI2-h"
+    with pytest.raises(UserError, match=message):
         build_teacher("timm:hf_hub:MahmoodLab/UNI2-h")
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="needs timm; pip install timm"):
         build_teacher("timm:vit_tiny_patch16_224")
@@ -203,32 +187,30 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch):
 
 # ---- timm's architectures ----
 
-
 @pytest.mark.parametrize("name", PATHOLOGY_TEACHERS)
-def test_pathology_teachers_in_small(name, tmp_path):
+def test_pathology_teachers_in_small(name):
     pytest.importorskip("timm")
-    repository = f"timm:hf_hub:{name}"
-    teacher = tiny_teacher(
-        repository, size=48 if "gigapath" in name or name.endswith("UNI") else 42, **TIMM
-    )
+    patch_size = 16 if name.endswith(("UNI", "gigapath")) else 14
+    teacher = tiny_teacher(f"timm:hf_hub:{name}", size=3 * patch_size, **TIMM)
     known, network = PATHOLOGY_TEACHERS[name], teacher.network
     registers = known["arguments"].get("reg_tokens", 4 if "reg4" in known["architecture"] else 0)
     assert teacher.n_prefix == 1 + registers and teacher.grid == 3
     assert (type(network.blocks[0].mlp).__name__ == "GluMlp") == ("UNI" != name.split("/")[1])
-    assert teacher.patch_size == (16 if name.endswith(("UNI", "gigapath")) else 14)
-    mean, std = (
-        torch.tensor(known.get(key, tuple(value.flatten().tolist())))[:, None, None]
-        for key, value in (("mean", MEAN), ("std", STD))
-    )
+    assert teacher.patch_size == patch_size
+    mean, std = MEAN, STD
+    if "mean" in known:
+        mean = torch.tensor(known["mean"])[:, None, None]
+    if "std" in known:
+        std = torch.tensor(known["std"])[:, None, None]
     x = pixels(size=teacher.size)
     with torch.no_grad():
         tokens = network.forward_features((x - mean) / std)
     cls, patches = teacher(x)
-    patch_mean = tokens[:, teacher.n_prefix :].mean(dim=1)
-    torch.testing.assert_close(
-        cls, torch.cat([tokens[:, 0], patch_mean], dim=1) if known.get("cls_mean") else tokens[:, 0]
-    )
-    torch.testing.assert_close(patches, tokens[:, 1 + registers :])
+    expected = tokens[:, 0]
+    if known.get("cls_mean"):
+        expected = torch.cat([expected, tokens[:, teacher.n_prefix:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(cls, expected)
+    torch.testing.assert_close(patches, tokens[:, 1 + registers:])
     assert cls.shape == (2, teacher.cls_width) and patches.shape == (2, 9, teacher.patch_width)
 
 
@@ -236,75 +218,54 @@ def test_pathology_teachers_have_the_published_numbers_of_parameters():
     timm = pytest.importorskip("timm")
     millions = {}
     for name, known in PATHOLOGY_TEACHERS.items():
-        arguments = {key: value for key, value in known["arguments"].items()}
-        arguments.update(
-            {
-                key: getattr(home, arguments[key])
-                for key, home in (("mlp_layer", timm.layers), ("act_layer", torch.nn))
-                if key in arguments
-            }
-        )
+        arguments = dict(known["arguments"])
+        for key, home in (("mlp_layer", timm.layers), ("act_layer", torch.nn)):
+            if key in arguments:
+                arguments[key] = getattr(home, arguments[key])
         with torch.device("meta"):
-            network = timm.create_model(
-                known["architecture"], num_classes=0, img_size=224, **arguments
-            )
-        millions[name.split("/")[1]] = round(
-            sum(param.numel() for param in network.parameters()) / 1e6
-        )
+            network = timm.create_model(known["architecture"], num_classes=0, img_size=224,
+                                        **arguments)
+        n_parameters = sum(param.numel() for param in network.parameters())
+        millions[name.split("/")[1]] = round(n_parameters / 1e6)
     assert millions == {
-        "UNI": 303,
-        "UNI2-h": 681,
-        "prov-gigapath": 1135,
-        "Virchow": 631,
-        "Virchow2": 631,
-        "H-optimus-0": 1135,
-        "H-optimus-1": 1135,
-        "H0-mini": 86,
-    }
+        "UNI": 303, "UNI2-h": 681, "prov-gigapath": 1135, "Virchow": 631, "Virchow2": 631,
+        "H-optimus-0": 1135, "H-optimus-1": 1135, "H0-mini": 86}
 
 
 def test_timm_weights_file_without_a_hub(tmp_path):
     timm = pytest.importorskip("timm")
     source = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    save_file(
-        dict(source.state_dict(), **{"head.weight": torch.zeros(3, 192)}),
-        str(tmp_path / "w.safetensors"),
-    )
-    teacher = build_teacher(
-        "timm:vit_tiny_patch16_224",
-        str(tmp_path / "w.safetensors"),
-        load_from_disk=True,
-        dtype=torch.float32,
-    )
-    assert teacher.size == 224 and torch.equal(
-        teacher.network.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight
-    )
+    path, head = str(tmp_path / "w.safetensors"), {"head.weight": torch.zeros(3, 192)}
+    save_file(dict(source.state_dict(), **head), path)
+    teacher = build_teacher("timm:vit_tiny_patch16_224", path, load_from_disk=True,
+                            dtype=torch.float32)
+    found, expected = (network.blocks[3].mlp.fc1.weight for network in (teacher.network, source))
+    assert teacher.size == 224 and torch.equal(found, expected)
     with pytest.raises(UserError, match="'timm:resnet18' cannot be loaded as a ViT"):
-        build_teacher("timm:resnet18", str(tmp_path / "w.safetensors"))
+        build_teacher("timm:resnet18", path)
 
 
 # ---- statistics and prototypes ----
-
 
 def planted(n=60, seed=0):
     """Rows around three directions, [n,8], unit length, and which of the three."""
     generator = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(3, 8, generator=generator), dim=1)
     which = torch.arange(n) % 3
-    return F.normalize(centres[which] + 0.1 * torch.randn(n, 8, generator=generator), dim=1), which
+    rows = centres[which] + 0.1 * torch.randn(n, 8, generator=generator)
+    return F.normalize(rows, dim=1), which
 
 
 def test_kmeans_finds_planted_directions():
-    """From a start with one row of each; where two starts share a group k-means may stay in a local optimum."""
+    """From a start with one row of each group; if two starts share a group, k-means may stay in a
+    local optimum."""
     x, which = planted()
     for seed in range(50):
         centres = spherical_kmeans(x, 3, seed)
         assert torch.allclose(centres.norm(dim=1), torch.ones(3))
         found = (x @ centres.T).argmax(dim=1)
-        if (
-            all(len(found[which == group].unique()) == 1 for group in range(3))
-            and len(found.unique()) == 3
-        ):
+        whole = all(len(found[which == group].unique()) == 1 for group in range(3))
+        if whole and len(found.unique()) == 3:
             for group in range(3):
                 expected = F.normalize(x[which == group].sum(dim=0), dim=0)
                 torch.testing.assert_close(centres[found[which == group][0]], expected)
@@ -317,18 +278,11 @@ def test_statistics_are_those_of_all_views_and_do_not_depend_on_the_batches():
     patches = torch.randn(24, 2, 4, 6, generator=torch.Generator().manual_seed(1)) - 1
     found = []
     for size, order in ((24, range(1)), (6, (2, 0, 3, 1))):
-        statistics = FeatureStatistics(8, 6, 5)
-        statistics.measure(
-            [
-                (
-                    list(range(i * size, i * size + size)),
-                    x[i * size : i * size + size].transpose(0, 1).flatten(0, 1),
-                    patches[i * size : i * size + size].transpose(0, 1).flatten(0, 1),
-                )
-                for i in order
-            ],
-            seed=3,
-        )
+        statistics, batches = FeatureStatistics(8, 6, 5), []
+        for i in order:
+            rows = list(range(i * size, i * size + size))
+            batches.append((rows, view_major(x[rows]), view_major(patches[rows])))
+        statistics.measure(batches, seed=3)
         found.append(statistics.state_dict())
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name])
@@ -338,20 +292,18 @@ def test_statistics_are_those_of_all_views_and_do_not_depend_on_the_batches():
     torch.testing.assert_close(found[0]["patch_std"], flat.std(dim=0, correction=0))
     standard = statistics.standardise(cls, patches.flatten(0, 1))
     assert standard[0].mean().abs() < 1e-5 and abs(standard[1].std() - 1) < 0.01
-    unit = F.normalize(standard[0], dim=1)
-    torch.testing.assert_close(statistics.logits(cls), unit @ statistics.prototypes.T)
-    torch.testing.assert_close(statistics.logits(cls).mean(dim=0, keepdim=True), statistics.center)
-    with pytest.raises(
-        UserError, match="dino_head_out_dim=9 prototypes cannot be found among 8 teacher features"
-    ):
-        FeatureStatistics(8, 6, 9).measure(
-            [(range(4), x[:4].transpose(0, 1).flatten(0, 1), None)], 0
-        )
+    unit, logits = F.normalize(standard[0], dim=1), statistics.logits(cls)
+    torch.testing.assert_close(logits, unit @ statistics.prototypes.T)
+    torch.testing.assert_close(logits.mean(dim=0, keepdim=True), statistics.center)
+    message = "dino_head_out_dim=9 prototypes cannot be found among 8 teacher features"
+    with pytest.raises(UserError, match=message):
+        FeatureStatistics(8, 6, 9).measure([(range(4), view_major(x[:4]), None)], 0)
 
 
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 def test_whitening_flattens_the_spectrum_by_its_power(whitening):
-    """Correlated dimensions: the covariance of the targets has the old eigenvalues to the power 1 - whitening, mean 1."""
+    """Correlated dimensions: the covariance of the targets has the old eigenvalues to the power
+    1 - whitening, mean 1."""
     generator = torch.Generator().manual_seed(0)
     cls = 2 + torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
     statistics = FeatureStatistics(8, 6, whitening=whitening)
@@ -367,12 +319,13 @@ def test_whitening_flattens_the_spectrum_by_its_power(whitening):
 
 # ---- the cache ----
 
+def rounded(*shape):
+    """Random numbers of bfloat16, which the cache's fp16 keeps as they are."""
+    return torch.randn(*shape).bfloat16().float()
+
 
 def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
-    cls, patches = (
-        torch.randn(6, 2, 8).bfloat16().float(),
-        torch.randn(6, 2, 4, 3).bfloat16().float(),
-    )  # [rows,V,...]
+    cls, patches = rounded(6, 2, 8), rounded(6, 2, 4, 3)  # [rows,V,...]
     asked = []
 
     def opened(about=dict(seed=0, crops=(1, 2))):
@@ -382,13 +335,11 @@ def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
         def compute(which):
             at = [rows[place] for place in which]
             asked.extend(at)
-            return cls[at].transpose(0, 1).flatten(0, 1), patches[at].transpose(0, 1).flatten(0, 1)
+            return view_major(cls[at]), view_major(patches[at])
 
         found = cache(rows, compute, "cpu")
-        assert torch.equal(
-            found[0], cls[rows].transpose(0, 1).flatten(0, 1)
-        )  # fp16 keeps what bf16 has
-        assert torch.equal(found[1], patches[rows].transpose(0, 1).flatten(0, 1))
+        assert torch.equal(found[0], view_major(cls[rows]))
+        assert torch.equal(found[1], view_major(patches[rows]))
 
     cache = opened()
     look(cache, [0, 3])
@@ -397,41 +348,31 @@ def test_the_cache_computes_each_row_once_and_survives_a_kill(tmp_path):
     cache.files["cls"][4] = 7  # killed between writing a row and marking it
     look(opened(), [4, 5, 3])
     assert asked == [0, 3, 5, 4]
-    with pytest.raises(
-        UserError,
-        match=r"holds features of another run: crops differ \(crops: \[1, 2\] there, \[1, 3\] here\)",
-    ):
+    message = (r"holds features of another run: crops differ \(crops: \[1, 2\] there, "
+               r"\[1, 3\] here\)")
+    with pytest.raises(UserError, match=message):
         opened(dict(seed=0, crops=(1, 3)))
-    assert sorted(os.listdir(tmp_path / "cache")) == [
-        "about.json",
-        "cls.npy",
-        "done.npy",
-        "patches.npy",
-    ]
+    files = ["about.json", "cls.npy", "done.npy", "patches.npy"]
+    assert sorted(os.listdir(tmp_path / "cache")) == files
 
 
 def test_a_cache_filled_without_patches_is_filled_again_with_them(tmp_path):
-    """It once answered zeros: its rows were marked as done. The other way round nothing is computed again."""
-    cls, patches = torch.randn(2, 8).bfloat16().float(), torch.randn(2, 4, 3).bfloat16().float()
-    assert torch.equal(
-        FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})(
-            [0, 1], lambda which: (cls, None), "cpu"
-        )[0],
-        cls,
-    )
-    found = FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (4, 3), {})(
-        [0, 1], lambda which: (cls, patches), "cpu"
-    )
-    assert torch.equal(found[1], patches)
-    assert torch.equal(
-        FeatureCache(str(tmp_path / "cache"), 2, 1, 8, (), {})([0, 1], None, "cpu")[0], cls
-    )
+    """It once answered zeros: its rows were marked as done. The other way round it computes nothing
+    again."""
+    cls, patches = rounded(2, 8), rounded(2, 4, 3)
+
+    def look(patch_shape, compute):
+        cache = FeatureCache(str(tmp_path / "cache"), 2, 1, 8, patch_shape, {})
+        return cache([0, 1], compute, "cpu")
+
+    assert torch.equal(look((), lambda which: (cls, None))[0], cls)
+    assert torch.equal(look((4, 3), lambda which: (cls, patches))[1], patches)
+    assert torch.equal(look((), None)[0], cls)
 
 
 def test_the_frozen_teacher_is_a_module_without_trainables():
-    teacher = FrozenTeacher(
-        tiny_teacher("vit", **SIZES).network, 32, 8, (0.5,) * 3, (0.5,) * 3, cls_mean=True
-    )
+    network = tiny_teacher("vit", **SIZES).network
+    teacher = FrozenTeacher(network, 32, 8, (0.5,) * 3, (0.5,) * 3, cls_mean=True)
     assert teacher.cls_width == 32 and teacher(pixels())[0].shape == (2, 32)
     cls, patches = teacher(pixels())
     torch.testing.assert_close(cls[:, 16:], patches.mean(dim=1))
