@@ -69,6 +69,7 @@ def test_compiling_raises_the_limit_of_recompilations(start, monkeypatch):
 
 def test_a_signal_during_the_first_measurement_saves_the_run(start, tmp_path, monkeypatch, capsys):
     measure, calls = features.knn_accuracy, []
+    handler = signal.getsignal(signal.SIGTERM)
 
     def interrupted(*args, **settings):
         if not calls:
@@ -83,7 +84,7 @@ def test_a_signal_during_the_first_measurement_saves_the_run(start, tmp_path, mo
     monkeypatch.undo()
     records = start(f"--resume_from={tmp_path}/run")
     assert [record["iteration"] for record in records] == [0, 1, 2, 3]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_the_resume_command_names_all_machines(start, monkeypatch, capsys):
