@@ -527,11 +527,11 @@ def main(sources):
             save(best=is_best or (done and not measured), done=done)
 
     # ---- the end ----
+    if state.iteration < max_iterations:
+        save()
     if run.close(state.iteration):
         run.summarize(state.iteration, student_knn(measured), losses["loss"], record["rankme"],
                       "the student")
-    else:
-        save()
     cleanup()
 
 

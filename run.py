@@ -41,7 +41,7 @@ class Run:
         self.folder = config.out_dir or os.path.join("out", config.model_name)
         self.is_open, self.unwritten = False, []
         self.stop_signals, self.old_handlers, self.bad_images = [], {}, set()
-        self.wandb = None
+        self.wandb = import_wandb() if config.wandb_log else None
         self.knn = {}  # pixels and untrained: {split: accuracy}; start, best, best_iteration
         self.say(described_config + "\n")
         for note in notes:
@@ -89,8 +89,8 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):  # preemption; Ctrl-C
             self.old_handlers[number] = signal.signal(
                 number, lambda number, _: self.stop_signals.append(number))
-        if self.config.wandb_log and is_main():
-            self.wandb = open_wandb(self.folder, self.config)
+        if self.wandb:
+            start_curve(self.wandb, self.folder, self.config)
         self.began = self.last_logged_at = time.time()
         self.first_iteration = self.last_logged = iteration
 
@@ -195,8 +195,8 @@ class Run:
     # ---- the end ----
 
     def close(self, iteration):
-        """Give the signals back and list unreadable images. True if the run is finished; else it
-        was stopped, and close prints the command that resumes it."""
+        """Give the signals back and list unreadable images. True if the run is finished. Else it
+        was stopped and has been saved, and close prints the command that resumes it."""
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if bad := sorted(set().union(*gather_objects(self.bad_images))):
@@ -240,20 +240,26 @@ class Run:
                  f"--model_type={export}.")
 
 
-def open_wandb(folder, config):
-    """Start or continue the curve of this folder at Weights & Biases; returns the module."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=true needs wandb; pip install wandb, or --wandb_log=false"
-                        ) from None
+def import_wandb():
+    """The module wandb on rank 0, None on the other ranks; UserError on all if it is missing."""
+    wandb, problem = None, ""
+    if is_main():
+        try:
+            import wandb
+        except ImportError:
+            problem = "wandb_log=true needs wandb; pip install wandb, or --wandb_log=false"
+    stop_together(problem)
+    return wandb
+
+
+def start_curve(wandb, folder, config):
+    """Start the curve of a run at Weights & Biases; a resumed run goes on with its own."""
     file = f"{folder}/logs/wandb_id"
     if not os.path.isfile(file):
         with open(file, "w") as new:
             new.write(os.urandom(4).hex())
     wandb.init(project="dino-mx", name=config.model_name, config=vars(config),
                id=open(file).read(), resume="allow")
-    return wandb
 
 
 # ---- what training changes ----

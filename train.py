@@ -406,11 +406,11 @@ def main(sources):
             run.save(state, inputs, best=is_best or (done and not measured), done=done)
 
     # ---- the end ----
+    if state.iteration < max_iterations:
+        run.save(state, inputs)
     if run.close(state.iteration):
         run.summarize(state.iteration, teacher_knn(measured), losses["loss"], record["rankme"],
                       "the teacher")
-    else:
-        run.save(state, inputs)
     cleanup()
 
 

@@ -148,6 +148,13 @@ def test_wandb_goes_on_with_its_curve(start, tmp_path, monkeypatch):
     assert calls[2]["id"] != calls[0]["id"]
 
 
+def test_without_wandb_nothing_is_written(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    with pytest.raises(UserError, match="wandb_log=true needs wandb; pip install wandb"):
+        start("--wandb_log=true")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_snapshot_that_is_never_taken_is_noted(npz, tmp_path, capsys):
     module = load_script("train")
     flags = [*SHRUNK, f"--dataset_path={npz}", f"--out_dir={tmp_path}/run", "--max_iterations=1",
