@@ -9,20 +9,9 @@ import torch
 from PIL import Image
 
 import augment
-from augment import (
-    PRESETS,
-    MultiCrop,
-    Photometrics,
-    augmentation_values,
-    color_matrix,
-    gaussian_blur,
-    photometric,
-    resize,
-    resize_center,
-    sample_masks,
-    to_unit,
-    uniforms,
-)
+from augment import (PRESETS, MultiCrop, Photometrics, augmentation_values, color_matrix,
+                     gaussian_blur, photometric, resize, resize_center, sample_masks, to_unit,
+                     uniforms)
 
 NOTHING = dict.fromkeys(PRESETS["rgb"], 0.0)
 LUMA = torch.tensor([0.299, 0.587, 0.114])
