@@ -1,5 +1,7 @@
 """Phantom: seeded CT-like axial slices in Hounsfield units (HU), for the demo, tests and bench.
 
+make_phantom draws slices of as many patients, make_phantom_volumes bodies of many slices.
+
 A slice is a painter's list of soft ellipses in a body frame: the half-width of the trunk is 1, x
 goes to the right of the image (the patient's left), y to the back. A smooth random warp bends the
 frame, and a pose puts it on the pixel grid. Pixels see only + - * / and sqrt, because the last bits
@@ -61,9 +63,48 @@ def _field(rng, size, cells):
     return lines[:, i] + (lines[:, i + 1] - lines[:, i]) * f
 
 
-def _slice(rng, level, size):
-    """One slice of a new patient: HU image (float) and calcification mask (bool) [size, size]."""
-    U, (height, ribs, parts) = rng.uniform, LEVELS[level]
+# A part of the body is an ellipsoid around its level and ends REACH levels above and below it.
+# Between two levels a slice cuts the parts of both, and paints them in the order of LAYERS.
+REACH = .9
+LAYERS = ('lung', 'fat', 'heart', 'liver', 'spleen', 'kidney', 'soft', 'chamber', 'bowel', 'vessel',
+          'bone', 'gas')
+
+
+def _cut_parts(z):
+    """The parts that a slice at height z cuts, as [(level, number, grow, part)] in painting order.
+
+    z: 0 = the first of LEVELS, 5 = the last, fractions lie between two of them. grow: size of the
+    cut, as a share of the largest.
+    """
+    parts = []
+    for level, (_, _, parts_of_level) in enumerate(LEVELS.values()):
+        away = (z - level) / REACH
+        if away * away < .98:
+            grow = np.sqrt(1 - away * away)
+            parts += [(level, number, grow, part) for number, part in enumerate(parts_of_level)]
+    if z != int(z):  # a slice at a level keeps the order of its list
+        parts.sort(key=lambda entry: LAYERS.index(entry[3][0].lstrip('2')))
+    return parts
+
+
+def _between_levels(z, column):
+    """A number of LEVELS at height z, a straight line between two levels."""
+    values = [level[column] for level in LEVELS.values()]
+    i = min(int(z), len(values) - 2)
+    return values[i] + (values[i + 1] - values[i]) * (z - i)
+
+
+def _slice(draw, z, size):
+    """Draw a slice at height z (_cut_parts) of a patient, without calcifications and noise.
+
+    draw(piece, *numbers) -> the Generator of one piece of the body. It is the same one for all
+    pieces if the patient has one slice, and a fresh one by (piece, *numbers) if the patient has
+    several: then a piece is alike in all of them.
+    Returns: HU image [size,size] float; X, Y [size,size], body coordinates of the pixels; walls,
+    [(level, (x, y, rx, ry, axis))] of the vessels and the heart.
+    """
+    rng = draw('pose')
+    U, height, ribs = rng.uniform, _between_levels(z, 0), _between_levels(z, 1)
     # Pose and build vary enough to defeat raw-pixel neighbours. fat: rim of the trunk; t: tangent
     # of half the rotation, +-20 degrees; wide: width to height; breath: lung size; prone: one
     # patient in eight has half a turn; scale: pixels per body unit
@@ -103,9 +144,9 @@ def _slice(rng, level, size):
         edge = (k - np.sqrt(k)) / np.sqrt(uu / (rx * rx) + vv / (ry * ry) + 1e-9) * scale
         image[box] += np.clip(.5 - edge, 0, 1) * (value - image[box])
 
-    def organ(tissue, x, y, rx, ry, axis=(1, 0)):
+    def organ(rng, tissue, x, y, rx, ry, axis=(1, 0), level=0):
         """Paint an organ, moved and resized at random, with the details of its tissue."""
-        grow = 1
+        U, grow = rng.uniform, 1
         if tissue == 'lung':
             grow = breath
         elif tissue == 'gas':
@@ -118,68 +159,76 @@ def _slice(rng, level, size):
         elif tissue == 'kidney':  # sinus: fat, or excreted contrast agent
             paint(U(-80, 300), x * .93, y, rx * .4, ry * .45, axis)
         elif tissue in ('vessel', 'heart'):  # calcifications may sit here
-            walls.append((x, y, rx, ry, axis))
+            walls.append((level, (x, y, rx, ry, axis)))
         elif tissue == 'lung':  # vessels fan out from the hilum
             for _ in range(7):
                 dx, dy = rx * U(-.1, .45) * (1 if x > 0 else -1), ry * U(-.33, .33)
                 paint(U(-450, 100), x * .7 + dx, y + dy, np.sqrt(dx * dx + dy * dy) + .02,
                       U(.008, .022), (dx, dy))
 
-    if U() < .6:  # couch
+    U = draw('couch').uniform
+    if U() < .6:
         paint(U(-300, 100), U(-.1, .1), prone * (height + fat + U(.08, .2)), U(.8, 1.3),
               U(.02, .05))
     for value, rim in ((20, fat), (hu['fat'], fat - .03), (hu['soft'], 0)):  # skin, fat, muscles
         paint(value, 0, 0, 1 + rim, height + rim)
+    U = draw('muscle').uniform
     for x in (-.25, .25):  # fat planes part the back muscles
         paint(hu['fat'], x, height * .62, .02, .15, (1, U(-.3, .3)))
-    for tissue, x, y, rx, ry, *slope in parts:
-        tilt = slope[0] if slope else U(-.15, .15)
+    for level, number, grow, (tissue, x, y, rx, ry, *slope) in _cut_parts(z):
+        tilt = slope[0] if slope else draw('tilt', level, number).uniform(-.15, .15)
         for side in (1, -1) if tissue[0] == '2' else (1,):
-            organ(tissue.lstrip('2'), side * x, y, rx, ry, (1, side * tilt))
+            organ(draw('part', level, number, side + 1), tissue.lstrip('2'), side * x, y,
+                  grow * rx, grow * ry, (1, side * tilt), level)
+    U = draw('arms').uniform
     has_arms, arm = U() < .35, U(-.2, .3)  # beside the trunk, or raised out of the slice
     for side in (-1, 1):
         if has_arms:
             for value, r in ((hu['fat'], .13), (hu['soft'], .11), (hu['bone'], .05)):
                 paint(value, side * (1.2 + fat), arm, r, r)
-        phase = U()  # ribs stand anywhere, because the oblique cut meets the wall anywhere
-        for j in range(ribs):
+        phase = draw('phase', side + 1).uniform()  # where the oblique ribs meet this slice
+        phase = (phase + 3 * (z - int(z))) % 1
+        for j in range(int(ribs + .999)):
             t = -.85 + 1.7 * (j + phase) / ribs
+            if t > .85:
+                break
             x, y = side * .9 * (1 - t * t) / (1 + t * t), .9 * height * 2 * t / (1 + t * t)
-            organ('bone', x, y, U(.06, .13), U(.025, .035), (-y / height, x * height))
-    x, y = U(-.03, .03), height - .46  # vertebra: body, two processes, canal
+            rng = draw('rib', side + 1, j)
+            organ(rng, 'bone', x, y, rng.uniform(.06, .13), rng.uniform(.025, .035),
+                  (-y / height, x * height))
+    rng = draw('spine')
+    x, y = rng.uniform(-.03, .03), height - .46  # vertebra: body, two processes, canal
     for dy, rx, ry in ((.10, .16, .125), (.25, .22, .035), (.34, .035, .09)):
-        organ('bone', x, y + dy, rx, ry)
+        organ(rng, 'bone', x, y + dy, rx, ry)
     paint(30, x, y + .245, .055, .045)
-    mask = _calcify(rng, image, X, Y, walls)
-    return _scan(rng, image), mask
+    return image, X, Y, walls
 
 
-def _calcify(rng, image, X, Y, walls):
-    """Paint calcifications on random walls of half of the slices, in place. X, Y [size, size]: body
-    coordinates of the pixels. Returns: mask [size, size] bool."""
-    U, size, mask = rng.uniform, len(image), np.zeros(image.shape, bool)
-    n_calcifications = rng.integers(1, 5) if U() < .5 else 0
-    for _ in range(n_calcifications):
-        x, y, rx, ry, (ax, ay) = walls[rng.integers(len(walls))]
-        u, v, r = U(-1, 1), U(-1, 1), max(.6, U(.6, 1.6) * size / 64)
-        n = np.sqrt((u * u + v * v) * (ax * ax + ay * ay)) + 1e-9
-        u, v = u * rx / n, v * ry / n
-        distance = (X - x - ax * u + ay * v) ** 2 + (Y - y - ay * u - ax * v) ** 2
-        # drawn in pixel coordinates, so that none falls between pixels
-        i, j = divmod(int(distance.argmin()), size)
-        dy, dx = np.arange(size)[:, None] - i + U(-.4, .4), np.arange(size) - j + U(-.4, .4)
-        cover = np.clip(.5 + r - np.sqrt(dy * dy + dx * dx), 0, 1)
-        image += cover * (U(300, 800) - image)
-        mask |= cover >= .5  # half a pixel or more; true at the center pixel
-    return mask
-
-
-def _scan(rng, image):
-    """The scanner adds texture in tissue, an offset, partly correlated noise of 10 to 60 HU."""
+def _calcify(rng, image, mask, X, Y, walls, grow=1):
+    """Paint one calcification on a random wall into image and mask [size,size] bool, in place.
+    X, Y, walls: of _slice; grow: factor on its radius, 0 to 1."""
     U, size = rng.uniform, len(image)
+    _, (x, y, rx, ry, (ax, ay)) = walls[rng.integers(len(walls))]
+    u, v, r = U(-1, 1), U(-1, 1), max(.6, grow * U(.6, 1.6) * size / 64)
+    n = np.sqrt((u * u + v * v) * (ax * ax + ay * ay)) + 1e-9
+    u, v = u * rx / n, v * ry / n
+    distance = (X - x - ax * u + ay * v) ** 2 + (Y - y - ay * u - ax * v) ** 2
+    # drawn in pixel coordinates, so that none falls between pixels
+    i, j = divmod(int(distance.argmin()), size)
+    dy, dx = np.arange(size)[:, None] - i + U(-.4, .4), np.arange(size) - j + U(-.4, .4)
+    cover = np.clip(.5 + r - np.sqrt(dy * dy + dx * dx), 0, 1)
+    image += cover * (U(300, 800) - image)
+    mask |= cover >= .5  # half a pixel or more; true at the center pixel
+
+
+def _scan(rng, image, patient_rng):
+    """The scanner adds texture in tissue, an offset, partly correlated noise of 10 to 60 HU; offset
+    and strength are drawn by patient_rng. Returns: int16 in the 12-bit range."""
+    U, size = patient_rng.uniform, len(image)
     image += (image > -400) * 12 * _field(rng, size, max(size // 5, 1)) + U(-40, 40)
     strength, white = U(10, 60), rng.normal(size=(size, size))
-    return image + strength * (.6 * white + _field(rng, size, max(size // 2, 1)))
+    image += strength * (.6 * white + _field(rng, size, max(size // 2, 1)))
+    return np.rint(np.clip(image, -1024, 3071)).astype(np.int16)
 
 
 def make_phantom(n_images, size=64, seed=0):
@@ -198,6 +247,64 @@ def make_phantom(n_images, size=64, seed=0):
         order = np.random.default_rng([seed, i // k, 1]).random(k).argsort()
         labels[i] = order[i % k]
         rng = np.random.default_rng([seed, i, 2])
-        image, masks[i] = _slice(rng, PHANTOM_CLASSES[labels[i]], size)
-        images[i] = np.rint(np.clip(image, -1024, 3071))
+        image, X, Y, walls = _slice(lambda *key: rng, int(labels[i]), size)
+        mask = np.zeros(image.shape, bool)
+        n_calcifications = rng.integers(1, 5) if rng.uniform() < .5 else 0
+        for _ in range(n_calcifications):
+            _calcify(rng, image, mask, X, Y, walls)
+        images[i], masks[i] = _scan(rng, image, rng), mask
     return {'images': images, 'labels': labels, 'masks': masks}
+
+
+# ---- volumes ----
+
+VOLUME_CLASSES = ('no calcification', 'calcification')
+PIECES = ('volume', 'pose', 'couch', 'muscle', 'tilt', 'part', 'arms', 'phase', 'rib', 'spine',
+          'spot', 'patient', 'scan')
+
+
+def make_phantom_volumes(n_bodies, size=64, seed=0, n_slices=24):
+    """Draw `n_bodies` CT-like volumes of `n_slices` axial slices, pelvis first, lung apex last.
+    Body i depends on (seed, i, size, n_slices) only.
+
+    The organs grow, shrink and change along the body. The first and the last level, the distance
+    between levels, pose and build differ between bodies. A calcification lies in one to four
+    neighbouring slices. The sizes in mm are as in the header of a scan of 4 to 6 mm a slice: the
+    bodies are short.
+    Returns a dict, for N = n_bodies * n_slices slices, body after body: 'images' and 'masks' as
+    make_phantom; 'labels' int64 [N], 1 if the slice shows a calcification (VOLUME_CLASSES), about
+    half do; 'volume' int32 [N], index of the body; 'position_mm' float32 [N], along the body;
+    'spacing_mm' float32 [n_bodies, 3]: slice, row, column; 'groups' str [N], the names of the
+    bodies, other ones for another seed.
+    """
+    images = np.empty((n_bodies, n_slices, size, size), np.int16)
+    masks = np.zeros(images.shape, np.uint8)
+    spacing = np.empty((n_bodies, 3), np.float32)
+    for body in range(n_bodies):
+        def draw(piece, *numbers):
+            return np.random.default_rng([seed, body, 3, PIECES.index(piece), *numbers])
+        U = draw('volume').uniform
+        last, first, bend, pixel_mm = U(0, .4), U(4.6, 5), U(-.4, .4), U(300, 450) / size
+        spacing[body] = round(U(4, 6), 1), pixel_mm, pixel_mm
+        spots = [(U(last, first), U(.15, .38)) for _ in range(int(U(2, 10)))]  # height, half-length
+        for i in range(n_slices):
+            along = i / max(n_slices - 1, 1)
+            z = first - (first - last) * (along + bend * along * (1 - along))
+            image, X, Y, walls = _slice(draw, z, size)
+            mask = np.zeros(image.shape, bool)
+            for number, (height, half_length) in enumerate(spots):
+                away, level = (z - height) / half_length, int(height + .5)
+                if away * away < 1:
+                    _calcify(draw('spot', number), image, mask, X, Y,
+                             [wall for wall in walls if wall[0] == level],
+                             np.sqrt(1 - away * away))
+            images[body, i] = _scan(draw('scan', i), image, draw('patient'))
+            masks[body, i] = mask
+    slices, volume = np.arange(n_slices), np.arange(n_bodies, dtype=np.int32)
+    position_mm = slices * spacing[:, :1]  # [V,D]
+    groups = np.array([f'body {seed}-{body}' for body in volume], dtype=str)
+    masks = masks.reshape(-1, size, size)
+    return {'images': images.reshape(-1, size, size), 'masks': masks,
+            'labels': masks.any(axis=(1, 2)).astype(np.int64),
+            'volume': volume.repeat(n_slices), 'groups': groups.repeat(n_slices),
+            'position_mm': position_mm.astype(np.float32).ravel(), 'spacing_mm': spacing}
