@@ -1,0 +1,119 @@
+"""Slice position from features: ridge regression, its penalty, R2 and Kendall's tau."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from positions import (PENALTIES, fit_positions, kendall_tau, position_r2, r_squared,
+                       relative_positions, rows_of_volumes, slice_position)
+
+
+def make_slices(n_volumes, n_slices=8, width=6, noise=0.3, seed=0):
+    """Features [N,width] in which a line tells the position, positions 0..1, volumes."""
+    rng = np.random.default_rng(seed)
+    volume = np.repeat(np.arange(n_volumes), n_slices).astype(np.int32)
+    positions = np.tile(np.linspace(0, 1, n_slices), n_volumes)
+    style = rng.normal(size=(n_volumes, width))[volume]  # of the patient: the same in all slices
+    direction = np.random.default_rng(99).normal(size=width)
+    x = positions[:, None] * direction + noise * style + noise * rng.normal(size=style.shape)
+    return x.astype(np.float32), positions, volume
+
+
+def test_rows_of_volumes_finds_each_slice_once():
+    rows = rows_of_volumes(np.array([3, -1, 0, 3, 0, -1, 7]))
+    assert [part.tolist() for part in rows] == [[2, 4], [0, 3], [6]]
+    assert rows_of_volumes(np.array([], int)) == [] and rows_of_volumes(np.array([-1])) == []
+
+
+def test_relative_positions():
+    mm = np.array([10, 30, 20, 5, -4, 0, 4, np.nan, 1], np.float32)
+    volume = np.array([0, 0, 0, 1, 2, 2, 2, 2, -1])
+    expected = [0, 1, 0.5, np.nan, 0, 0.5, 1, np.nan, np.nan]
+    assert np.allclose(relative_positions(mm, volume), expected, equal_nan=True)
+
+
+def test_ridge_is_that_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, positions, volume = make_slices(6)
+    test, truth, _ = make_slices(3, seed=1)
+    predict, penalty = fit_positions(x, positions, volume)
+    mean, std = x.mean(0), x.std(0)
+    ridge = linear_model.Ridge(penalty * len(x)).fit((x - mean) / std, positions)
+    assert np.allclose(predict(test), ridge.predict((test - mean) / std), atol=1e-5)
+    assert position_r2(x, positions, volume, test, truth) == pytest.approx(
+        ridge.score((test - mean) / std, truth), abs=1e-5)
+
+
+def test_the_penalty_is_the_best_when_each_volume_is_left_out():
+    """By fits anew: standardised once, then without the volume."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    for seed, noise in ((0, 0.1), (1, 0.6), (2, 3.0)):
+        x, positions, volume = make_slices(5, noise=noise, seed=seed)
+        _, penalty = fit_positions(x, positions, volume)
+        x = (x - x.mean(0)) / x.std(0)
+        errors = []
+        for candidate in PENALTIES:
+            error = 0
+            for v in range(5):
+                ridge = linear_model.Ridge(candidate * len(x))
+                ridge.fit(x[volume != v], positions[volume != v])
+                error += ((ridge.predict(x[volume == v]) - positions[volume == v])**2).sum()
+            errors.append(error)
+        assert penalty == pytest.approx(PENALTIES[np.argmin(errors)])
+
+
+def test_leaving_out_slices_would_choose_a_smaller_penalty():
+    """Slices of one volume resemble each other. So the penalty is chosen by volumes: with as many
+    features as slices, one slice left out is predicted well from its neighbours."""
+    x, positions, volume = make_slices(4, n_slices=12, width=40, noise=0.5)
+    _, by_volume = fit_positions(x, positions, volume)
+    _, by_slice = fit_positions(x, positions, np.arange(len(x)))
+    assert by_volume > by_slice
+
+
+def test_features_of_more_dimensions_than_slices_and_constant_ones():
+    x, positions, volume = make_slices(3, n_slices=4, width=50, noise=0.01)
+    x[:, 0] = 7
+    test, truth, _ = make_slices(2, n_slices=4, width=50, noise=0.01, seed=1)
+    test[:, 0] = 7
+    assert position_r2(x, positions, volume, test, truth) > 0.98
+
+
+def test_r_squared_of_exact_mean_and_reversed():
+    truth = np.array([0.0, 0.5, 1.0])
+    assert r_squared(truth, truth) == 1 and r_squared(np.full(3, 0.5), truth) == 0
+    assert r_squared(1 - truth, truth) == -3
+
+
+def test_kendall_tau_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    volume = np.repeat([4, 1, 2], [9, 5, 12])
+    positions = rng.permutation(26).astype(float)
+    predictions = positions + 6 * rng.normal(size=26)
+    predictions[9:14] = predictions[9:14].round(-1)  # some are equal
+    expected = [stats.kendalltau(predictions[volume == v], positions[volume == v]).statistic
+                for v in (1, 2, 4)]
+    assert kendall_tau(predictions, positions, volume) == pytest.approx(np.mean(expected))
+    assert kendall_tau(-positions, positions, volume) == -1
+    assert math.isnan(kendall_tau(np.zeros(26), positions, volume))
+
+
+def test_slice_position_leaves_pictures_out_and_says_what_it_saw():
+    x, positions, volume = make_slices(6, noise=0.1)
+    test, truth, test_volume = make_slices(3, noise=0.1, seed=1)
+    train = dict(features=torch.from_numpy(x), position_mm=40 * positions - 9, volume=volume)
+    held_out = dict(features=torch.from_numpy(test), position_mm=7 * truth, volume=test_volume)
+    result = slice_position(train, held_out)
+    assert result["r2"] == pytest.approx(position_r2(x, positions, volume, test, truth))
+    assert result["r2"] > 0.9 and result["tau"] > 0.8 and result["n_volumes"] == 3
+    pictures = np.full((5, 6), 1e6, np.float32)  # would ruin any fit
+    train = dict(features=np.concatenate([x, pictures]),
+                 position_mm=np.r_[40 * positions - 9, np.full(5, np.nan)],
+                 volume=np.r_[volume, np.full(5, -1)])
+    assert slice_position(train, held_out)["r2"] == pytest.approx(result["r2"])
+    one = dict(features=x[:8], position_mm=positions[:8], volume=volume[:8])
+    assert slice_position(one, held_out) == {}
+    no_positions = dict(held_out, position_mm=np.full(len(test), np.nan))
+    assert slice_position(train, no_positions) == {}
