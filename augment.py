@@ -97,6 +97,12 @@ def is_labelled(mask, classes=()):
     return np.isin(mask, classes) if len(classes) else mask != 0
 
 
+def foreground_share(image, background):
+    """The share of an image's pixels above the value `background`, 0 to 1; of its values, if it has
+    several channels."""
+    return np.count_nonzero(image > background) / image.size
+
+
 class MultiCrop:
     """Cuts V large crops of an image for student and teacher, and L small ones for the student
     (SwAV, DINO).
@@ -105,36 +111,37 @@ class MultiCrop:
     place, resized to a square and flipped: the random crop and the random resized crop of the
     paper's Table 3 in one. label_guided_crops_number further small crops are centred near a
     labelled pixel (paper section 2.2.4). Without labels they are random ones, so that the batch
-    keeps its shape.
+    keeps its shape. A crop may come from a neighbouring slice of the image's volume.
     """
 
     def __init__(self, global_crops_size=224, global_crops_scale=(0.4, 1.0), global_crops_number=2,
                  local_crops_size=96, local_crops_scale=(0.1, 0.4), local_crops_number=8,
                  label_guided_crops_number=0, label_guided_crops_scale=(0.02, 0.1),
                  horizontal_flip=0.5, vertical_flip=0.5, gram_crops_size=0,
-                 label_guided_classes=()):
+                 label_guided_classes=(), min_foreground=0.0, background=0.0):
         """gram_crops_size: 0, or cut the global crops once more at this size;
-        label_guided_classes: of is_labelled. The other keys are those of train.py."""
+        label_guided_classes: of is_labelled; min_foreground: a random box with a smaller
+        foreground_share above the value `background` is drawn anew, up to ten times. The other keys
+        are those of train.py."""
         self.globals = (global_crops_number, global_crops_size, global_crops_scale)
         self.locals = (local_crops_number, local_crops_size, local_crops_scale)
         self.guided = (label_guided_crops_number, local_crops_size, label_guided_crops_scale)
         self.flip_probability = (horizontal_flip, vertical_flip)
         self.gram_crops_size, self.classes = gram_crops_size, label_guided_classes
+        self.min_foreground, self.background = min_foreground, background
+        self.n_crops = global_crops_number + local_crops_number + label_guided_crops_number
 
-    def __call__(self, image, mask, generator):
-        """Args: image [H,W,C], any real dtype; mask [H,W] or None; generator: numpy or torch.
+    def __call__(self, image, mask, generator, neighbours=()):
+        """Args: image [H,W,C], any real dtype; mask [H,W] or None; generator: numpy or torch;
+        neighbours: (image, mask) of each crop but the first one, n_crops - 1 of them; () = all
+        crops come from `image`.
 
         Returns: dict of global_crops [V,C,S,S] and local_crops [L,C,s,s] in the dtype of the image,
         guided crops last; global_seeds [V] and local_seeds [L] int64, from which photometric draws;
         and gram_crops [V,C,g,g], the boxes and flips of the global crops, if gram_crops_size > 0.
         """
-        rng, shape = numpy_generator(generator), image.shape[:2]
-        labelled = []
-        if mask is not None and self.guided[0] > 0:
-            labelled = np.argwhere(is_labelled(mask, self.classes))
-        views = self.draw(self.globals, shape, [], rng)
-        small = self.draw(self.locals, shape, [], rng)
-        small += self.draw(self.guided, shape, labelled, rng)
+        rng = numpy_generator(generator)
+        views, small = self.plan(image, mask, rng, neighbours)
         crops = dict(global_crops=self.cut_all(image, views, self.globals[1]),
                      local_crops=self.cut_all(image, small, self.locals[1]))
         for name, cuts in (("global_seeds", views), ("local_seeds", small)):
@@ -144,21 +151,45 @@ class MultiCrop:
             crops["gram_crops"] = self.cut_all(image, views, self.gram_crops_size)
         return crops
 
-    def draw(self, kind, shape, labelled, rng):
-        """[(box, flips)] of one kind of crop: first all boxes, then all flips. labelled: [n,2]
-        pixels, one of which each box then contains; [] = random boxes."""
-        number, _, scale = kind
+    def plan(self, image, mask, rng, neighbours):
+        """[(image, mask, box, flips)] of the V large crops, and of the L small ones."""
+        pairs, cuts = [(image, mask), *neighbours], []
+        if len(pairs) == 1:
+            pairs *= self.n_crops
+        for kind in (self.globals, self.locals, self.guided):
+            number, _, scale = kind
+            sources, pairs = pairs[:number], pairs[number:]
+            boxes = []
+            for image, mask in sources:
+                labelled = ()
+                if kind is self.guided and mask is not None:
+                    labelled = np.argwhere(is_labelled(mask, self.classes))
+                boxes.append(self.box(image, scale, labelled, rng))
+            for source, box in zip(sources, boxes):  # first all boxes of a kind, then all flips
+                cuts.append((*source, box, rng.random(2) < self.flip_probability))
+        V = self.globals[0]
+        return cuts[:V], cuts[V:]
+
+    def box(self, image, scale, labelled, rng):
+        """A guided_box if there are labelled pixels, else a random_box with min_foreground."""
+        shape = image.shape[:2]
         if len(labelled) > 0:
-            boxes = [self.guided_box(shape, scale, labelled, rng) for _ in range(number)]
-        else:
-            boxes = [self.random_box(shape, scale, rng) for _ in range(number)]
-        return [(box, rng.random(2) < self.flip_probability) for box in boxes]
+            return self.guided_box(shape, scale, labelled, rng)
+        for _ in range(11):
+            box = self.random_box(shape, scale, rng)
+            if self.min_foreground == 0:
+                break
+            top, left, height, width = box
+            pixels = image[top:top + height, left:left + width]
+            if foreground_share(pixels, self.background) >= self.min_foreground:
+                break
+        return box
 
     def cut_all(self, image, cuts, size):
-        """The crops of [(box, flips)] as one tensor [n,C,size,size]; [0,C,1,1] for none."""
+        """The crops of a plan as one tensor [n,C,size,size]; [0,C,1,1] for none, C as in image."""
         if not cuts:
             return torch.zeros(0, image.shape[2], 1, 1)
-        crops = [self.cut(image, box, flips, size) for box, flips in cuts]
+        crops = [self.cut(source, *place, size) for source, _, *place in cuts]
         return torch.stack(crops)
 
     def least_side(self):
@@ -172,12 +203,20 @@ class MultiCrop:
                 sides.append(math.ceil(size / math.sqrt(3 / 4 * scale[0])))
         return max(sides)
 
-    def of_label(self, shape, mask, generator):
-        """The crops of what an image's label shows (255, else 0). Boxes and flips are those that
-        __call__ draws from the same generator, because they depend on the shape (H, W) and the mask
-        only. Args, returns: as __call__."""
-        label = np.zeros(shape, bool) if mask is None else is_labelled(mask, self.classes)
-        return self(label[..., None].astype(np.uint8) * 255, mask, generator)
+    def of_label(self, image, mask, generator, neighbours=()):
+        """The crops of what the labels show (255, else 0), uint8, where __call__ cuts with the same
+        generator. Args: as __call__. Returns: dict of global_crops [V,1,S,S] and local_crops."""
+        def cut_labels(cuts, size):
+            labels = []
+            for source, mask, *place in cuts:
+                label = np.zeros((*source.shape[:2], 1), np.uint8)
+                if mask is not None:
+                    label[is_labelled(mask, self.classes)] = 255
+                labels.append((label, mask, *place))
+            return self.cut_all(image[..., :1], labels, size)
+        views, small = self.plan(image, mask, numpy_generator(generator), neighbours)
+        return dict(global_crops=cut_labels(views, self.globals[1]),
+                    local_crops=cut_labels(small, self.locals[1]))
 
     @staticmethod
     def random_box(shape, scale, rng):

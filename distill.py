@@ -57,6 +57,7 @@ global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 0           # for the prototype objective only, see train.py; paper: 8
 local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
+min_foreground = 0.0             # share of pixels above the window's low end; less is drawn anew
 horizontal_flip = 0.5            # probability; 0 if left and right must not be confused
 vertical_flip = 0.5              # probability; paper Table 3: both ways, DINO: horizontally only
 blur_probability = (1.0, 0.1, 0.5)  # global crop 1, 2, local; DINOv2's code does (0, 0.9, 0.5)
@@ -171,7 +172,7 @@ def check_config(config):
                    "dino_head_out_dim", "dataset_size", "teacher_temp", "student_temp",
                    "distilled_statistics_views")
     check.share("momentum_teacher", "final_momentum_teacher", "drop_path_rate", "horizontal_flip",
-                "vertical_flip", "feature_whitening")
+                "vertical_flip", "feature_whitening", "min_foreground")
     check.interval("global_crops_scale", "local_crops_scale")
     check.need(objective == "feature" or global_crops_number + local_crops_number >= 2,
                f"global_crops_number={global_crops_number}, local_crops_number="
@@ -290,7 +291,7 @@ def cache_key(config, preset, **more):
     keys = ("dataset_path", "dataset_size", "num_channels", "seed", "fixed_views",
             "global_crops_number", "global_crops_size", "global_crops_scale", "horizontal_flip",
             "vertical_flip", "blur_probability", "window_jitter", "distilled_model_type",
-            "distilled_model_weights", "mixed_precision")
+            "distilled_model_weights", "mixed_precision", "min_foreground")
     values = {key: getattr(config, key) for key in keys}
     return dict(values, augmentation=augmentation_values(preset), **more)
 
@@ -314,9 +315,7 @@ def main(sources):
     # ---- data ----
     train_set, measured = open_splits(config)
     expected = pretrained_input(model_type) if use_pretrained else {}
-    value_range = intensity_range
-    if teacher.intensity_range and intensity_range == (0.0, 0.0):
-        value_range = teacher.intensity_range
+    value_range = intensity_range if any(intensity_range) else teacher.intensity_range or (0, 0)
     inputs, source = input_settings(train_set, expected, value_range, image_mean, image_std, seed,
                                     on_bad_image)
     low_high = inputs["intensity_range"]
@@ -370,14 +369,15 @@ def main(sources):
     batch_size = global_batch_size // world_size() // micro_batches
     V, grid = global_crops_number, global_crops_size // backbone.config.patch_size
     multi_crop = MultiCrop(global_crops_size, global_crops_scale, V, local_crops_size,
-                           local_crops_scale, local_crops_number,
-                           horizontal_flip=horizontal_flip, vertical_flip=vertical_flip)
+                           local_crops_scale, local_crops_number, horizontal_flip=horizontal_flip,
+                           vertical_flip=vertical_flip, min_foreground=min_foreground,
+                           background=low_high[0])
     crop_set = CropDataset(train_set, multi_crop, seed, global_batch_size, grid,
                            on_bad_image=on_bad_image, fixed_views=fixed_views)
     preset = choose_preset(augmentation, train_set.num_channels)
     photometrics = Photometrics(preset, **inputs, window_jitter=window_jitter,
                                 blur_probability=blur_probability)
-    run.say(describe_batches(len(train_set), config, micro_batches, preset))
+    run.say(describe_batches(crop_set, config, micro_batches, preset))
 
     def augmented(batch):
         """The global crops [V*B,C,S,S], in 0..1; crop 1 and the others differ (DINO)."""

@@ -3,16 +3,18 @@
 Everything random is a function of (seed, sample number), so a resumed run reads what the
 uninterrupted one reads, and two ranks read what one process reads.
 """
+import contextlib
 import signal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment import sample_masks
+from augment import foreground_share, sample_masks
 from configurator import UserError
 from data import load_dataset
 from distributed import loader_workers, main_first, rank, world_size
+from positions import slabs_of
 
 
 # ---- splits and input settings ----
@@ -49,13 +51,24 @@ def describe_data(train, measured, inputs, source):
             f"{inputs['mean']}, std {inputs['std']} ({source})")
 
 
-def describe_batches(n_images, config, micro_batches, preset):
-    """How a step's batch is made, in one line."""
+def describe_batches(crop_set, config, micro_batches, preset):
+    """How a step's batch is made: a line, and one each for slab_mm and min_foreground if set."""
     size = config.global_batch_size
     per_step = size // world_size() // micro_batches
-    return (f"batch: {size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x "
-            f"{per_step}; {preset} augmentation; {n_images / size:.1f} iterations an epoch; "
-            f"{loader_workers(config.num_workers)} loader worker(s) per rank")
+    lines = [f"batch: {size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x "
+             f"{per_step}; {preset} augmentation; {len(crop_set) / size:.1f} iterations an epoch; "
+             f"{loader_workers(config.num_workers)} loader worker(s) per rank"]
+    if crop_set.slabs is not None:
+        _, first, last = crop_set.slabs
+        n_alone = np.count_nonzero(last - first == 1)
+        lines.append(f"       crops after the first come from {(last - first).mean():.1f} slices on"
+                     f" average; {n_alone} of {len(first)} images have no slice so near")
+    if config.min_foreground > 0:
+        shares = crop_set.foreground_shares()
+        n_empty = np.count_nonzero(shares < config.min_foreground)
+        lines.append(f"       {n_empty} of {len(shares)} sampled images have less foreground than "
+                     f"{config.min_foreground:.0%}; random others stand in for them")
+    return "\n".join(lines)
 
 
 def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0,
@@ -198,14 +211,16 @@ class CropDataset(torch.utils.data.Dataset):
     a batch."""
 
     def __init__(self, dataset, multi_crop, seed, global_batch_size, grid, mask_settings=None,
-                 on_bad_image="error", fixed_views=0):
+                 on_bad_image="error", fixed_views=0, slab_mm=0.0):
         """Args: grid: patches per side of a global crop; mask_settings: dict for sample_masks, or
         None for no masks; fixed_views: an image is cropped in so many ways, by turns from epoch to
-        epoch; 0 = anew every time."""
+        epoch; 0 = anew every time; slab_mm: the crops after the first one come from random slices
+        of the same volume within this distance, 0 = from the image itself."""
         self.dataset = dataset.at_least(multi_crop.least_side())
         self.multi_crop, self.seed, self.on_bad_image = multi_crop, seed, on_bad_image
         self.global_batch_size, self.grid = global_batch_size, grid
         self.mask_settings, self.fixed_views = mask_settings, fixed_views
+        self.slabs = slabs_of(dataset, slab_mm) if slab_mm > 0 else None
 
     def __len__(self):
         return len(self.dataset)
@@ -215,28 +230,68 @@ class CropDataset(torch.utils.data.Dataset):
         bad = []
         while True:
             try:
-                image, mask = self.dataset[index]
+                index, image, mask = self.read(n, index)
+                rng, view = self.generator(n, index)
+                neighbours = self.neighbours(index, rng)
                 break
             except UserError as error:  # sent as text: a worker's exception fills a page
                 bad.append(self.dataset.path(index))
                 if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
                     return dict(error=str(error))
                 index = (index + 1) % len(self.dataset)  # the neighbour stands in
-        source, view = (self.seed, 2, n), 0
-        if self.fixed_views > 0:
-            view = n // len(self.dataset) % self.fixed_views
-            source = (self.seed, 4, index, view)
-        crops = self.multi_crop(image, mask, np.random.default_rng(source))
+        crops = self.multi_crop(image, mask, rng, neighbours)
         return dict(crops, n=n, index=index, view=view, bad=bad)
+
+    def read(self, n, index):
+        """(index, image, mask) of sample n: image `index`, or a random one with enough foreground
+        (MultiCrop.min_foreground) in its place, the last of eleven."""
+        image, mask = self.dataset[index]
+        least, background = self.multi_crop.min_foreground, self.multi_crop.background
+        if least == 0:
+            return index, image, mask
+        rng = np.random.default_rng((self.seed, 5, n))
+        for other in rng.integers(len(self.dataset), size=10):
+            if foreground_share(image, background) >= least:
+                break
+            index = int(other)
+            image, mask = self.dataset[index]
+        return index, image, mask
+
+    def foreground_shares(self, n_images=256):
+        """The foreground_share of a sample of images [n] float, drawn by seed."""
+        drawn = np.random.default_rng(self.seed).permutation(len(self))[:n_images]
+        shares = []
+        for i in np.sort(drawn):
+            with contextlib.suppress(UserError):  # an unreadable image raises when it is used
+                shares.append(foreground_share(self.dataset[i][0], self.multi_crop.background))
+        return np.array(shares)
+
+    def generator(self, n, index):
+        """(numpy Generator of the crops of sample n, which reads image index; number of the fixed
+        view)."""
+        if self.fixed_views == 0:
+            return np.random.default_rng((self.seed, 2, n)), 0
+        view = n // len(self.dataset) % self.fixed_views
+        return np.random.default_rng((self.seed, 4, index, view)), view
+
+    def neighbours(self, index, rng):
+        """[(image, mask)] of the crops after the first one, [] without a slab: slices drawn by rng,
+        each slice of the slab equally likely, the image itself included."""
+        if self.slabs is None:
+            return []
+        order, first, last = self.slabs
+        n = self.multi_crop.n_crops - 1
+        drawn = rng.integers(first[index], last[index], size=n)
+        return [self.dataset[int(order[place])] for place in drawn]
 
     def label_crops(self, indices):
         """What the first batch of a run shows of the label: dict of global_crops and local_crops as
         collate makes them (MultiCrop.of_label). indices: batch["index"] of the samples 0, 1, ..."""
         samples = []
         for n, index in enumerate(indices):
-            image, mask = self.dataset[index]
-            rng = np.random.default_rng((self.seed, 2, n))
-            samples.append(self.multi_crop.of_label(image.shape[:2], mask, rng))
+            rng, _ = self.generator(n, index)
+            neighbours = self.neighbours(index, rng)
+            samples.append(self.multi_crop.of_label(*self.dataset[index], rng, neighbours))
         return {key: view_major(samples, key) for key in ("global_crops", "local_crops")}
 
     def collate(self, samples):

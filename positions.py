@@ -1,4 +1,4 @@
-"""Where a slice lies in its volume: a measure of features that needs no labels.
+"""Where slices lie in their volumes: neighbours, and a measure of features that needs no labels.
 
 A frozen network's CLS feature of a slice should tell whether the slice shows the lung or the
 pelvis. evaluate.py prints how well a linear map of the features does, on volumes of other patients.
@@ -8,8 +8,12 @@ import math
 import numpy as np
 import torch
 
+from configurator import UserError
+
 PENALTIES = np.logspace(-5, 2, 15)  # of fit_positions, per slice
 
+
+# ---- slices of a volume ----
 
 def rows_of_volumes(volume):
     """The indices of the slices of each volume, a list of int arrays. volume [N] int: number of the
@@ -20,15 +24,48 @@ def rows_of_volumes(volume):
     return [rows for rows in parts if len(rows) > 0 and volume[rows[0]] >= 0]
 
 
+def slabs_of(dataset, slab_mm):
+    """The slices within slab_mm of each slice, in its volume and with itself.
+
+    Args: dataset: with volume [N] int, -1 = none, and position_mm [N] float, nan = none.
+    Returns: (order, first, last), each [N] int32: the slab of slice i is order[first[i]:last[i]].
+    Raises UserError if no slice has another one so near.
+    """
+    n = len(dataset)
+    volume, position_mm = dataset.volume, dataset.position_mm
+    if volume is None or not np.isfinite(position_mm).any():
+        raise UserError(f"slab_mm={slab_mm}: {dataset.name} has no slices with positions, as DICOM "
+                        "series and NIfTI files have; set slab_mm to 0")
+    order = np.lexsort((position_mm, volume)).astype(np.int32)  # nan last
+    first = np.empty(n, np.int32)
+    first[order] = np.arange(n)  # a slice without a position is its own slab
+    last = first + 1
+    reach = slab_mm + 1e-3  # positions are float32
+    for rows in rows_of_volumes(volume[order]):
+        mm = position_mm[order[rows]].astype(np.float64)
+        is_known = np.isfinite(mm)
+        known, mm = order[rows[is_known]], mm[is_known]
+        first[known] = rows[0] + np.searchsorted(mm, mm - reach, side="left")
+        last[known] = rows[0] + np.searchsorted(mm, mm + reach, side="right")
+    if (last - first).max() == 1:
+        raise UserError(f"slab_mm={slab_mm}: no slice of {dataset.name} has another one so near; "
+                        "give more than the distance of two slices, or 0")
+    return order, first, last
+
+
+# ---- the place of a slice from its features ----
+
 def relative_positions(position_mm, volume):
     """Positions in mm [N] as shares of their volume [N] float64: 0 = the first slice, 1 = the last.
     nan for a slice without a position, and in a volume of one position. volume [N] int, -1 = none.
     """
     relative = np.full(len(position_mm), np.nan)
+    position_mm = np.asarray(position_mm, dtype=np.float64)
     for rows in rows_of_volumes(np.asarray(volume)):
-        mm = np.asarray(position_mm, float)[rows]
-        if np.isfinite(mm).any() and np.nanmax(mm) > np.nanmin(mm):
-            relative[rows] = (mm - np.nanmin(mm)) / (np.nanmax(mm) - np.nanmin(mm))
+        known = rows[np.isfinite(position_mm[rows])]
+        mm = position_mm[known]
+        if len(mm) > 0 and mm.max() > mm.min():
+            relative[known] = (mm - mm.min()) / np.ptp(mm)
     return relative
 
 

@@ -52,6 +52,8 @@ global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 8           # small views for the student only; 0 = none
 local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
+min_foreground = 0.0             # share of pixels above the window's low end; less is drawn anew
+slab_mm = 0.0                    # volumes: other crops come from slices so near, like 12; 0 = off
 label_guided_crops_number = 0    # local crops around labelled pixels, additional (paper 2.2.4)
 label_guided_crops_scale = (0.02, 0.1)  # share of the image area
 label_guided_loss_weight = 0.0   # above 0 the teacher sees guided crops, too; paper: 0
@@ -172,10 +174,11 @@ def check_config(config):
                    "global_crops_size", "local_crops_size", "dino_head_out_dim", "ibot_out_dim",
                    "dataset_size", "teacher_temp", "warmup_teacher_temp", "student_temp")
     check.share("momentum_teacher", "final_momentum_teacher", "ibot_mask_sample_probability",
-                "drop_path_rate", "horizontal_flip", "vertical_flip")
+                "drop_path_rate", "horizontal_flip", "vertical_flip", "min_foreground")
     check.interval("global_crops_scale", "local_crops_scale", "label_guided_crops_scale",
                    "ibot_mask_ratio_min_max")
     check.training(world_size(), FAMILIES)
+    check.need(slab_mm >= 0, f"slab_mm={slab_mm}: must be a distance in mm, or 0")
     check.need(global_crops_number >= 2,
                f"global_crops_number={global_crops_number}: one view teaches the others; use 2")
     check.need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim,
@@ -313,20 +316,21 @@ def main(sources):
                            local_crops_size, local_crops_scale, local_crops_number,
                            label_guided_crops_number, label_guided_crops_scale,
                            horizontal_flip, vertical_flip,
-                           gram_crops_size if gram_loss_weight > 0 else 0, label_guided_classes)
+                           gram_crops_size if gram_loss_weight > 0 else 0, label_guided_classes,
+                           min_foreground, inputs["intensity_range"][0])
     mask_settings = None
     if ibot_loss_weight > 0:
         mask_settings = dict(sample_probability=ibot_mask_sample_probability,
                              ratio_min_max=ibot_mask_ratio_min_max, exact=ibot_mask_exact)
     crop_set = CropDataset(train_set, multi_crop, seed, global_batch_size,
                            global_crops_size // backbone.config.patch_size, mask_settings,
-                           on_bad_image)
+                           on_bad_image, slab_mm=slab_mm)
     loader = make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
                          run_device)
     preset = choose_preset(augmentation, train_set.num_channels)
     photometrics = Photometrics(preset, **inputs, window_jitter=window_jitter,
                                 blur_probability=blur_probability)
-    run.say(describe_batches(len(train_set), config, micro_batches, preset))
+    run.say(describe_batches(crop_set, config, micro_batches, preset))
 
     # ---- all input is good: the run's folder, and k-NN before training ----
     run.open(state.iteration)

@@ -268,7 +268,7 @@ def test_every_guided_crop_contains_its_labelled_pixel(shape, scale):
     crop shows its mark.
 
     The mark is the crop of the label itself, resized to more pixels than the box has. So no pixel
-    can vanish.
+    can vanish: half-way between four pixels, bicubic leaves (9/16)^2 of 255, which is 80.
     """
     rng = np.random.default_rng(0)
     crop = MultiCrop(8, local_crops_number=1, local_crops_size=max(shape),
@@ -278,8 +278,8 @@ def test_every_guided_crop_contains_its_labelled_pixel(shape, scale):
     for y, x in corners + [tuple(rng.integers(shape)) for _ in range(8)]:
         mask = np.zeros(shape, np.uint8)
         mask[y, x] = 3
-        guided = crop.of_label(shape, mask, rng)["local_crops"][1:]
-        assert len(guided) == 3 and (brightest(guided) > 127).all()
+        guided = crop.of_label(mask[..., None], mask, rng)["local_crops"][1:]
+        assert len(guided) == 3 and (brightest(guided) > 75).all()
 
 
 def test_crops_of_the_label_are_the_crops_of_the_image():
@@ -287,12 +287,13 @@ def test_crops_of_the_label_are_the_crops_of_the_image():
     # samples/crops.png lie at their place
     mask = np.zeros((40, 56), np.uint8)
     mask[5:9, 40:50] = 255
+    image = mask[..., None]
     crop = MultiCrop(24, local_crops_size=16, local_crops_number=3, label_guided_crops_number=2)
     for seed in range(5):
-        crops = crop(mask[..., None], mask, np.random.default_rng(seed))
-        label = crop.of_label(mask.shape, mask, np.random.default_rng(seed))
-        assert all(torch.equal(crops[key], label[key]) for key in crops)
-    assert crop.of_label((40, 56), None, np.random.default_rng(0))["local_crops"].max() == 0
+        crops = crop(image, mask, np.random.default_rng(seed))
+        label = crop.of_label(image, mask, np.random.default_rng(seed))
+        assert all(torch.equal(crops[key], label[key]) for key in label)
+    assert crop.of_label(image, None, np.random.default_rng(0))["local_crops"].max() == 0
 
 
 def test_guided_classes_choose_among_mask_values():
