@@ -68,9 +68,7 @@ def resize(image, size):
     if dtype != torch.uint8:
         tensor = tensor.float()
     tensor = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)[0]
-    if dtype == torch.uint8:
-        return tensor
-    if dtype.is_floating_point:
+    if dtype == torch.uint8 or dtype.is_floating_point:
         return tensor
     limits = torch.iinfo(dtype)
     return tensor.round_().clamp_(limits.min, limits.max).to(dtype)
@@ -159,12 +157,12 @@ class MultiCrop:
         for kind in (self.globals, self.locals, self.guided):
             number, _, scale = kind
             sources, pairs = pairs[:number], pairs[number:]
-            boxes = []
+            boxes, labelled = [], {}  # a mask is searched once: that takes milliseconds
             for image, mask in sources:
-                labelled = ()
-                if kind is self.guided and mask is not None:
-                    labelled = np.argwhere(is_labelled(mask, self.classes))
-                boxes.append(self.box(image, scale, labelled, rng))
+                if kind is self.guided and mask is not None and id(mask) not in labelled:
+                    labelled[id(mask)] = np.argwhere(is_labelled(mask, self.classes))
+                pixels = labelled.get(id(mask), ())
+                boxes.append(self.box(image, scale, pixels, rng))
             for source, box in zip(sources, boxes):  # first all boxes of a kind, then all flips
                 cuts.append((*source, box, rng.random(2) < self.flip_probability))
         V = self.globals[0]

@@ -33,7 +33,7 @@ def slabs_of(dataset, slab_mm):
     """
     n = len(dataset)
     volume, position_mm = dataset.volume, dataset.position_mm
-    if volume is None or not np.isfinite(position_mm).any():
+    if volume is None or position_mm is None or not np.isfinite(position_mm).any():
         raise UserError(f"slab_mm={slab_mm}: {dataset.name} has no slices with positions, as DICOM "
                         "series and NIfTI files have; set slab_mm to 0")
     order = np.lexsort((position_mm, volume)).astype(np.int32)  # nan last
@@ -57,15 +57,20 @@ def slabs_of(dataset, slab_mm):
 
 def relative_positions(position_mm, volume):
     """Positions in mm [N] as shares of their volume [N] float64: 0 = the first slice, 1 = the last.
-    nan for a slice without a position, and in a volume of one position. volume [N] int, -1 = none.
+
+    nan for a slice without a position, a picture of no volume, and a volume of one position. If no
+    position of a volume is known, as in plain arrays, its slices count in the order of the data
+    set. volume [N] int, -1 = no volume.
     """
     relative = np.full(len(position_mm), np.nan)
     position_mm = np.asarray(position_mm, dtype=np.float64)
     for rows in rows_of_volumes(np.asarray(volume)):
-        known = rows[np.isfinite(position_mm[rows])]
-        mm = position_mm[known]
-        if len(mm) > 0 and mm.max() > mm.min():
-            relative[known] = (mm - mm.min()) / np.ptp(mm)
+        mm = position_mm[rows]
+        if not np.isfinite(mm).any():
+            mm = np.arange(len(rows))
+        low, high = np.nanmin(mm), np.nanmax(mm)
+        if high > low:
+            relative[rows] = (mm - low) / (high - low)
     return relative
 
 

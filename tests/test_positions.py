@@ -31,6 +31,9 @@ def test_relative_positions():
     volume = np.array([0, 0, 0, 1, 2, 2, 2, 2, -1])
     expected = [0, 1, 0.5, np.nan, 0, 0.5, 1, np.nan, np.nan]
     assert np.allclose(relative_positions(mm, volume), expected, equal_nan=True)
+    order_only = relative_positions(np.full(9, np.nan), np.array([7, 7, -1, 7, 5, 5, 5, 7, 7]))
+    expected = [0, 0.25, np.nan, 0.5, 0, 0.5, 1, 0.75, 1]
+    assert np.allclose(order_only, expected, equal_nan=True)
 
 
 def test_ridge_is_that_of_scikit_learn():
@@ -115,5 +118,5 @@ def test_slice_position_leaves_pictures_out_and_says_what_it_saw():
     assert slice_position(train, held_out)["r2"] == pytest.approx(result["r2"])
     one = dict(features=x[:8], position_mm=positions[:8], volume=volume[:8])
     assert slice_position(one, held_out) == {}
-    no_positions = dict(held_out, position_mm=np.full(len(test), np.nan))
-    assert slice_position(train, no_positions) == {}
+    pictures_only = dict(held_out, volume=np.full(len(test), -1))
+    assert slice_position(train, pictures_only) == {}
