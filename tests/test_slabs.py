@@ -1,6 +1,8 @@
 """Crops from neighbouring slices (slab_mm), and images and crops without foreground
 (min_foreground)."""
 import itertools
+import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from augment import MultiCrop, foreground_share
 from configurator import UserError
 from loader import CropDataset
+from phantom import make_phantom_volumes
 from positions import slabs_of
 from tests_support import assert_same, load_script, losses, run, state
 
@@ -37,6 +40,9 @@ class Slices:
 
     def path(self, i):
         return f"slice {i}"
+
+    def without_path(self, text, i):
+        return text
 
 
 def crop_set(dataset, slab_mm=0.0, min_foreground=0.0, background=0.0, **settings):
@@ -259,8 +265,45 @@ def test_labels_of_crops_follow_the_stand_ins_and_redraws():
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
-    """Drawn volumes as dataset_path of a run."""
+    """Drawn volumes as dataset_path of a run: an .npz with positions and groups."""
     import data
-    if not hasattr(data.Dataset([[0]], name="x"), "volume"):
-        pytest.skip("Dataset has no volumes yet")
-    return "phantom_volumes"
+    if not hasattr(data, "describe_source"):
+        pytest.skip("data sets have no volumes yet")
+    arrays = {}
+    for seed, split in enumerate(("train", "val")):
+        for key, value in make_phantom_volumes(3, 32, seed, n_slices=6).items():
+            arrays[f"{split}_{key}"] = value
+    path = str(tmp_path_factory.mktemp("data") / "volumes.npz")
+    np.savez(path, **arrays)
+    return f"--dataset_path={path}"
+
+
+def test_a_run_with_slabs_resumes_bitwise_and_says_what_it_does(volumes, tmp_path):
+    keys = [volumes, "--slab_mm=12", "--min_foreground=0.2", "--intensity_range=-160,400",
+            "--label_guided_crops_number=1", "--generate_samples=true"]
+    whole = losses(run(str(tmp_path / "whole"), *keys, "--max_iterations=4"))
+    run(str(tmp_path / "parts"), *keys, "--max_iterations=4", "--saveckp_freq=2")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "last")
+    parts = run(str(tmp_path / "parts"), *keys, "--max_iterations=4",
+                f"--resume_from={tmp_path}/parts/checkpoints/0000002")
+    assert torch.equal(losses(parts), whole)
+    assert_same(state(tmp_path / "parts")["student"], state(tmp_path / "whole")["student"])
+    said = (tmp_path / "whole" / "logs" / "train.log").read_text()
+    assert "crops after the first come from" in said and "less foreground than 20%" in said
+
+
+def test_a_slab_of_pictures_is_refused(npz, tmp_path):
+    with pytest.raises(UserError, match="has no slices with positions"):
+        run(str(tmp_path), f"--dataset_path={npz}", "--slab_mm=12")
+    with pytest.raises(UserError, match="must be a distance in mm"):
+        run(str(tmp_path), f"--dataset_path={npz}", "--slab_mm=-1")
+    with pytest.raises(UserError, match="min_foreground=1.5: must be in 0..1"):
+        run(str(tmp_path), f"--dataset_path={npz}", "--min_foreground=1.5")
+
+
+def test_distill_has_min_foreground_in_the_key_of_its_cache():
+    distill = load_script("distill")
+    config = types.SimpleNamespace(**{key: getattr(distill, key) for key in distill.config_keys})
+    before = distill.cache_key(config, "medical")
+    config.min_foreground = 0.2
+    assert distill.cache_key(config, "medical") != before
