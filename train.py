@@ -52,7 +52,7 @@ global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 8           # small views for the student only; 0 = none
 local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
-min_foreground = 0.0             # share of pixels above the window's low end; less is drawn anew
+min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 slab_mm = 0.0                    # volumes: other crops come from slices so near, like 12; 0 = off
 label_guided_crops_number = 0    # local crops around labelled pixels, additional (paper 2.2.4)
 label_guided_crops_scale = (0.02, 0.1)  # share of the image area
