@@ -315,6 +315,7 @@ class ImageFiles(Sendable):
         """(indices of its images, read) of a volume; read is None if images are read one by one."""
         if volume not in self._open:
             images, read = np.flatnonzero(self.volumes == volume), None
+            images = images[[bool(self.names[i]) for i in images]]  # not all have a mask
             if len(images) > 1:
                 paths = [self.path(i) for i in images]
                 numbers = np.zeros(len(images), int) if self.numbers is None else self.numbers[images]

@@ -87,7 +87,7 @@ def list_images(root, names, settings):
         for name, record in zip(names, records):
             if isinstance(record, str):
                 left_out[record] += 1
-            elif isinstance(record, dict):
+            elif isinstance(record, dicom.Header):
                 dicoms.append((name, record))
             else:
                 slices = [(name, number, position) for number, position in record.slices]
@@ -99,8 +99,8 @@ def list_images(root, names, settings):
 
 
 def _inspect(path, volume_axis, volume_index):
-    """What a file holds, from its header: a Volume, whose slices are (number, position); or the
-    dict of dicom.read_header; or, as text, the reason why the file is left out."""
+    """What a file holds, from its header: a Volume, whose slices are (number, position); or a
+    dicom.Header; or, as text, the reason why the file is left out."""
     kind = file_kind(path)
     if not kind:
         return os.path.splitext(path)[1].lower() or "no ending"
@@ -111,9 +111,9 @@ def _inspect(path, volume_axis, volume_index):
     try:
         if kind == "dicom":
             header = dicom.read_header(path)
-            if header["kind"] == "DICOMDIR":
+            if header.kind == "DICOMDIR":
                 return "DICOMDIR"
-            return header if header["has_pixels"] else "DICOM without pixels"
+            return header if header.has_pixels else "DICOM without pixels"
         if kind == "nifti":
             return _inspect_nifti(Nifti(path, volume_axis), volume_index)
         if kind == "array":
@@ -171,8 +171,8 @@ def _dicom_volumes(root, files, wanted, left_out, notes):
     """
     by_series = collections.defaultdict(list)
     for name, header in files:
-        by_series[header["series"]].append((name, header))
-    series = [Series(part[0][1]["kind"], part[0][1]["description"], part)
+        by_series[header.series].append((name, header))
+    series = [Series(part[0][1].kind, part[0][1].description, part)
               for part in by_series.values()]
     series = _choose_series(root, series, wanted, left_out, notes)
     volumes = []
@@ -218,14 +218,14 @@ def _sort_series(series, left_out):
     """Volumes of a series: its images by orientation, size and phase, each in order."""
     images, seen = [], set()
     for name, header in sorted(series.files, key=lambda item: item[0]):
-        n = len(header["frames"])
-        if header["is_localizer"] or LOCALIZER.search(series.description):
+        n = len(header.frames)
+        if header.is_localizer or LOCALIZER.search(series.description):
             left_out["localizer"] += n
             continue
-        if header["instance"] in seen:
+        if header.instance in seen:
             left_out["duplicate slice"] += n
             continue
-        seen.add(header["instance"])
+        seen.add(header.instance)
         for frame in range(n):
             images.append(_place(name, header, frame))
     stacks = []  # of parallel images of one size
@@ -248,15 +248,14 @@ Placed = collections.namedtuple("Placed", "position number name frame normal sid
 
 def _place(name, header, frame):
     """A frame of a DICOM file where it lies: position along its normal, NaN = unknown."""
-    origin, orientation, spacing = header["frames"][frame]
+    origin, orientation, spacing = header.frames[frame]
     normal, position = None, np.nan
     if orientation is not None:
         normal = dicom.normal(orientation)
-        normal = normal * np.sign(normal[np.argmax(np.abs(normal))])  # to the left, back or head
     if origin is not None and normal is not None:
         position = round(float(normal @ origin), 3)
-    return Placed(position, header["number"], name, frame, normal, header["sides"], spacing,
-                  header["group"], len(header["frames"]))
+    return Placed(position, header.number, name, frame, normal, header.sides, spacing,
+                  header.group, len(header.frames))
 
 
 def _fit(a, b):
