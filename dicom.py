@@ -380,13 +380,10 @@ def _geometry(values, groups, frame=0):
 
 @functools.lru_cache(256)
 def normal(orientation):
-    """The unit vector [3] across an image from its ImageOrientationPatient, a tuple of 6. It
-    points to the patient's left, back or head, whichever it is nearest to."""
+    """The unit vector [3] along which slices lie, from ImageOrientationPatient, a tuple of 6: row
+    times column."""
     across = np.cross(orientation[:3], orientation[3:])
-    length = np.linalg.norm(across)
-    if length == 0:
-        return np.array([0.0, 0.0, 1.0])
-    return across / length * np.sign(across[np.argmax(np.abs(across))])
+    return across / (np.linalg.norm(across) or 1.0)
 
 
 @functools.lru_cache(4096)

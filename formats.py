@@ -283,6 +283,8 @@ class Nifti:
         along = affine[:3, axis] / spacing[axis]
         self.axis, self.plane = axis, SLICE_PLANES[axis]
         self.positions = affine[:3, 3] @ along + np.arange(lengths[axis]) * spacing[axis]
+        if axis == 0:  # to the right
+            self.positions = -self.positions[::-1]
         rows, columns = ((2, 1), (2, 0), (1, 0))[axis]
         self.sides = (lengths[rows], lengths[columns])
         self.spacing = spacing[[axis, rows, columns]]
@@ -301,16 +303,17 @@ class Nifti:
     def read(self, number):
         """Image `number` [row, column]: slice number % n of volume number // n.
 
-        An axial image shows the front above and the patient's left on the right, as DICOM does;
-        a coronal one the head above and the left on the right; a sagittal one the head above and
-        the front on the left.
+        Images lie as in a DICOM series, and slices follow each other along row times column:
+          axial     front above, the patient's left on the right; slices go to the head
+          coronal   head above, the patient's left on the right; slices go to the back
+          sagittal  head above, front on the left; slices go to the patient's right
         """
         volume, k = divmod(number, len(self.positions))
         voxels = self.voxels[..., volume]
         if self.axis == 2:
             image = voxels[:, :, k].T
         else:
-            image = voxels[k].T[::-1] if self.axis == 0 else voxels[:, k].T[::-1]
+            image = voxels[-1 - k].T[::-1] if self.axis == 0 else voxels[:, k].T[::-1]
         if image.dtype.names:  # RGB as three fields
             return np.stack([image[name] for name in image.dtype.names[:3]], axis=-1)
         slope, inter = self.file.dataobj.slope, self.file.dataobj.inter

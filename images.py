@@ -118,7 +118,7 @@ def tidy(path, image):
     """
     image = np.asarray(image)
     if image.dtype == bool:
-        return image.astype(np.uint8)
+        return image.astype(np.uint8, order="C")
     if image.dtype.kind not in "uif":
         raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, "
                         "channels] numbers")

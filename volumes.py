@@ -34,7 +34,7 @@ class Listing:
 
     names [M] bytes, numbers [M] int32: the file below root, the number of the image in it;
     volume [M] int32: -1 = a picture of its own; position_mm [M] float32: along the normal of the
-    slices, growing to the patient's left, back or head, NaN = unknown; spacing_mm [V,3] float32:
+    image (row times column: axial slices go to the head), NaN = unknown; spacing_mm [V,3] float32:
     slice, row, column, NaN = unknown; sides [V,2] int32: height, width; groups [V] str: hash of the
     patient, '' = unknown; left_out: Counter of reasons; kinds: Counter of images; notes: sentences.
     """
@@ -170,7 +170,7 @@ def _dicom_volumes(root, files, wanted, left_out, notes):
     that `wanted` does not name.
     """
     by_series = collections.defaultdict(list)
-    for name, header in files:
+    for name, header in sorted(files, key=lambda item: item[0]):
         by_series[header.series].append((name, header))
     series = [Series(part[0][1].kind, part[0][1].description, part)
               for part in by_series.values()]
@@ -217,7 +217,7 @@ def _choose_series(root, series, wanted, left_out, notes):
 def _sort_series(series, left_out):
     """Volumes of a series: its images by orientation, size and phase, each in order."""
     images, seen = [], set()
-    for name, header in sorted(series.files, key=lambda item: item[0]):
+    for name, header in series.files:
         n = len(header.frames)
         if header.is_localizer or LOCALIZER.search(series.description):
             left_out["localizer"] += n
@@ -262,7 +262,7 @@ def _fit(a, b):
     """True if two images have the same size and are parallel."""
     if a.sides != b.sides or (a.normal is None) != (b.normal is None):
         return False
-    return a.normal is None or a.normal @ b.normal > 0.99
+    return a.normal is b.normal or a.normal @ b.normal > 0.99
 
 
 def _phases(stack, left_out):
@@ -467,6 +467,8 @@ def _lock(path):
     with open(path, "w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        with contextlib.suppress(OSError):
-            os.remove(path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
