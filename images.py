@@ -1,91 +1,254 @@
 """One image or mask from a file, and many of them behind the interface of an array.
 
-load_image reads one file. ImageFiles, BoxMasks and Rows have len() and [i], as an array has, and
-hold file names, boxes or indices instead of pixels. data.py builds its data sets from them.
-Pixels keep their dtype and values: uint8, 16-bit, Hounsfield units, float; one to many channels.
+load_image reads one image of a file. ImageFiles, BoxMasks and Rows have len() and [i], as an array
+has, and hold file names, boxes or indices instead of pixels. data.py builds its data sets from them.
+Pixels keep their values: uint8, 16-bit, Hounsfield units, float; one to many channels.
 """
+import contextlib
+import copy
+import importlib.util
 import json
 import math
 import os
-import warnings
 
 import numpy as np
 from PIL import Image
 
 from configurator import UserError
+from dicom import open_dicom
+from formats import (ANIMATIONS, EXTENSIONS, Nifti, check_size, file_kind, is_tiff, needs_tifffile,
+                     open_array, open_tiff, turned)
+from volumes import open_volume
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy", ".dcm")
 MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # the first that exists counts
+GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
 
 
 # ---- one image ----
 
-def load_image(path, num_channels=0, as_mask=False, least_side=0):
-    """One image file as an [H,W,C] array in its own dtype.
+def load_image(path, num_channels=0, as_mask=False, least_side=0, number=0, volume_axis=-1,
+               max_image_pixels=0):
+    """Image `number` of a file as an [H,W,C] array in native byte order, without NaN or infinity.
 
-    Pillow reads png, jpg, bmp and tif; 16-bit grey stays 16-bit. A .npy is taken as it is. DICOM
-    comes in the units of its rescale slope and intercept (CT: Hounsfield units, int16).
-    Args: num_channels: channels of the data set, 0 = any. 8-bit pictures are converted to 1 or 3 (a
-    grey jpg in an RGB folder); every other file must have them. as_mask: the numbers of a palette
-    are the mask's values; of several color channels the largest counts. least_side: pixels. A JPEG
-    is decoded at 1/2, 1/4 or 1/8 of its size if both sides keep at least this length, which takes a
-    fraction of the time; 0 = full size.
-    Raises UserError with the file's name if the file cannot be read, has another shape or number of
-    channels, or is a decompression bomb (more than Image.MAX_IMAGE_PIXELS pixels).
+    The dtype holds every value: uint8, int8, uint16, int16 or int32, else float32. Pillow reads
+    pictures, tifffile those TIFFs that Pillow would change, pydicom DICOM (dicom.open_dicom),
+    nibabel NIfTI (formats.Nifti), numpy arrays (formats.array_axes). Alpha is dropped, palettes are
+    applied, the EXIF orientation is applied.
+    Args: num_channels: channels of the data set, 0 = any. Grey can be read as 3 equal channels, a
+    colour picture as grey; every other file must have them. as_mask: the numbers of a palette are
+    the mask's values (_color_mask for colours); a mask of fractions 0..1 is cut at 0.5. least_side:
+    pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides keep at least this
+    length, which takes a fraction of the time; 0 = full size. volume_axis: of array_axes, or of
+    Nifti. max_image_pixels: a picture of more pixels is refused before it is decoded; 0 = Pillow's
+    Image.MAX_IMAGE_PIXELS.
+    Raises UserError with the file's name if the file cannot be read, or has another shape or number
+    of channels.
+    """
+    with opened(path, num_channels, as_mask, least_side, volume_axis, max_image_pixels) as file:
+        n, read = file
+        if not 0 <= number < n:
+            raise UserError(f"{path}: has no image number {number}; it has {n}, counted from 0")
+        return finish(path, read(number), num_channels, as_mask)
+
+
+@contextlib.contextmanager
+def opened(path, num_channels=0, as_mask=False, least_side=0, volume_axis=-1, max_image_pixels=0):
+    """(number of images, read) of a file; read(number) -> array as the file has it.
+
+    Arguments of load_image. Whatever is raised inside the block becomes a UserError.
     """
     try:
-        if path.lower().endswith(".npy"):
-            image = np.load(path, allow_pickle=False)
-        elif path.lower().endswith(".dcm"):
-            image = _load_dicom(path)
+        kind = file_kind(path)
+        if kind == "dicom":
+            yield open_dicom(path, as_mask)
+        elif kind == "nifti":
+            nifti = Nifti(path, volume_axis)
+            yield nifti.n_volumes * len(nifti.positions), nifti.read
+        elif kind == "array":
+            yield open_array(path, volume_axis, as_mask)[:2]
         else:
-            image = _load_picture(path, num_channels, as_mask, least_side)
+            with _open_picture(path, num_channels, as_mask, least_side, max_image_pixels) as file:
+                yield file
     except UserError:
         raise
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, bombs
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
-                        "mend or remove it, or set --on_bad_image=skip") from None
+                        f"{_advice(error)}") from None
+
+
+def _advice(error):
+    """What to do about a file that a decoder refuses."""
+    text = str(error)
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return "if you trust the file, allow its size with --max_image_pixels"
+    if "imagecodecs" in text:
+        return "pip install imagecodecs"
+    if "not available" in text or "not installed" in text or "not supported" in text:
+        return "convert it to another format; there is no decoder for it here"
+    return "mend or remove it, or set --on_bad_image=skip"
+
+
+def finish(path, image, num_channels=0, as_mask=False):
+    """What load_image promises of the array that a reader gives for an image, see there."""
+    image = tidy(path, image)
     image = image[..., None] if image.ndim == 2 else image
-    is_picture = image.ndim == 3 and image.dtype.kind in "uif"
-    if is_picture and num_channels in (0, image.shape[2]):
+    if image.ndim == 3 and as_mask:
+        return _mask_values(path, image)
+    if image.ndim == 3 and num_channels not in (0, image.shape[2]):
+        if image.shape[2] == 1 and num_channels == 3:
+            return np.repeat(image, 3, axis=2)
+        if (image.shape[2], num_channels) == (3, 1) and file_kind(path) != "array":
+            grey = image @ np.array(GREY_WEIGHTS)
+            grey = grey if image.dtype.kind == "f" else np.rint(grey)
+            return grey.astype(image.dtype)[..., None]
+    if image.ndim == 3 and num_channels in (0, image.shape[2]):
         return image
     rule = "needs [height, width, channels] numbers"
     if num_channels:
         rule += (f" with {num_channels} channels as the rest of the data set; set --num_channels=0 "
-                 "to take what the first image has")
+                 "to take what most images have")
     raise UserError(f"{path}: shape {image.shape}, {image.dtype}; {rule}")
 
 
-def _load_picture(path, num_channels, as_mask, least_side):
-    """A file that Pillow reads, as [H,W] or [H,W,C]; arguments of load_image."""
-    with warnings.catch_warnings():
-        # Pillow only warns of a bomb below twice its limit; such an image must not be decoded
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as picture:
-            if least_side:
-                picture.draft(None, (least_side, least_side))  # JPEG only, others ignore it
-            if as_mask and picture.mode in ("1", "L", "P"):
-                return np.asarray(picture).astype(np.uint8)
-            if as_mask:
-                return np.asarray(picture.convert("RGB")).max(axis=2)
-            if picture.mode.startswith(("I", "F")):  # 16-bit, 32-bit, float
-                return np.asarray(picture)
-            is_grey = num_channels == 1 or (num_channels == 0 and picture.mode in ("1", "L"))
-            return np.asarray(picture.convert("L" if is_grey else "RGB"))
+def tidy(path, image):
+    """An array in native byte order, contiguous, writable, of one of the dtypes of load_image.
+
+    bool becomes 0 and 1. Wide integers become int32 if they fit, else float32; other floats become
+    float32. Raises UserError for anything that is no number, and for NaN and infinity.
+    """
+    image = np.asarray(image)
+    if image.dtype == bool:
+        return image.astype(np.uint8, order="C")
+    if image.dtype.kind not in "uif":
+        raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, "
+                        "channels] numbers")
+    dtype = image.dtype.newbyteorder("=")
+    if dtype.kind in "ui" and dtype not in (np.int8, np.uint8, np.int16, np.uint16, np.int32):
+        fits = image.size == 0 or -2**31 <= int(image.min()) <= int(image.max()) < 2**31
+        dtype = np.int32 if fits else np.float32
+    elif dtype.kind == "f":
+        dtype = np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        image = np.array(image, dtype=dtype, order="C")
+    if image.dtype.kind == "f" and not (finite := np.isfinite(image)).all():
+        raise UserError(f"{path}: {image.size - finite.sum()} of {image.size} values are NaN, "
+                        "infinite or beyond float32; replace them (numpy.nan_to_num), or set "
+                        "--on_bad_image=skip")
+    return image
 
 
-def _load_dicom(path):
-    """The pixels of a DICOM file after its rescale: int16 if they fit, else float32."""
-    try:
-        import pydicom
-    except ImportError:
-        raise UserError(f"{path}: reading DICOM needs pydicom; pip install pydicom") from None
-    file = pydicom.dcmread(path)
-    slope, intercept = getattr(file, "RescaleSlope", 1), getattr(file, "RescaleIntercept", 0)
-    image = file.pixel_array * float(slope) + float(intercept)
-    if np.abs(image).max() < 2**15:
-        return np.rint(image).astype(np.int16)
-    return image.astype(np.float32)
+# ---- pictures ----
+
+@contextlib.contextmanager
+def _open_picture(path, num_channels, as_mask, least_side, max_image_pixels):
+    """(number of images, read) of a file that Pillow or tifffile reads; arguments of load_image."""
+    if max_image_pixels and (Image.MAX_IMAGE_PIXELS or 0) < max_image_pixels:
+        Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow asks before we can; the user allows it
+    if is_tiff(path) and needs_tifffile(path):
+        with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
+            yield n, read
+        return
+    # From a path Pillow maps uncompressed TIFFs, and gets those wrong that lie on their side
+    with open(path, "rb") as opened_file, Image.open(opened_file) as picture:
+        check_size(path, picture.size, max_image_pixels)
+        n = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+        if n > 1 and not path.lower().endswith(ANIMATIONS):
+            raise UserError(f"{path}: an animation of {n} pictures; rename it to .apng if each of "
+                            "them is an image, or save one of them")
+
+        def read(number):
+            if number:
+                picture.seek(number)
+            try:
+                return _pixels(path, picture, num_channels, as_mask, least_side)
+            except OSError:
+                if picture.format != "TIFF" or importlib.util.find_spec("tifffile") is None:
+                    raise
+            with open_tiff(path, as_mask, max_image_pixels) as (_, read_tiff, _):
+                return read_tiff(number)
+        yield n, read
+
+
+ANIMATED = ("APNG", "AVIF", "DCX", "FLI", "GIF", "PNG", "WEBP")  # frames are images
+DEEP_PNG = {"RGB;16B": (3, "RGB;16L"), "RGBA;16B": (3, "RGBA;16L"), "LA;16B": (1, "RGBA")}
+
+
+def _pixels(path, picture, num_channels, as_mask, least_side):
+    """The pixels of an open picture, as [H,W] or [H,W,C]."""
+    if least_side:
+        picture.draft(None, (least_side, least_side))  # JPEG only, others ignore it
+    rawmode = picture.tile[0].args if picture.format == "PNG" and picture.tile else ""
+    if rawmode in DEEP_PNG:
+        image = _deep_png(path, picture, rawmode)
+    elif picture.mode.startswith(("I", "F")) or as_mask and picture.mode in ("1", "L", "P"):
+        image = np.asarray(picture)  # 16-bit, 32-bit, float; numbers of a palette
+    elif as_mask:
+        image = _color_mask(path, np.asarray(picture.convert("RGBA")), picture.format == "JPEG")
+    else:
+        is_grey = num_channels == 1 or num_channels == 0 and picture.mode in ("1", "L", "LA", "La")
+        # Pillow converts premultiplied grey in two steps
+        source = picture.convert("LA") if picture.mode == "La" else picture
+        image = np.asarray(source.convert("L" if is_grey else "RGB"))
+    if picture.format == "TIFF":  # Pillow has turned it
+        bits = picture.tag_v2.get(258)
+        return image.astype(np.int16) if picture.mode == "I" and bits == (16,) else image
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing
+        orientation = int(picture.getexif().get(274, 1))
+    return turned(image, orientation)
+
+
+def _deep_png(path, picture, rawmode):
+    """A PNG of 16 bits and several channels, [H,W,1 or 3] uint16; alpha is dropped.
+
+    Pillow keeps the high byte of each number. A second pass that takes the bytes for little-endian
+    keeps the low byte. Grey with alpha has four bytes a pixel, which one pass reads as RGBA.
+    """
+    n, other = DEEP_PNG[rawmode]
+    with Image.open(path) as second:
+        second.tile = [tile._replace(args=other) for tile in second.tile]
+        low = np.asarray(second)
+    if other == "RGBA":
+        high, low = low[..., :1], low[..., 1:2]
+    else:
+        high, low = np.asarray(picture)[..., :n], low[..., :n]
+    return high.astype(np.uint16) * 256 + low
+
+
+# ---- masks ----
+
+def _color_mask(path, image, is_lossy):
+    """A mask drawn in colours, [H,W,4] uint8, as numbers [H,W]: the largest channel; the alpha if
+    that alone varies. Raises UserError if that would give two colours the same number."""
+    colors, alpha = image[..., :3], image[..., 3]
+    if (colors == colors[:1, :1]).all() and (alpha != alpha[0, 0]).any():
+        return alpha
+    largest = colors.max(axis=2)
+    is_one_hue = (colors == largest[..., None]) | (colors == 0)
+    if is_lossy or (colors == colors[..., :1]).all():
+        return largest
+    if is_one_hue.all() and (colors.reshape(-1, 3) > 0).any(axis=0).sum() == 1:
+        return largest
+    found = np.unique(colors.reshape(-1, 3), axis=0)
+    if len(np.unique(found.max(axis=1))) < len(found):
+        shown = ", ".join(str(tuple(color)) for color in found[:4].tolist())
+        raise UserError(f"{path}: a mask of {len(found)} colours ({shown}), which are no numbers; "
+                        "save it as grey or with a palette, a number for each class")
+    return largest
+
+
+def _mask_values(path, image):
+    """A mask [H,W,C] as whole numbers: uint8 if they fit, else int32."""
+    if image.dtype.kind == "f":
+        whole = np.rint(image)
+        if not (whole == image).all():
+            if image.min() < 0 or image.max() > 1:
+                raise UserError(f"{path}: a mask with fractions from {image.min()} to "
+                                f"{image.max()}; needs whole numbers, or shares from 0 to 1")
+            whole = image >= 0.5
+        image = whole
+    fits = image.size == 0 or 0 <= image.min() <= image.max() < 256
+    return image.astype(np.uint8 if fits else np.int32)
 
 
 # ---- many images ----
@@ -109,16 +272,25 @@ class Sendable:
 
 
 class ImageFiles(Sendable):
-    """Files below a folder as an array of images: [i] -> [H,W,C], or None if there is no file i."""
+    """Images of files below a folder as an array: [i] -> [H,W,C], or None if there is no file i."""
 
-    def __init__(self, root, names, num_channels=0, as_mask=False, least_side=0):
+    def __init__(self, root, names, num_channels=0, as_mask=False, least_side=0, numbers=None,
+                 volumes=None, cache_dir="", volume_axis=-1, max_image_pixels=0):
         """Args: names: [N] of bytes, relative to root; b"" = there is no file. A list of strings
         works for a few files. A million strings take 100 MB in every worker, because Python counts
         references inside each string that it touches; workers share the pages of an array.
-        num_channels, as_mask, least_side: of load_image.
+        numbers: [N] int, the image in its file; None = all 0. volumes: [N] int, the volume of an
+        image (volumes.Listing), -1 = none; images of a volume that has several are decoded once
+        into cache_dir, by the process that asks for one first. The rest: of load_image.
         """
-        self.root, self.names = root, names
+        self.root, self.names, self.numbers, self.volumes = root, names, numbers, volumes
         self.num_channels, self.as_mask, self.least_side = num_channels, as_mask, least_side
+        self.cache_dir, self.volume_axis = cache_dir, volume_axis
+        self.max_image_pixels = max_image_pixels
+        self._open = {}  # volume -> (its images, read or None); each process opens its own
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_open": {}}
 
     def __len__(self):
         return len(self.names)
@@ -129,11 +301,35 @@ class ImageFiles(Sendable):
     def __getitem__(self, i):
         if not self.names[i]:
             return None
-        return load_image(self.path(i), self.num_channels, self.as_mask, self.least_side)
+        path = self.path(i)
+        number = 0 if self.numbers is None else int(self.numbers[i])
+        if self.volumes is not None and self.cache_dir and self.volumes[i] >= 0:
+            images, read = self._volume(int(self.volumes[i]))
+            if read is not None:
+                image = read(int(np.searchsorted(images, i)))
+                return finish(path, image, self.num_channels, self.as_mask)
+        return load_image(path, self.num_channels, self.as_mask, self.least_side, number,
+                          self.volume_axis, self.max_image_pixels)
+
+    def _volume(self, volume):
+        """(indices of its images, read) of a volume; read is None if images are read one by one."""
+        if volume not in self._open:
+            images, read = np.flatnonzero(self.volumes == volume), None
+            images = images[[bool(self.names[i]) for i in images]]  # not all have a mask
+            if len(images) > 1:
+                paths = [self.path(i) for i in images]
+                numbers = np.zeros(len(images), int) if self.numbers is None else self.numbers[images]
+                options = dict(as_mask=self.as_mask, volume_axis=self.volume_axis,
+                               max_image_pixels=self.max_image_pixels)
+                read = open_volume(paths, numbers.tolist(), self.cache_dir, opened, tidy, options)
+            self._open[volume] = images, read
+        return self._open[volume]
 
     def at_least(self, side):
         """The same files, JPEGs decoded no larger than `side` pixels on both sides require."""
-        return ImageFiles(self.root, self.names, self.num_channels, self.as_mask, side)
+        files = copy.copy(self)
+        files.least_side = side
+        return files
 
 
 class Rows(Sendable):
