@@ -461,13 +461,9 @@ def check_config(config, names):
         raise UserError("nothing to look at: give --run=out/NAME, or --model_type=ID with --images "
                         "or --dataset_path")
     check = Checks(config)
-    check.one_of(checkpoint=("best", "last"))
     check.need(0 <= low_threshold <= high_threshold <= 1,
                f"low_threshold={low_threshold}, high_threshold={high_threshold}; needs "
                "0 <= low <= high <= 1")
-    is_head = heat.startswith("head") and heat[4:].isdigit()
-    check.need(heat in ("mean", "pca", "auto") or is_head,
-               f"heat={heat!r}: choose mean, pca, head0, head1, ..., or auto")
     check.need("timm:" not in model_type, f"model_type={model_type!r}: a timm network does not "
                "show its attention; give a Hugging Face id or directory")
     check.report()
