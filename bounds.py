@@ -24,7 +24,7 @@ BOUNDS = dict(
     # ---- data ----
     dataset_size=(1, SIDE), num_channels=(0, 10**4), intensity_range=(-10**9, 10**9),
     image_mean=(-10**6, 10**6), image_std=(1e-6, 10**6), on_bad_image=("error", "skip"),
-    num_workers=(-1, 256), eval_max_images=(0, MANY),
+    num_workers=(-1, 64), eval_max_images=(0, MANY),
     # ---- crops ----
     augmentation=("auto", "rgb", "medical"), global_crops_number=(1, 100),
     global_crops_size=(1, SIDE), global_crops_scale=PART, local_crops_number=(0, 100),
@@ -131,8 +131,8 @@ def problem(key, value, script=""):
     if not bounds:
         return ""
     if isinstance(bounds[0], str):
-        word = re.sub("[0-9]+$", "N", value)  # head0 -> headN
-        if word in bounds and not value.endswith("N"):
+        numbered = re.sub("[0-9]+$", "N", value)  # head0 -> headN
+        if value in bounds and not value.endswith("N") or numbered in bounds and numbered != value:
             return ""
         return f"{key}={shown(value)}: choose one of {', '.join(bounds)}"
     low, high = bounds
@@ -176,13 +176,15 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     block = 4 * width**2 + 2 * width * hidden  # parameters
     embedding = num_channels * patch**2 * width
     backbone = network.num_hidden_layers * block + embedding
-    sides = config.head_hidden_dim + config.head_bottleneck_dim
-    K = config.dino_head_out_dim if get("objective") != "feature" else 0
-    n_heads = 2 if get("ibot_loss_weight") > 0 and get("ibot_separate_head") else 1
-    head = config.head_hidden_dim * (width + sides) + config.head_bottleneck_dim * K
-    head *= n_heads if K else 0
-    trained = head + (0 if config.use_lora else trained_blocks * block)
-    held = 4 * (backbone + head + 4 * trained) // n_shares
+    prototypes = []  # K of each head
+    if get("objective") != "feature":
+        prototypes.append(config.dino_head_out_dim)
+    if get("ibot_loss_weight") > 0 and config.ibot_separate_head:
+        prototypes.append(config.ibot_out_dim)
+    h, b = config.head_hidden_dim, config.head_bottleneck_dim
+    heads = sum(h * (width + h + b) + b * K for K in prototypes)
+    trained = heads + (0 if config.use_lora else trained_blocks * block)
+    held = 4 * (backbone + heads + 4 * trained) // n_shares
 
     V, L = config.global_crops_number, config.local_crops_number
     L += get("label_guided_crops_number")
@@ -204,6 +206,7 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
         patches = (config.global_crops_size // patch) ** 2
         share = config.ibot_mask_sample_probability * config.ibot_mask_ratio_min_max[0]
         masked = int(V * batch * patches * share)
-    step += 4 * K * ((2 * V + L) * batch + 2 * masked)  # logits of student and teacher
-    step += 8 * K * config.head_bottleneck_dim  # normalised prototypes and their gradient
+    rows = [(2 * V + L) * batch, 2 * masked]  # of the logits of student and teacher
+    for n, K in zip(rows, prototypes):
+        step += 4 * K * (n + 2 * b)  # and of the normalised prototypes and their gradient
     return held, step

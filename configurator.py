@@ -42,17 +42,26 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def one_line_errors():
     """Around a whole program: it ends with one line and exit status 1, without a traceback, after
-    a UserError and if the disk is full. Bugs keep their traceback."""
+    a UserError, if a file or folder refuses what is asked of it, and if memory or the disk is full.
+    Bugs keep their traceback."""
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         file = error.filename or "a log file"
-        sys.exit(f"error: {error.strerror}: {file} cannot be written; make space. The last "
-                 "checkpoint is good, --resume_from=auto goes on from there")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"error: {error.strerror}: {file} cannot be written; make space. The last "
+                     "checkpoint is good, --resume_from=auto goes on from there")
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {shown(file)}")
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).split("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("memory|allocate", words):
+            raise
+        sys.exit(f"error: out of memory: {words[:200]}. Smaller batches, crops or networks need "
+                 "less; the last checkpoint is good")
 
 
 def read_command_line(namespace, keys):
