@@ -13,8 +13,7 @@ chosen on val. It runs as one process on one device.
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: what is not given is taken from the run ====
 # ---- what ----
@@ -61,6 +60,7 @@ from tqdm import tqdm
 
 import pictures
 from augment import Photometrics, is_labelled, resize
+from checks import Checks
 from data import Dataset, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
                        scaled)

@@ -194,9 +194,10 @@ def check_fits(state, student, config):
         return
     there = theirs.get(wrong[0], "absent")
     here = ours.get(wrong[0], "absent")
-    changes = [f"{key}: checkpoint {old!r}, now {new!r}"
-               for key, old, new in config_changes(state, config)
-               if key not in ("out_dir", "resume_from")]
+    changes = []
+    for key, old, new in config_changes(state, config):
+        if key not in ("out_dir", "resume_from"):
+            changes.append(f"{key}: checkpoint {old!r}, now {new!r}")
     raise UserError(f"resume_from: {wrong[0]} is {there} in the checkpoint, {here} now; keys that "
                     f"differ: {'; '.join(changes) or 'none of the config'}. Take the checkpoint's "
                     "values, or start a new run")

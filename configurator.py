@@ -27,7 +27,7 @@ import os
 import re
 import sys
 
-from bounds import problem, range_text, shown, unused
+from bounds import problem, range_text, shown
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -322,63 +322,3 @@ def describe(namespace, keys, sources):
 def config_text(config):
     """The resolved config, a namespace, as a runnable config file."""
     return "".join(f"{key} = {value!r}\n" for key, value in vars(config).items())
-
-
-class Checks:
-    """Collects what is wrong with a config, a namespace; report() raises all of it at once."""
-
-    def __init__(self, config):
-        self.config, self.errors, self.notes = config, [], []
-
-    def need(self, ok, message):
-        """An error unless ok."""
-        if not ok:
-            self.errors.append(message)
-
-    def note(self, condition, message):
-        """A remark that report() returns if the condition holds: allowed, but without effect."""
-        if condition:
-            self.notes.append(message)
-
-    def training(self, n_ranks, families, changed=()):
-        """What train.py and distill.py ask alike: the batch divides by ranks and micro-batches, the
-        width by heads, several ranks need ddp or fsdp. Notes on keys without effect.
-
-        Args: families: model.FAMILIES; changed: keys that differ from their default."""
-        config = self.config
-        for key in changed:
-            why = unused(config, key)
-            self.note(why, f"{key}={getattr(config, key)!r} has no effect: {why}")
-        self.note(n_ranks == 1 and config.distribution == "fsdp",
-                  "distribution='fsdp' has no effect: there is one process")
-        n_small = config.local_crops_number + getattr(config, "label_guided_crops_number", 0)
-        self.note(n_small == 0 and "local_crops_size" in changed, "local_crops_size="
-                  f"{config.local_crops_size} has no effect: there are no local crops")
-        is_path = os.path.exists(config.dataset_path)
-        for key in ("dataset_size", "download_url"):
-            self.note(is_path and key in changed, f"{key}={getattr(config, key)!r} has no effect: "
-                      f"dataset_path={config.dataset_path!r} is a file or a folder")
-        size, steps = config.global_batch_size, config.gradient_accumulation_steps
-        per_rank = size // n_ranks
-        self.need(size % n_ranks == 0,
-                  f"global_batch_size={size} cannot be shared by {n_ranks} ranks; use a multiple, "
-                  f"like {math.ceil(size / n_ranks) * n_ranks}")
-        self.need(per_rank % max(1, steps) == 0, f"gradient_accumulation_steps={steps} does not "
-                  f"divide the {per_rank} images of a rank")
-        self.need(n_ranks == 1 or config.distribution != "none",
-                  f"distribution='none' with {n_ranks} processes: use ddp, or start one")
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.need(config.model_type not in families or width % heads == 0,
-                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        self.need(config.pos_embed_rescale == 0 or config.pos_embed_rescale >= 1,
-                  f"pos_embed_rescale={config.pos_embed_rescale}: positions are scaled by up to "
-                  "this, so it is 1 at least, or 0 = off")
-        warmup, length = config.warmup_iterations, config.max_iterations
-        self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
-                  f"run ends before the rate reaches lr={config.lr}")
-
-    def report(self):
-        """Raise UserError with all errors; without errors return the notes."""
-        if self.errors:
-            raise UserError("\n       ".join(self.errors))
-        return self.notes

@@ -17,8 +17,7 @@ centroids of its own features), the student's side is its DINO head's output for
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: train.py says what the shared keys mean. Durations are in iterations
 # ---- run ----
@@ -140,6 +139,7 @@ from torch import nn
 
 from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
+from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
                          stop_together, unwrap, world_size, wrap)

@@ -11,8 +11,7 @@ nearest neighbours and training curves. It runs as one process on one device.
 """
 from types import SimpleNamespace
 
-from configurator import (UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: what is not given is taken from the run that is evaluated ====
 # ---- what ----

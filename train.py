@@ -12,8 +12,7 @@ checkpoints/best/hf loads with transformers.AutoModel.from_pretrained.
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: defaults are the paper's Listings 2-8. Durations are in iterations (optimizer steps)
 # ---- run ----
@@ -147,6 +146,7 @@ import torch
 import dino
 from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
+from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, memory_gb, move_or_shard, setup, unwrap, world_size, wrap)
 from features import KnnMeasure

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import configurator
-from configurator import (Checks, UserError, config_text, describe, list_keys, one_line_errors,
+from checks import Checks
+from configurator import (UserError, config_text, describe, list_keys, one_line_errors,
                           override)
 from tests_support import ROOT
 

@@ -21,7 +21,8 @@ import torch
 import configurator
 import distributed
 from augment import PRESETS
-from bounds import BOUNDS, LOW_HIGH, OF_SCRIPT, UNUSED, bounds_of, shown, step_bytes
+from bounds import BOUNDS, LOW_HIGH, OF_SCRIPT, bounds_of, shown
+from checks import UNUSED, step_bytes
 from configurator import UserError, override
 from features import read_run
 from model import _find_config, build_backbone, check_memory
@@ -29,7 +30,7 @@ from tests_support import ROOT, SHRUNK, TINY, load_script
 
 SCRIPTS = ("train", "distill", "evaluate", "attention", "bench")
 MODULES = {script: load_script(script) for script in SCRIPTS}
-KEYS = [(script, key) for script in SCRIPTS for key in MODULES[script].config_keys]
+KEYS = sum([[(script, key) for key in MODULES[script].config_keys] for script in SCRIPTS], [])
 BOUNDED = [pair for pair in KEYS if bounds_of(pair[1], pair[0])]
 FREE_TEXT = {"model_name", "out_dir", "resume_from", "dataset_path", "cache_dir", "download_url",
              "eval_split", "model_type", "distilled_model_type", "distilled_model_weights",
