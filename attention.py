@@ -13,8 +13,7 @@ chosen on val. It runs as one process on one device.
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: what is not given is taken from the run ====
 # ---- what ----
@@ -61,6 +60,7 @@ from tqdm import tqdm
 
 import pictures
 from augment import Photometrics, is_labelled, resize
+from checks import Checks
 from data import Dataset, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
                        scaled)
@@ -461,13 +461,9 @@ def check_config(config, names):
         raise UserError("nothing to look at: give --run=out/NAME, or --model_type=ID with --images "
                         "or --dataset_path")
     check = Checks(config)
-    check.one_of(checkpoint=("best", "last"))
     check.need(0 <= low_threshold <= high_threshold <= 1,
                f"low_threshold={low_threshold}, high_threshold={high_threshold}; needs "
                "0 <= low <= high <= 1")
-    is_head = heat.startswith("head") and heat[4:].isdigit()
-    check.need(heat in ("mean", "pca", "auto") or is_head,
-               f"heat={heat!r}: choose mean, pca, head0, head1, ..., or auto")
     check.need("timm:" not in model_type, f"model_type={model_type!r}: a timm network does not "
                "show its attention; give a Hugging Face id or directory")
     check.report()

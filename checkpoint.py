@@ -20,6 +20,9 @@ from distributed import gather_objects, shard_like
 from model import core, quiet_transformers
 
 
+WEIGHTS_KEYS = ("model_type", "use_pretrained")  # a resumed run reads no other weights
+
+
 # ---- state: what resuming needs ----
 
 def _sync(path):
@@ -153,18 +156,34 @@ def find_state(resume_from, run_dir, config, say):
     if state:
         lines = [f"resuming {path} after iteration {state['iteration']}"]
         for key, before, value in config_changes(state, config):
-            if key != "resume_from":
-                lines.append(f"  changed since: {key}: {before!r} -> {value!r}")
+            if key == "generate_samples" and state["iteration"] > 0:
+                config[key] = before
+                lines.append(f"  {key} stays {before}: samples/crops.png is of a run's first batch")
+            elif key != "resume_from":
+                remark = "; the weights are the checkpoint's" if key in WEIGHTS_KEYS else ""
+                lines.append(f"  changed since: {key}: {before!r} -> {value!r}{remark}")
         say("\n".join(lines))
     return path, state
 
 
 def check_fits(state, student, config):
-    """Refuse a checkpoint whose tensors do not fit the network.
+    """Refuse a checkpoint that cannot go on with the present config.
 
-    UserError names the first such tensor with both shapes, and the config keys that differ with
-    both values.
+    UserError if tensors do not fit the network; it names the first one with both shapes, and the
+    config keys that differ with both values. UserError if a changed key would need what the
+    checkpoint does not have. Args: state: of the checkpoint; config: dict of all keys now.
     """
+    before = state["config"]
+    split = before.get("eval_split"), config.get("eval_split")
+    if state.get("knn") and split[0] != split[1]:
+        raise UserError(f"resume_from: eval_split is {split[0]!r} in the checkpoint, {split[1]!r} "
+                        "now; its start and best are accuracies on that split: take its value, or "
+                        "start a new run")
+    from_start = config.get("gram_loss_weight", 0) > 0 and config["gram_teacher"] == "start"
+    has_start = state.get("anchor") and before["gram_teacher"] == "start"
+    if from_start and state["iteration"] > 0 and not has_start:
+        raise UserError("resume_from: gram_teacher='start', but the checkpoint does not have the "
+                        "first weights; use 'ema' or 'snapshot', or start a new run")
     def shapes(weights):
         return {name: tuple(value.shape) for name, value in weights.items()}
 
@@ -175,8 +194,10 @@ def check_fits(state, student, config):
         return
     there = theirs.get(wrong[0], "absent")
     here = ours.get(wrong[0], "absent")
-    changes = [f"{key}: checkpoint {before!r}, now {value!r}"
-               for key, before, value in config_changes(state, config)]
+    changes = []
+    for key, old, new in config_changes(state, config):
+        if key not in ("out_dir", "resume_from"):
+            changes.append(f"{key}: checkpoint {old!r}, now {new!r}")
     raise UserError(f"resume_from: {wrong[0]} is {there} in the checkpoint, {here} now; keys that "
                     f"differ: {'; '.join(changes) or 'none of the config'}. Take the checkpoint's "
                     "values, or start a new run")

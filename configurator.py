@@ -27,6 +27,8 @@ import os
 import re
 import sys
 
+from bounds import problem, range_text, shown
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -40,17 +42,26 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def one_line_errors():
     """Around a whole program: it ends with one line and exit status 1, without a traceback, after
-    a UserError and if the disk is full. Bugs keep their traceback."""
+    a UserError, if a file or folder refuses what is asked of it, and if memory or the disk is full.
+    Bugs keep their traceback."""
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         file = error.filename or "a log file"
-        sys.exit(f"error: {error.strerror}: {file} cannot be written; make space. The last "
-                 "checkpoint is good, --resume_from=auto goes on from there")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"error: {error.strerror}: {file} cannot be written; make space. The last "
+                     "checkpoint is good, --resume_from=auto goes on from there")
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {shown(file)}")
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).split("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("memory|allocate", words):
+            raise
+        sys.exit(f"error: out of memory: {words[:200]}. Smaller batches, crops or networks need "
+                 "less; the last checkpoint is good")
 
 
 def read_command_line(namespace, keys):
@@ -83,17 +94,19 @@ def _coerce(value, default):
             return value
         raise TypeError("true or false")
     if isinstance(default, int):  # 1e5 is an int because nothing is lost
-        if is_number and value == value // 1 == int(value):
+        if is_number and value == value // 1:
             return int(value)
         raise TypeError(f"int like {default}")
     if isinstance(default, float):
-        if is_number and math.isfinite(value):
+        if is_number and abs(value) <= sys.float_info.max:  # not nan, not an int beyond all floats
             return float(value)
         raise TypeError(f"finite float like {default}")
     if isinstance(default, str):
-        if isinstance(value, str):
-            return value
-        raise TypeError(f"str like {default!r}")
+        if not isinstance(value, str):
+            raise TypeError(f"str like {default!r}")
+        if "\0" in value or re.search("[\ud800-\udfff]", value):
+            raise TypeError("text in UTF-8 without NUL")
+        return str(value)
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"tuple like {default}" if default else "tuple of numbers")
     if not default:  # () means: not set; then any number of numbers may be given
@@ -136,19 +149,48 @@ def _flag_key(flag, keys):
     return joined
 
 
+def _no_config_file(path):
+    """Why a path cannot be a config file, in one line with the nearest name."""
+    if path.startswith("-"):
+        return f"{path}: a flag has two dashes, like -{path}"
+    if os.path.exists(path):
+        return f"{path}: is no file but a folder or a pipe; give a .py file of assignments"
+    files = glob.glob("config/*.py") + glob.glob("*/config/*.py")
+    near = difflib.get_close_matches(path, files, n=1)
+    advice = f", did you mean {near[0]}?" if near else ""
+    return f"{path}: no such config file{advice}"
+
+
+def _streams():
+    """[(stdout, is it closed, is its descriptor open), the same of stderr]."""
+    streams = []
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        closed = stream is not None and stream.closed
+        streams.append((stream, closed, os.path.exists(f"/dev/fd/{number}")))
+    return streams
+
+
 def _run_file(path, values):
     """The names that a config file defines, as a dict; UserError if the file does not run."""
     if not os.path.isfile(path):
-        files = glob.glob("config/*.py") + glob.glob("*/config/*.py")
-        near = difflib.get_close_matches(path, files, n=1)
-        advice = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"{path}: no such config file{advice}")
-    scratch = dict(values)
+        raise UserError(_no_config_file(path))
+    scratch, before = dict(values), _streams()
     try:
-        tree = ast.parse(open(path).read(), path)
+        with open(path, "rb") as file:  # bytes: Python finds the encoding
+            tree = ast.parse(file.read(), path)
         exec(compile(tree, path, "exec"), scratch)
-    except Exception as error:  # whatever is wrong inside is the user's, in one line
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    except BaseException as error:  # also exit(): whatever is wrong inside is the user's
+        words = ""
+        with contextlib.suppress(Exception):  # the words may fail as well
+            words = str(error).split("\n")[0]
+        raise UserError(f"{path}: {type(error).__name__}: {words}") from None
+    finally:
+        after = _streams()
+        sys.stdout, sys.stderr = before[0][0], before[1][0]
+    if after != before:
+        if sys.stderr.closed:
+            sys.stderr = open(2, "w", closefd=False)
+        raise UserError(f"{path}: closes or replaces stdout or stderr, which the run needs")
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -175,7 +217,10 @@ def help_text(namespace, word=""):
     the keys whose name or comment contains the word."""
     source = open(namespace["__file__"]).read()
     block = source.split("# ==== config", 1)[1].split("config_keys =", 1)[0]
-    lines = block.rstrip().split("\n")[1:]
+    script, lines = script_name(namespace), block.rstrip().split("\n")[1:]
+    for i, line in enumerate(lines):
+        if allowed := range_text(line.split(" =")[0], script):
+            lines[i] = f"{line}  [{allowed}]"
     if word:
         keys = [line for line in lines if re.match("[a-z]", line)]
         found = [line for line in keys if word.lower() in line.lower()]
@@ -190,6 +235,11 @@ def help_text(namespace, word=""):
                  "--key=value;\n--help=WORD prints only the keys with that word:\n"
                  + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def script_name(namespace):
+    """'train' of train.py, from the globals of a script."""
+    return os.path.basename(namespace.get("__file__", "")).removesuffix(".py")
 
 
 def _print_and_exit(text):
@@ -209,12 +259,14 @@ def override(namespace, keys, argv):
     Args: namespace: globals() of the script, changed in place; keys: of list_keys; argv: for
     example ['config/phantom.py', '--lr=1e-3']. --help and --help=WORD print, and exit.
     Returns: sources, {key: (default, where the value came from)} of the changed keys, for describe.
-    Raises: UserError with every mistake at once, each with its source and the nearest key.
+    Raises: UserError with every mistake at once, each with its source and the nearest key; a value
+    outside of bounds.BOUNDS is one.
     """
     for arg in argv:
         if arg in ("--help", "-h") or arg.startswith("--help="):
             _print_and_exit(help_text(namespace, arg.partition("=")[2]))
     defaults, sources, errors = {key: namespace[key] for key in keys}, {}, []
+    script = script_name(namespace)
 
     def assign(key, value, source):
         if key not in defaults:
@@ -224,7 +276,7 @@ def override(namespace, keys, argv):
             value = _coerce(value, defaults[key])
         except (TypeError, OverflowError, ValueError) as error:
             kind = type(value).__name__
-            errors.append(f"{source}: {key} = {value!r} ({kind}), needs {error}")
+            errors.append(f"{source}: {key} = {shown(value)} ({kind}), needs {error}")
             return
         if value != namespace[key]:
             namespace[key], sources[key] = value, (defaults[key], source)
@@ -244,6 +296,10 @@ def override(namespace, keys, argv):
                           f"--{key}={defaults[key]}")
         else:
             assign(key, _parse(text, defaults.get(key)), "command line")
+    for key in keys:  # those of the script, too: its block is there to be edited
+        if wrong := problem(key, namespace[key], script):
+            _, source = sources.get(key, ("", f"{script}.py"))
+            errors.append(f"{source}: {wrong}")
     if errors:
         raise UserError("\n       ".join(errors))
     return sources
@@ -266,70 +322,3 @@ def describe(namespace, keys, sources):
 def config_text(config):
     """The resolved config, a namespace, as a runnable config file."""
     return "".join(f"{key} = {value!r}\n" for key, value in vars(config).items())
-
-
-class Checks:
-    """Collects what is wrong with a config, a namespace; report() raises all of it at once."""
-
-    def __init__(self, config):
-        self.config, self.errors, self.notes = config, [], []
-
-    def need(self, ok, message):
-        """An error unless ok."""
-        if not ok:
-            self.errors.append(message)
-
-    def note(self, condition, message):
-        """A remark that report() returns if the condition holds: allowed, but without effect."""
-        if condition:
-            self.notes.append(message)
-
-    def one_of(self, **choices):
-        """Each key has one of the values."""
-        for key, values in choices.items():
-            value = getattr(self.config, key)
-            self.need(value in values, f"{key}={value!r}: choose one of {', '.join(values)}")
-
-    def positive(self, *keys):
-        """Each key is above 0."""
-        for key in keys:
-            value = getattr(self.config, key)
-            self.need(value > 0, f"{key}={value}: must be above 0")
-
-    def share(self, *keys):
-        """Each key is a number from 0 to 1."""
-        for key in keys:
-            value = getattr(self.config, key)
-            self.need(0 <= value <= 1, f"{key}={value}: must be in 0..1")
-
-    def interval(self, *keys):
-        """Each key is a pair with 0 < low <= high <= 1."""
-        for key in keys:
-            low, high = getattr(self.config, key)
-            self.need(0 < low <= high <= 1, f"{key}={(low, high)}: needs 0 < low <= high <= 1")
-
-    def training(self, n_ranks, families):
-        """What train.py and distill.py ask alike: the batch divides by ranks and micro-batches, the
-        width by heads, several ranks need ddp or fsdp. families: model.FAMILIES."""
-        config = self.config
-        size, steps = config.global_batch_size, config.gradient_accumulation_steps
-        per_rank = size // n_ranks
-        self.need(size % n_ranks == 0,
-                  f"global_batch_size={size} cannot be shared by {n_ranks} ranks; use a multiple, "
-                  f"like {math.ceil(size / n_ranks) * n_ranks}")
-        self.need(per_rank % max(1, steps) == 0, f"gradient_accumulation_steps={steps} does not "
-                  f"divide the {per_rank} images of a rank")
-        self.need(n_ranks == 1 or config.distribution != "none",
-                  f"distribution='none' with {n_ranks} processes: use ddp, or start one")
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.need(config.model_type not in families or width % heads == 0,
-                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        warmup, length = config.warmup_iterations, config.max_iterations
-        self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
-                  f"run ends before the rate reaches lr={config.lr}")
-
-    def report(self):
-        """Raise UserError with all errors; without errors return the notes."""
-        if self.errors:
-            raise UserError("\n       ".join(self.errors))
-        return self.notes

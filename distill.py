@@ -17,8 +17,7 @@ centroids of its own features), the student's side is its DINO head's output for
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: train.py says what the shared keys mean. Durations are in iterations
 # ---- run ----
@@ -138,8 +137,9 @@ from collections import Counter
 import torch
 from torch import nn
 
-from augment import PRESETS, MultiCrop, Photometrics, augmentation_values, choose_preset
+from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
+from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
                          stop_together, unwrap, world_size, wrap)
@@ -158,22 +158,14 @@ from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, rest
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
 
 
-def check_config(config):
-    """Check ranges and pairs before anything is read. Raises UserError with all mistakes at once;
-    returns a list of notes on what is allowed but has no effect."""
+def check_config(config, changed=()):
+    """Check what depends on several keys, before anything is read; configurator.override has
+    checked each key by itself. changed: keys that differ from their default.
+
+    Raises UserError with all mistakes at once; returns notes on what is allowed but has no effect.
+    """
     check = Checks(config)
-    check.one_of(objective=("feature", "prototype", "both"), on_bad_image=("error", "skip"),
-                 feature_loss_kind=("cosine", "smooth_l1"), augmentation=("auto", *PRESETS),
-                 centering=("centering", "sinkhorn_knopp"), clip_grad_by=("parameter", "module"),
-                 mixed_precision=("bf16", "fp16", "no"), distribution=("ddp", "fsdp", "none"),
-                 lora_targets=("qv", "all"))
-    check.positive("max_iterations", "log_interval", "saveckp_freq", "global_batch_size",
-                   "global_crops_number", "global_crops_size", "local_crops_size",
-                   "dino_head_out_dim", "dataset_size", "teacher_temp", "student_temp",
-                   "distilled_statistics_views")
-    check.share("momentum_teacher", "final_momentum_teacher", "drop_path_rate", "horizontal_flip",
-                "vertical_flip", "feature_whitening", "min_foreground")
-    check.interval("global_crops_scale", "local_crops_scale")
+    check.training(world_size(), FAMILIES, changed)
     check.need(objective == "feature" or global_crops_number + local_crops_number >= 2,
                f"global_crops_number={global_crops_number}, local_crops_number="
                f"{local_crops_number} with objective={objective!r}: the student learns from "
@@ -186,7 +178,6 @@ def check_config(config):
     check.need(not teacher_cache or fixed_views > 0,
                f"teacher_cache={teacher_cache!r} with fixed_views=0: views that never come back "
                "need no cache; set fixed_views, like 8")
-    check.training(world_size(), FAMILIES)
     return check.report()
 
 
@@ -300,7 +291,7 @@ def main(sources):
     """Distil with the config in this module's globals. sources: of configurator.override."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    notes = check_config(config)
+    notes = check_config(config, sources)
     run = Run("distill.py", config, describe(globals(), config_keys, sources), notes)
 
     # ---- teacher ----

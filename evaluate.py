@@ -11,8 +11,7 @@ nearest neighbours and training curves. It runs as one process on one device.
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: what is not given is taken from the run that is evaluated ====
 # ---- what ----
@@ -318,9 +317,6 @@ def main(sources):
     if not names:
         raise UserError("nothing to evaluate: give --run=out/NAME, --model_type=ID or "
                         "--compare=ID,out/A,out/B")
-    check = Checks(config)
-    check.one_of(checkpoint=("best", "last"), mixed_precision=("bf16", "no"))
-    check.report()
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
     first_config = next((network["config"] for network in networks if network["config"]), {})

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from checks import step_bytes
 from configurator import UserError
-from distributed import local_shard, only_shapes, regathered, shard_like, swap, unwrap
+from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
+                         shard_like, swap, unwrap, world_size)
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
@@ -179,6 +181,7 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
     Args: config: namespace of a script's keys; device: where it will run; say: gets a text for
     every key without effect; changed: keys that differ from their default (configurator.override).
     Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
+    check_memory(config, num_channels, device, say)
     backbone = backbone_from_config(vars(config), num_channels)
     check_crop_sizes(config, backbone.config.patch_size)
     for note in keys_without_effect(config, backbone.config, changed):
@@ -201,6 +204,29 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
     return backbone
 
 
+def check_memory(config, num_channels, device, say):
+    """UserError, before anything is allocated, if the device cannot hold the training that a config
+    asks for; a warning if it hardly can. Args: as adapted_backbone."""
+    if only_shapes():
+        return
+    sizes = {key: getattr(config, key) for key in SIZE_KEYS}
+    network = _find_config(config.model_type, config.use_pretrained, sizes)
+    n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
+    batch = config.global_batch_size // world_size() // n_micro
+    n_shares = world_size() if config.distribution == "fsdp" else 1
+    held, step = step_bytes(config, network, num_channels, batch, n_shares, device.type == "cpu")
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    needed, total = n_here * (held + step) / 1e9, memory_gb(device)[1]
+    text = (f"training needs at least {needed:.1f} GB on {device}, which has {total:.1f}: per rank "
+            f"{held / 1e9:.1f} for weights, gradients, optimizer and teacher, {step / 1e9:.1f} for "
+            f"{batch} image(s) at once. Raise gradient_accumulation_steps, lower sizes or numbers "
+            "of crops, dino_head_out_dim or sizes of the network, or use activation_checkpointing")
+    if needed > total:
+        raise UserError(text)
+    if needed > total / 2:  # measured peaks were 1.6 to 2.2 times what is counted
+        say(f"!!!! {text} !!!!")
+
+
 def check_crop_sizes(config, patch_size):
     """UserError if the size of a crop that the config asks for is not a multiple of the patch."""
     keys = ["global_crops_size"]
@@ -212,7 +238,7 @@ def check_crop_sizes(config, patch_size):
         size = getattr(config, key)
         below = size // patch_size * patch_size
         if size != below:
-            sizes = f"{below or patch_size} or {below + patch_size}"
+            sizes = f"{below} or {below + patch_size}" if below else f"{patch_size}"
             raise UserError(f"{key}={size} is not a multiple of patch_size={patch_size} of "
                             f"{config.model_type}; use {sizes}")
 

@@ -228,8 +228,11 @@ class Run:
         if final:
             changes = []
             for split, value in final.items():
-                pixels, untrained = self.knn["pixels"][split], self.knn["untrained"][split]
-                changes.append(f"{split} {untrained:.3f} -> {value:.3f} (raw pixels {pixels:.3f})")
+                untrained, pixels = "not measured", "not measured"
+                if split in self.knn.get("untrained", {}):  # not if a resumed run has other data
+                    untrained = f"{self.knn['untrained'][split]:.3f}"
+                    pixels = f"{self.knn['pixels'][split]:.3f}"
+                changes.append(f"{split} {untrained} -> {value:.3f} (raw pixels {pixels})")
             learned = (f"5-NN accuracy of {whose}'s CLS, start -> end: {', '.join(changes)}, "
                        f"best {self.config.eval_split} {self.knn['best']:.3f} at "
                        f"{self.knn['best_iteration']}")
@@ -300,7 +303,12 @@ def restore(state, run):
     state.iteration = saved["iteration"]
     state.ema.load_state_dict(state.ema.state_dict() | saved["ema"])
     if state.anchor:
-        anchor = saved.get("anchor") or {}
+        anchor = saved.get("anchor")
+        if not anchor:
+            names = state.anchor.values.keys() & saved["ema"].keys()
+            anchor = {name: saved["ema"][name] for name in names}
+            run.say("the checkpoint has no Gram anchor; it begins as the teacher of iteration "
+                    f"{state.iteration}")
         state.anchor.load_state_dict(state.anchor.state_dict() | anchor)
     run.knn = saved["knn"]
     run.saved = None  # every tensor of it, whole, would stay in memory on every rank

@@ -195,8 +195,10 @@ def _read_tensors(path):
 
 
 def check_same_teacher(run):
-    """UserError if a resumed run (run.Run) has another teacher now."""
-    for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size"):
+    """UserError if a resumed run (run.Run) has another teacher now, or other statistics of it: the
+    checkpoint has those of its start."""
+    for key in ("distilled_model_type", "distilled_model_weights", "distilled_crops_size",
+                "distilled_statistics_views", "feature_whitening"):
         before, value = run.saved["config"][key], getattr(run.config, key)
         if before != value:
             raise UserError(f"resume_from={run.resumed_from!r}: {key} is {before!r} there, "

@@ -12,8 +12,7 @@ checkpoints/best/hf loads with transformers.AutoModel.from_pretrained.
 """
 from types import SimpleNamespace
 
-from configurator import (Checks, UserError, describe, list_keys, one_line_errors,
-                          read_command_line)
+from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
 # ==== config: defaults are the paper's Listings 2-8. Durations are in iterations (optimizer steps)
 # ---- run ----
@@ -145,8 +144,9 @@ from collections import Counter
 import torch
 
 import dino
-from augment import PRESETS, MultiCrop, Photometrics, choose_preset, is_labelled
+from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
+from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, memory_gb, move_or_shard, setup, unwrap, world_size, wrap)
 from features import KnnMeasure
@@ -161,26 +161,14 @@ from pictures import save_samples
 from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, restore, seed_iteration
 
 
-def check_config(config):
-    """Check ranges and pairs before anything is read. Raises UserError with all mistakes at once;
-    returns a list of notes on what is allowed but has no effect."""
+def check_config(config, changed=()):
+    """Check what depends on several keys, before anything is read; configurator.override has
+    checked each key by itself. changed: keys that differ from their default.
+
+    Raises UserError with all mistakes at once; returns notes on what is allowed but has no effect.
+    """
     check = Checks(config)
-    check.one_of(centering=("centering", "sinkhorn_knopp"), clip_grad_by=("parameter", "module"),
-                 freeze_last_layer_by=("grad", "lr"), mixed_precision=("bf16", "fp16", "no"),
-                 distribution=("ddp", "fsdp", "none"), on_bad_image=("error", "skip"),
-                 augmentation=("auto", *PRESETS), lora_targets=("qv", "all"),
-                 gram_teacher=("ema", "start", "snapshot"))
-    check.positive("max_iterations", "log_interval", "saveckp_freq", "global_batch_size",
-                   "global_crops_size", "local_crops_size", "dino_head_out_dim", "ibot_out_dim",
-                   "dataset_size", "teacher_temp", "warmup_teacher_temp", "student_temp")
-    check.share("momentum_teacher", "final_momentum_teacher", "ibot_mask_sample_probability",
-                "drop_path_rate", "horizontal_flip", "vertical_flip", "min_foreground")
-    check.interval("global_crops_scale", "local_crops_scale", "label_guided_crops_scale",
-                   "ibot_mask_ratio_min_max")
-    check.training(world_size(), FAMILIES)
-    check.need(slab_mm >= 0, f"slab_mm={slab_mm}: must be a distance in mm, or 0")
-    check.need(global_crops_number >= 2,
-               f"global_crops_number={global_crops_number}: one view teaches the others; use 2")
+    check.training(world_size(), FAMILIES, changed)
     check.need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim,
                f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim={dino_head_out_dim}: a shared head "
                "has one size; make them equal or set --ibot_separate_head=true")
@@ -193,6 +181,9 @@ def check_config(config):
     check.need(gram_refresh_iterations == 0 or gram_teacher == "snapshot",
                f"gram_refresh_iterations={gram_refresh_iterations} with "
                f"gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
+    check.note(warmup_teacher_temp == teacher_temp and "warmup_teacher_temp_iterations" in changed,
+               f"warmup_teacher_temp_iterations={warmup_teacher_temp_iterations} has no effect: "
+               "warmup_teacher_temp is teacher_temp")
     check.note(gram_loss_weight > 0 and gram_teacher == "snapshot" and gram_refresh_iterations == 0,
                "gram_teacher='snapshot' with gram_refresh_iterations=0 is the same as 'start'")
     return check.report()
@@ -252,7 +243,7 @@ def main(sources):
     """Train with the config in this module's globals. sources: of configurator.override."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    notes = check_config(config)
+    notes = check_config(config, sources)
     run = Run("train.py", config, describe(globals(), config_keys, sources), notes)
 
     # ---- data ----

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from augment import PRESETS, photometric
-from configurator import UserError
+from configurator import UserError, override
 from model import build_backbone, forward_features
 from tests_support import ROOT, load_script
 
@@ -147,11 +147,11 @@ def test_the_script_prints_its_tables():
 
 
 def test_wrong_choices_are_one_line():
-    module, config = bench()
-    with pytest.raises(UserError, match="choose all or one of standard, lora"):
-        module.main(module.changed(config, strategy="lra"))
-    with pytest.raises(UserError, match="choose all or one of strategy, augment"):
-        module.main(module.changed(config, what="stride"))
+    module, _ = bench()
+    with pytest.raises(UserError, match="strategy='lra': choose one of all, standard, lora"):
+        override(vars(module), module.config_keys, ["--strategy=lra"])
+    with pytest.raises(UserError, match="what='stride': choose one of strategy, augment"):
+        override(vars(module), module.config_keys, ["--what=stride"])
     result = run_script("--stratgy=lora")
     assert result.returncode == 1
     assert result.stderr.startswith("error: command line: unknown key 'stratgy'")

@@ -1,0 +1,152 @@
+"""What depends on several keys at once: pairs that do not fit, keys without effect, memory."""
+import math
+import os
+
+from configurator import UserError
+
+# Keys that do nothing while another key has one of these values
+PROTOTYPE_KEYS = ("prototype_loss_weight", "dino_head_out_dim", "dino_head_norm_last_layer",
+                  "head_hidden_dim", "head_bottleneck_dim", "centering", "student_temp",
+                  "teacher_temp")
+UNUSED = (
+    ("use_lora", (False,), ("lora_targets", "lora_r", "lora_alpha", "lora_dropout")),
+    ("local_crops_number", (0,), ("local_crops_scale",)),
+    ("label_guided_crops_number", (0,), ("label_guided_crops_scale", "label_guided_classes")),
+    ("dino_head_loss_weight", (0.0,), ("dino_local_loss_weight",)),
+    ("head_weight_norm", (False,), ("dino_head_norm_last_layer", "ibot_norm_last_layer")),
+    ("ibot_loss_weight", (0.0,), (
+        "ibot_separate_head", "ibot_out_dim", "ibot_mask_sample_probability",
+        "ibot_mask_ratio_min_max", "ibot_mask_exact")),
+    ("ibot_separate_head", (False,), ("ibot_norm_last_layer",)),
+    ("warmup_teacher_temp_iterations", (0,), ("warmup_teacher_temp",)),
+    ("gram_loss_weight", (0.0,), ("gram_teacher", "gram_refresh_iterations", "gram_crops_size")),
+    ("clip_grad", (0.0,), ("clip_grad_by",)),
+    ("freeze_last_layer", (0,), ("freeze_last_layer_by",)),
+    ("objective", ("feature",), PROTOTYPE_KEYS),
+    ("objective", ("prototype",), (
+        "feature_loss_kind", "feature_whitening", "feature_cls_weight", "feature_patch_weight")),
+)
+
+
+class Checks:
+    """Collects what is wrong with a config, a namespace; report() raises all of it at once."""
+
+    def __init__(self, config):
+        self.config, self.errors, self.notes = config, [], []
+
+    def need(self, ok, message):
+        """An error unless ok."""
+        if not ok:
+            self.errors.append(message)
+
+    def note(self, condition, message):
+        """A remark that report() returns if the condition holds: allowed, but without effect."""
+        if condition:
+            self.notes.append(message)
+
+    def training(self, n_ranks, families, changed=()):
+        """What train.py and distill.py ask alike: the batch divides by ranks and micro-batches, the
+        width by heads, several ranks need ddp or fsdp. Notes on keys without effect.
+
+        Args: families: model.FAMILIES; changed: keys that differ from their default."""
+        config = self.config
+        for key in changed:
+            why = unused(config, key)
+            self.note(why, f"{key}={getattr(config, key)!r} has no effect: {why}")
+        self.note(n_ranks == 1 and config.distribution == "fsdp",
+                  "distribution='fsdp' has no effect: there is one process")
+        n_small = config.local_crops_number + getattr(config, "label_guided_crops_number", 0)
+        self.note(n_small == 0 and "local_crops_size" in changed, "local_crops_size="
+                  f"{config.local_crops_size} has no effect: there are no local crops")
+        is_path = os.path.exists(config.dataset_path)
+        for key in ("dataset_size", "download_url"):
+            self.note(is_path and key in changed, f"{key}={getattr(config, key)!r} has no effect: "
+                      f"dataset_path={config.dataset_path!r} is a file or a folder")
+        size, steps = config.global_batch_size, config.gradient_accumulation_steps
+        per_rank = size // n_ranks
+        self.need(size % n_ranks == 0,
+                  f"global_batch_size={size} cannot be shared by {n_ranks} ranks; use a multiple, "
+                  f"like {math.ceil(size / n_ranks) * n_ranks}")
+        self.need(per_rank % max(1, steps) == 0, f"gradient_accumulation_steps={steps} does not "
+                  f"divide the {per_rank} images of a rank")
+        self.need(n_ranks == 1 or config.distribution != "none",
+                  f"distribution='none' with {n_ranks} processes: use ddp, or start one")
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.need(config.model_type not in families or width % heads == 0,
+                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        self.need(config.pos_embed_rescale == 0 or config.pos_embed_rescale >= 1,
+                  f"pos_embed_rescale={config.pos_embed_rescale}: positions are scaled by up to "
+                  "this, so it is 1 at least, or 0 = off")
+        warmup, length = config.warmup_iterations, config.max_iterations
+        self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
+                  f"run ends before the rate reaches lr={config.lr}")
+
+    def report(self):
+        """Raise UserError with all errors; without errors return the notes."""
+        if self.errors:
+            raise UserError("\n       ".join(self.errors))
+        return self.notes
+
+
+def unused(config, key):
+    """Why a key of a config, a namespace, does nothing in its run; '' if it does something."""
+    for switch, values, keys in UNUSED:
+        if key in keys and getattr(config, switch, None) in values:
+            return f"{switch}={getattr(config, switch)!r}"
+    return ""
+
+
+def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention=False):
+    """(held, step): bytes of memory that training needs at least on one rank, computed.
+
+    held: weights, and of every trained parameter the gradient, AdamW's two moments and the EMA,
+    all fp32. step: the crops, what the blocks keep for the backward, and the logits.
+    Args: config: namespace of train.py's or distill.py's keys; network: the backbone's transformers
+    config; batch: images of a micro-batch; n_shares: ranks that share the weights (FSDP);
+    plain_attention: True if a block keeps the matrix of all pairs of tokens, as on a CPU.
+    """
+    def get(key, default=0):
+        return getattr(config, key, default)
+
+    width, patch = network.hidden_size, network.patch_size
+    hidden = getattr(network, "intermediate_size", 0) or int(width * network.mlp_ratio)
+    trained_blocks = max(0, network.num_hidden_layers - config.freeze_backbone_layers)
+    if config.freeze_backbone_iterations >= config.max_iterations:
+        trained_blocks = 0  # only the heads are ever trained
+    block = 4 * width**2 + 2 * width * hidden  # parameters
+    embedding = num_channels * patch**2 * width
+    backbone = network.num_hidden_layers * block + embedding
+    prototypes = []  # K of each head
+    if get("objective") != "feature":
+        prototypes.append(config.dino_head_out_dim)
+    if get("ibot_loss_weight") > 0 and config.ibot_separate_head:
+        prototypes.append(config.ibot_out_dim)
+    h, b = config.head_hidden_dim, config.head_bottleneck_dim
+    heads = sum(h * (width + h + b) + b * K for K in prototypes)
+    trained = heads + (0 if config.use_lora else trained_blocks * block)
+    held = 4 * (backbone + heads + 4 * trained) // n_shares
+
+    V, L = config.global_crops_number, config.local_crops_number
+    L += get("label_guided_crops_number")
+    half = 2 if config.mixed_precision != "no" else 4  # bytes
+    step = 0
+    for number, side in ((V, config.global_crops_size), (L, config.local_crops_size)):
+        n = (side // patch) ** 2 + 1  # tokens
+        block = n * (8 * width + 2 * hidden) * half
+        if plain_attention:
+            block += network.num_attention_heads * n**2 * half
+        blocks = max(1, trained_blocks) * block  # the teacher computes one, too
+        if config.activation_checkpointing:
+            blocks = trained_blocks * n * width * half + block
+        step += number * batch * (blocks + 4 * num_channels * side**2)
+    masked = 0
+    if get("gram_loss_weight") > 0:  # pixels of the anchor's crops
+        step += 4 * V * batch * num_channels * config.gram_crops_size**2
+    if get("ibot_loss_weight") > 0:
+        patches = (config.global_crops_size // patch) ** 2
+        share = config.ibot_mask_sample_probability * config.ibot_mask_ratio_min_max[0]
+        masked = int(V * batch * patches * share)
+    rows = [(2 * V + L) * batch, 2 * masked]  # of the logits of student and teacher
+    for n, K in zip(rows, prototypes):
+        step += 4 * K * (n + 2 * b)  # and of the normalised prototypes and their gradient
+    return held, step
