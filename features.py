@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from augment import Photometrics, center_square, resize_center
 from configurator import UserError
+from data import error_text
 from distributed import gather_objects, loader_workers, rank, world_size
 from loader import input_settings
 from metrics import knn_classify
@@ -41,9 +42,13 @@ class WholeImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            image, mask = self.dataset[i]
-        except UserError as error:  # as text: an exception from a worker fills a page
-            return dict(i=i, error=str(error))
+            return self.item(i)
+        except Exception as error:  # as text: an exception from a worker fills a page
+            return dict(i=i, error=error_text(error, self.dataset, i))
+
+    def item(self, i):
+        """Item i of an image that can be read."""
+        image, mask = self.dataset[i]
         content = np.ascontiguousarray(image).tobytes()
         item = dict(i=i, pixels=resize_center(image, self.size), mask=None,
                     digest=hashlib.blake2b(content, digest_size=16).digest())
@@ -142,7 +147,8 @@ def extract_features(backbone, dataset, **settings):
 
 
 def shared_features(backbone, dataset, **settings):
-    """Like extract_features, but every rank computes a share, and all ranks get all features.
+    """(features [N,D], labels [N], groups [N] or None) of a data set: every rank computes a share,
+    and all ranks get all features.
 
     All ranks must call a sharded network equally often, so all shares have the same length: the
     last share continues with the first images.
@@ -157,22 +163,28 @@ def shared_features(backbone, dataset, **settings):
     parts = zip(*gather_objects(own_part))
     indices, features, labels = (np.concatenate(part) for part in parts)
     _, kept = np.unique(indices, return_index=True)  # each image once, in order
-    return torch.from_numpy(features[kept]).to(device), torch.from_numpy(labels[kept])
+    features, labels = torch.from_numpy(features[kept]), torch.from_numpy(labels[kept])
+    groups = dataset.groups
+    if groups is not None:
+        groups = torch.from_numpy(groups[indices[kept]])
+    return features.to(device), labels, groups
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
     """{name: accuracy of k-NN} of every data set in `queries`, {name: Dataset}.
 
     Args: backbone: of stream_features, None = raw pixels; bank: Dataset of the neighbours;
-    settings: of stream_features. All ranks work and get the same dict.
+    settings: of stream_features. All ranks work and get the same dict. Neighbours of a query's own
+    group (patient) do not count.
     """
     if not queries:
         return {}
-    train_features, train_labels = shared_features(backbone, bank, **settings)
+    train_features, train_labels, train_groups = shared_features(backbone, bank, **settings)
     result = {}
     for name, dataset in queries.items():
-        features, labels = shared_features(backbone, dataset, **settings)
-        predictions = knn_classify(train_features, train_labels, features, k).cpu()
+        features, labels, groups = shared_features(backbone, dataset, **settings)
+        predictions = knn_classify(train_features, train_labels, features, k,
+                                   train_groups=train_groups, test_groups=groups).cpu()
         result[name] = float((predictions == labels).float().mean())
     return result
 
@@ -185,10 +197,10 @@ class KnnMeasure:
         """Args: splits: {name: Dataset}; config: namespace of train.py's or distill.py's keys;
         inputs: of loader.input_settings; autocast: of distributed.autocast_for."""
         n, seed = config.eval_max_images, config.seed
-        self.bank = train_set.limited(n, seed)
+        self.bank = train_set.labelled().limited(n, seed)
         self.splits = {}
         for name, dataset in splits.items():
-            self.splits[name] = dataset.limited(n, seed)
+            self.splits[name] = dataset.labelled().limited(n, seed)
         self.size = config.global_crops_size
         self.settings = dict(inputs, num_workers=loader_workers(config.num_workers),
                              autocast=autocast, on_bad_image=config.on_bad_image)

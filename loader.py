@@ -5,6 +5,7 @@ uninterrupted one reads, and two ranks read what one process reads.
 """
 import contextlib
 import signal
+from collections import Counter
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from augment import foreground_share, sample_masks
 from configurator import UserError
-from data import load_dataset
+from data import READING, describe_source, error_text, load_dataset, n_shared_groups
 from distributed import loader_workers, main_first, rank, world_size
+from images import Rows
 from positions import slabs_of
 
 
@@ -27,7 +29,8 @@ def open_splits(config):
     """
     def open_split(split):
         return load_dataset(config.dataset_path, split, config.dataset_size, config.cache_dir,
-                            config.download_url, config.num_channels, config.seed)
+                            config.download_url, config.num_channels, config.seed,
+                            **reading_keys(config))
 
     with main_first():
         train, splits = open_split("train"), []
@@ -35,20 +38,34 @@ def open_splits(config):
             splits.append(config.eval_split)
             if config.eval_split != "test" and "test" in train.splits:
                 splits.append("test")
-        return train, {split: open_split(split) for split in splits}
+        return train, {split: open_split(split).labelled() for split in splits}
+
+
+def reading_keys(config):
+    """The keys of data.READING that a run's config has, as a dict. config: a namespace."""
+    return {key: getattr(config, key) for key in READING if hasattr(config, key)}
 
 
 def describe_data(train, measured, inputs, source):
-    """The data of a run in two lines. Args: inputs: of input_settings; source: where the mean and
-    std come from."""
+    """The data of a run in three lines: what was found (data.describe_source), how many images are
+    used, and how. Args: inputs: of input_settings; source: where the mean and std come from."""
     splits = ", ".join(f"{len(data)} {split}" for split, data in measured.items())
     if not measured:
         why = "no labels" if train.labels is None else "several labels per image"
         splits = f"no k-NN: {why}"
-    dtype = getattr(train.images, "dtype", "image files")
-    return (f"data: {train.name}, {len(train)} train images, {train.num_channels} channel(s), "
-            f"{dtype}; {splits}\n      intensities {inputs['intensity_range']} -> 0..1, mean "
-            f"{inputs['mean']}, std {inputs['std']} ({source})")
+    for split, data in measured.items():
+        if n_shared := n_shared_groups(train, data):
+            splits += (f"; {n_shared} group(s) of {split} are also in train, so neighbours of an "
+                       "image's own group do not count")
+    images = train.images
+    while isinstance(images, Rows):
+        images = images.items
+    dtype = getattr(images, "dtype", "image files")
+    scaled = "" if train.scaling == "set" else f", scaled by {train.scaling}"
+    return (f"{describe_source(train)}\n      {len(train)} train images, {train.num_channels} "
+            f"channel(s), {dtype}{scaled}; {splits}\n      intensities "
+            f"{inputs['intensity_range']} -> 0..1, mean {inputs['mean']}, std {inputs['std']} "
+            f"({source})")
 
 
 def describe_batches(crop_set, config, micro_batches, preset):
@@ -80,16 +97,21 @@ def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=
     Returns: mean, std: tuples, one value per channel, of the pixels mapped to 0..1 and clipped.
     """
     indices = np.random.default_rng(seed).permutation(len(dataset))[:n_images]
-    images = []
+    images, reason = [], ""
     for i in sorted(indices):
         try:
             images.append(dataset[i][0])
-        except UserError:
+        except UserError as error:
+            reason = reason or str(error)
             if on_bad_image == "error":
                 raise
     if not images:
-        raise UserError(f"{dataset.name}: none of {len(indices)} sampled images can be read")
-    if tuple(intensity_range) == (0.0, 0.0):
+        raise UserError(f"{dataset.name}: none of {len(indices)} sampled images can be read, the "
+                        f"first because of {reason}")
+    if dataset.scaling != "set":
+        intensity_range = (0.0, 1.0)
+    elif tuple(intensity_range) == (0.0, 0.0):
+        check_one_kind(images, dataset)
         intensity_range = _common_range(images)
     low, high = intensity_range
     channels = dataset.num_channels
@@ -105,6 +127,17 @@ def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=
     std = np.sqrt(np.maximum(variance, 1e-8))
     mean, std = mean.round(4).tolist(), std.round(4).tolist()
     return intensity_range, tuple(mean), tuple(std)
+
+
+def check_one_kind(images, dataset):
+    """Raise UserError if some images have 8 bits and others more: no range fits both."""
+    counts = Counter(str(image.dtype) for image in images)
+    if "uint8" in counts and len(counts) > 1:
+        listed = ", ".join(f"{n} {dtype}" for dtype, n in counts.most_common())
+        raise UserError(f"{dataset.name}: of {len(images)} sampled images {listed}; one "
+                        "intensity_range does not fit both. Set --intensity_scaling=dtype, which "
+                        "scales each by the range of its type, or =image, by its own percentiles, "
+                        "or give --intensity_range")
 
 
 def _common_range(images):
@@ -134,7 +167,8 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
         intensity_range = pretrained["intensity_range"]
     intensity_range, other_mean, other_std = measure_intensities(
         train_set, intensity_range, seed=seed, on_bad_image=on_bad_image)
-    channels, source = train_set.num_channels, "measured on 256 images"
+    n_images = min(256, len(train_set))
+    channels, source = train_set.num_channels, f"measured on {n_images} images"
     if pretrained:
         source = "of the pretrained weights"
         other_mean, other_std = pretrained["mean"], pretrained["std"]
@@ -230,17 +264,20 @@ class CropDataset(torch.utils.data.Dataset):
         bad = []
         while True:
             try:
-                index, image, mask = self.read(n, index)
-                rng, view = self.generator(n, index)
-                neighbours = self.neighbours(index, rng)
-                break
-            except UserError as error:  # sent as text: a worker's exception fills a page
-                bad.append(self.dataset.path(index))
+                return dict(self.crops(n, index), bad=bad)
+            except Exception as error:  # sent as text: a worker's exception fills a page
+                text = error_text(error, self.dataset, index)
+                bad.append(self.dataset.without_path(text, index))
                 if self.on_bad_image == "error" or len(bad) == min(100, len(self.dataset)):
-                    return dict(error=str(error))
+                    return dict(error=text)
                 index = (index + 1) % len(self.dataset)  # the neighbour stands in
-        crops = self.multi_crop(image, mask, rng, neighbours)
-        return dict(crops, n=n, index=index, view=view, bad=bad)
+
+    def crops(self, n, index):
+        """The crops of image `index` as sample n, with n, index and view."""
+        index, image, mask = self.read(n, index)
+        rng, view = self.generator(n, index)
+        neighbours = self.neighbours(index, rng)
+        return dict(self.multi_crop(image, mask, rng, neighbours), n=n, index=index, view=view)
 
     def read(self, n, index):
         """(index, image, mask) of sample n: image `index`, or a random one with enough foreground

@@ -19,7 +19,8 @@ DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted k-NN
 # ---- k-NN: nothing is trained, so if the accuracy changes, the features have changed ----
 
 @torch.no_grad()
-def knn_vote(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024):
+def knn_vote(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024,
+             train_groups=None, test_groups=None):
     """(predictions, shares): the k most similar training images, by cosine, vote for their classes.
 
     A label of a multi-label set is predicted if more than half of the votes have it.
@@ -28,7 +29,8 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
     [M,D]; k: number of neighbours, at most N are used; temperature: None for a majority vote (the
     paper; if classes have equally many votes, the class of the nearest neighbour wins), else a vote
     weighs exp(similarity / temperature) (DINO uses 0.07); chunk: test images at a time, so memory
-    is chunk * N numbers, on the device of train_features.
+    is chunk * N numbers, on the device of train_features; train_groups [N], test_groups [M] int:
+    training images of a test image's own group (patient) do not vote for it.
     Returns: predictions [M] int64 ([M,c] bool for multi-label); shares [M,c] fp32, the share of
     each class in the votes, which is a probability.
     """
@@ -38,13 +40,20 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
     k = min(k, len(train))
     predictions, shares = [], []
     queries = F.normalize(test_features.float(), dim=1).to(train.device)
-    for test in queries.split(chunk):
-        similarity, neighbours = (test @ train.T).topk(k, dim=1)  # [m,k], nearest first
+    if train_groups is not None and test_groups is not None:
+        train_groups = torch.as_tensor(train_groups, device=train.device)
+        test_groups = torch.as_tensor(test_groups, device=train.device).split(chunk)
+    for part, test in enumerate(queries.split(chunk)):
+        similarity = test @ train.T  # [m,N]
+        if train_groups is not None and test_groups is not None:
+            similarity[test_groups[part][:, None] == train_groups] = -torch.inf
+        similarity, neighbours = similarity.topk(k, dim=1)  # [m,k], nearest first
         classes = labels[neighbours]  # [m,k] or [m,k,c]
-        weights = torch.ones_like(similarity)
+        weights = similarity.isfinite().float()  # fewer than k images of other groups
+        similarity = similarity.clamp_min(-2)  # cosines are larger; inf - inf is nan
         if temperature is not None:  # relative to the nearest: exp is finite at any temperature
-            weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        total = weights.sum(dim=1, keepdim=True)  # [m,1]
+            weights = weights * ((similarity - similarity[:, :1]) / temperature).exp()
+        total = weights.sum(dim=1, keepdim=True).clamp_min(1e-12)  # [m,1]
         if labels.ndim == 2:
             votes = torch.einsum("mk,mkc->mc", weights, classes.float())
             predictions.append(votes > total / 2)
@@ -60,11 +69,16 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
     return torch.cat(predictions), torch.cat(shares)
 
 
-def knn_classify(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024):
+def knn_classify(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024,
+                 train_groups=None, test_groups=None):
     """The predictions of knn_vote, [M] int64 ([M,c] bool for multi-label), on the device of
-    train_features."""
-    predictions, _ = knn_vote(train_features, train_labels, test_features, k, temperature, chunk)
-    return predictions
+    train_features. Labels [N] may be any integers, such as codes; predictions are some of them."""
+    values, labels = None, train_labels
+    if train_labels.ndim == 1:
+        values, labels = train_labels.unique(return_inverse=True)
+    predictions, _ = knn_vote(train_features, labels, test_features, k, temperature, chunk,
+                              train_groups, test_groups)
+    return predictions if values is None else values.to(predictions.device)[predictions]
 
 
 # ---- linear probe ----
@@ -206,14 +220,15 @@ def average_precision(scores, positive):
 
 
 def classification_metrics(probabilities_or_predictions, labels, predictions=None, bootstrap=0,
-                           seed=0):
+                           seed=0, groups=None):
     """Accuracy, balanced accuracy, precision, recall, F1 and AUC of a classification, as
     scikit-learn defines them.
 
     Args: probabilities [N,c] float, or predictions [N] int (then there is no AUC); labels [N] int,
     or [N,c] 0/1 for multi-label (predicted if above 0.5); predictions: if they are not the most
     probable classes, as in a vote with ties; bootstrap: number of resamples of the images for
-    confidence intervals; seed: of the resamples.
+    confidence intervals; seed: of the resamples; groups: [N] int or None: resample groups, such as
+    patients, with all their images, because images of one group are not independent.
     Returns: dict of floats.
     accuracy: over images; multi-label: over all entries, as MedMNIST.
     balanced_accuracy: mean recall of the classes that occur.
@@ -234,11 +249,9 @@ def classification_metrics(probabilities_or_predictions, labels, predictions=Non
     if multi_label:
         true, predicted = labels > 0, predictions > 0  # [N,c] bool
     else:
-        n_classes = 1 + int(max(labels.max(), predictions.max()))
-        if has_scores:
-            n_classes = max(n_classes, scores.shape[1])
-        one_hot = np.eye(n_classes, dtype=bool)
-        true, predicted = one_hot[labels], one_hot[predictions]  # [N,c] bool
+        columns = np.arange(scores.shape[1] if has_scores else 0)
+        classes = np.unique(np.concatenate([columns, labels, predictions]))  # codes may be large
+        true, predicted = labels[:, None] == classes, predictions[:, None] == classes  # [N,c] bool
     n_ranked = min(true.shape[1], scores.shape[1]) if has_scores else 0
     n_true = true.sum(axis=0)  # [c]
     ranked = [c for c in range(n_ranked) if 0 < n_true[c] < len(true)]
@@ -253,11 +266,15 @@ def classification_metrics(probabilities_or_predictions, labels, predictions=Non
     result = {name: float(value[0]) for name, value in once.items()}
     if not bootstrap:
         return result
-    rng, draws = np.random.default_rng(seed), []
+    rng, draws, unit = np.random.default_rng(seed), [], np.arange(n)
+    if groups is not None:
+        unit = np.unique(groups, return_inverse=True)[1]
+    n_units = unit.max() + 1
     for i in range(0, bootstrap, 50):  # fifty at a time: memory is 50 * N numbers
         size = min(50, bootstrap - i)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size)  # how often each image is drawn
-        draws.append(measure(counts.astype(np.float32)))
+        # how often each image, or group of images, is drawn
+        counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size)
+        draws.append(measure(counts[:, unit].astype(np.float32)))
     for name in list(result):
         values = np.concatenate([draw[name] for draw in draws])
         values = values[np.isfinite(values)]
