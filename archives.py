@@ -4,11 +4,14 @@ An archive is unpacked once into .npy files in a cache. All ranks and workers ma
 memory, so they share the pages. Nothing is unpickled. Downloads are checked by MD5. An entry of the
 cache gets its name when it is complete.
 """
+import contextlib
+import functools
 import hashlib
 import http.client
 import json
 import os
 import shutil
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -24,6 +27,7 @@ from configurator import UserError
 from formats import array_axes
 from images import BoxMasks, Sendable
 from labels import group_numbers, hash_number, split_word
+from run_folder import part_of, remove_dead_parts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -33,13 +37,39 @@ with open(os.path.join(HERE, "config", "medmnist.json")) as _file:
 
 # ---- the cache: folders of .npy ----
 
+@functools.cache
+def cache_folder(cache_dir):
+    """A cache that can be written: cache_dir, made if necessary, or with a warning a folder of this
+    user beside the temporary files, which a machine may empty."""
+    if not cache_dir.startswith("~"):  # a user without a home
+        with contextlib.suppress(OSError):
+            os.makedirs(cache_dir, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache_dir).close()
+            return cache_dir
+    other = os.path.join(tempfile.gettempdir(), f"dino-mx-{os.getuid()}")
+    os.makedirs(other, mode=0o700, exist_ok=True)
+    if os.stat(other).st_uid != os.getuid():
+        raise UserError(f"cache_dir={cache_dir!r} cannot be written, and {other} belongs to "
+                        "another user; set --cache_dir to a folder that can be written")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: cache_dir={cache_dir!r} cannot be written; downloads and unpacked arrays "
+              f"go to {other}", file=sys.stderr)
+    return other
+
+
 def make_folder(folder, fill):
     """Create `folder` by fill(temporary folder) and a rename: it is complete or does not exist.
     Returns folder."""
     if os.path.isdir(folder):
         return folder
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix="part-", dir=os.path.dirname(folder))
+    cache_dir, name = os.path.split(folder)
+    cache_dir = cache_folder(cache_dir)
+    folder = os.path.join(cache_dir, name)
+    if os.path.isdir(folder):
+        return folder
+    remove_dead_parts(cache_dir)
+    temporary = part_of(folder)
+    os.mkdir(temporary)
     try:
         fill(temporary)
         for file in os.listdir(temporary):  # a power failure must not leave the name without data
@@ -285,17 +315,18 @@ def medmnist_arrays(name, size, cache_dir, download_url):
     file = files[str(size)]
     url, md5 = file["url"], file["md5"]
     file_name = url.split("/")[-1].split("?")[0]
-    archive = os.path.join(cache_dir, file_name)
     if download_url:
         url = f"{download_url.rstrip('/')}/{file_name}"
 
     def fill(temporary):
+        archive = os.path.join(cache_dir, file_name)
         if os.path.isfile(archive):  # the user put it there, so it stays
             if (found := _md5(archive)) != md5:
                 raise UserError(f"{archive} has MD5 {found}, should be {md5}; remove it, and it is "
                                 "downloaded again")
             _unpack(archive, temporary)
             return
+        archive = os.path.join(os.path.dirname(temporary), file_name)
         download(url, md5, archive)
         _unpack(archive, temporary)
         os.remove(archive)  # the arrays hold the same, and the archives of size 224 are GBs
@@ -311,7 +342,7 @@ def download(url, md5, path):
     """Fetch url to path: write beside it, check length and MD5, rename. A failed attempt leaves
     nothing behind and raises UserError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    part, title = f"{path}.{os.getpid()}.part", os.path.basename(path)
+    part, title = part_of(path), os.path.basename(path)
     advice = f"try again, name a mirror with --download_url, or put the file at {path} yourself"
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:

@@ -66,6 +66,7 @@ from detection import (detect, detection_metrics, labelled_patches, patch_metric
                        scaled)
 from distributed import setup
 from features import find_networks, load_network
+from run_folder import make_folder
 from images import EXTENSIONS, ImageFiles, load_image
 from model import blocks, embed, forward_features, run_blocks
 from tables import jsonable, markdown
@@ -482,7 +483,7 @@ def main(sources):
     dataset, val = open_data(run_config, networks[-1])
     is_one_run = names == [run.strip()] and "*" not in run
     folder = out_dir or (f"{names[0]}/results/attention" if is_one_run else "out/attention")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
 
     # ---- every network, one at a time ----
     if not detection:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from configurator import UserError
 from distributed import gather_objects, shard_like
+from run_folder import free_name, remove, truncate_log
 from model import core, quiet_transformers
 
 
@@ -67,22 +68,27 @@ def save_state(folder, state):
 
 
 def link_state(source, folder):
-    """Put the state of `source` under a second folder.
+    """Put the state of `source`, a folder or its state.pt, under a second folder.
 
     A hard link needs no second copy on disk: save_state later replaces the name in `source`, never
     the content. If the file system has no links, copy.
     """
     temporary = os.path.join(folder, "state.pt.part")
+    if os.path.isdir(source):
+        source = os.path.join(source, "state.pt")
+    target = os.path.join(folder, "state.pt")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        return  # renaming a link to another link of the same file does nothing
     with _beside(temporary):
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(temporary):
             os.remove(temporary)
         try:
-            os.link(os.path.join(source, "state.pt"), temporary)
+            os.link(source, temporary)
         except OSError:
-            shutil.copyfile(os.path.join(source, "state.pt"), temporary)
+            shutil.copyfile(source, temporary)
             _sync(temporary)
-        os.replace(temporary, os.path.join(folder, "state.pt"))
+        os.replace(temporary, target)
 
 
 def _read(file):
@@ -103,7 +109,12 @@ def _read(file):
 
 
 def load_state(path, say=print):
-    """The state below `path`, on the CPU. path: a run, a checkpoint folder or a state.pt.
+    """The state below `path`, on the CPU; see read_state."""
+    return read_state(path, say)[0]
+
+
+def read_state(path, say=print):
+    """(state, its file) below `path`, on the CPU. path: a run, a checkpoint folder or a state.pt.
 
     If `path` is a run, read checkpoints/last. If that file is damaged, read the newest intact
     checkpoint of the run and print a warning. Raises UserError if nothing can be read.
@@ -115,13 +126,14 @@ def load_state(path, say=print):
     if not found and not others:
         raise UserError(f"resume_from={path!r}: no checkpoint there; looked for {last} and "
                         f"{inside}")
-    state, problem = _read(found[0] if found else last)
+    file = found[0] if found else last
+    state, problem = _read(file)
     if state is not None:
-        return state
+        return state, file
     for other in others:  # only one more is in memory at a time
         candidate, _ = _read(other)
         if candidate and (state is None or candidate["iteration"] > state["iteration"]):
-            state = candidate
+            state, file = candidate, other
     if state is None:
         advice = "resume from another folder below checkpoints/"
         if others:
@@ -130,7 +142,7 @@ def load_state(path, say=print):
     say(f"!!!! {problem}. Going on from the checkpoint before it, of iteration "
         f"{state['iteration']}: what was trained since is trained again. Is the disk all right? "
         "!!!!")
-    return state
+    return state, file
 
 
 def saved_states(run_dir):
@@ -140,7 +152,7 @@ def saved_states(run_dir):
 
 
 def find_state(resume_from, run_dir, config, say):
-    """(path of the checkpoint or run to resume, its state), or ('', None) for a new run.
+    """(the state.pt to resume, its state), or ('', None) for a new run.
 
     Args: resume_from: the key; config: dict of all keys; say: prints what was found and how the
     config has changed since. Raises UserError, also if the machines find different checkpoints.
@@ -148,7 +160,9 @@ def find_state(resume_from, run_dir, config, say):
     path = resume_from
     if path == "auto":
         path = run_dir if saved_states(run_dir) else ""
-    state = load_state(path, say) if path else None
+    state, file = None, ""
+    if path:
+        state, file = read_state(path, say)
     iterations = set(gather_objects(state and state["iteration"]))
     if len(iterations) > 1:
         raise UserError(f"resume_from={resume_from!r}: the machines find checkpoints of different "
@@ -163,7 +177,51 @@ def find_state(resume_from, run_dir, config, say):
                 remark = "; the weights are the checkpoint's" if key in WEIGHTS_KEYS else ""
                 lines.append(f"  changed since: {key}: {before!r} -> {value!r}{remark}")
         say("\n".join(lines))
-    return path, state
+    return file, state
+
+
+def start_from(file, run_dir, iteration, best_iteration):
+    """Give a run's folder all that belongs to the state.pt that it resumes, of `iteration`.
+
+    From another run: checkpoints and log up to the iteration, and samples/. If the run's own `best`
+    is of a later iteration, it keeps its files under the next free name.
+    Returns: True if checkpoints/best is of best_iteration, or will be when the state is linked.
+    """
+    file = os.path.abspath(file)
+    source, own = os.path.dirname(os.path.dirname(file)), f"{run_dir}/checkpoints"
+    is_own = os.path.realpath(source) == os.path.realpath(own)
+    if not is_own or os.path.basename(os.path.dirname(file)) != "last":
+        remove(f"{own}/last/hf")  # it belongs to the state that was there
+        link_state(file, f"{own}/last")
+    if not is_own and os.path.basename(source) == "checkpoints":
+        _take_along(os.path.dirname(source), run_dir, iteration)
+    best = saved_iteration(f"{own}/best/state.pt")
+    if best > iteration:
+        os.rename(f"{own}/best", free_name(f"{own}/best"))
+    return best_iteration in (best, iteration)
+
+
+def _take_along(source, run_dir, iteration):
+    """Copy what another run had at an iteration into a new run's folder."""
+    truncate_log(f"{run_dir}/log.jsonl", iteration, f"{source}/log.jsonl")
+    if os.path.isdir(f"{source}/samples"):
+        shutil.copytree(f"{source}/samples", f"{run_dir}/samples", dirs_exist_ok=True)
+    for file in saved_states(source):
+        name = os.path.basename(os.path.dirname(file))
+        if (name == "best" or name.isdigit()) and 0 <= saved_iteration(file) <= iteration:
+            target = f"{run_dir}/checkpoints/{name}"
+            link_state(file, target)
+            if os.path.isdir(f"{source}/checkpoints/{name}/hf"):
+                shutil.copytree(f"{source}/checkpoints/{name}/hf", f"{target}/hf.part")
+                os.rename(f"{target}/hf.part", f"{target}/hf")
+
+
+def saved_iteration(file):
+    """The number of finished iterations in a state.pt, -1 if it cannot be read. Its tensors stay on
+    the disk."""
+    with contextlib.suppress(Exception):  # torch raises several kinds
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["iteration"]
+    return -1
 
 
 def check_fits(state, student, config):
@@ -239,37 +297,6 @@ def config_changes(state, config):
         if old.get(key) != config.get(key):
             values.append((key, old.get(key), config.get(key)))
     return values
-
-
-# ---- the run's folder ----
-
-def open_folder(run_dir, resume, config_text, script="train.py"):
-    """Make the folder of a run and write its config.py.
-
-    An earlier run of the same name is moved aside, never overwritten. Returns its new name, or ''.
-    """
-    moved = ""
-    if not resume and os.path.isfile(f"{run_dir}/config.py"):
-        names = (f"{run_dir}.{n}" for n in range(1, 10**6))
-        moved = next(name for name in names if not os.path.exists(name))
-        os.rename(run_dir, moved)
-    for name in ("logs", "checkpoints", "samples", "results"):
-        os.makedirs(f"{run_dir}/{name}", exist_ok=True)
-    with open(f"{run_dir}/config.py", "w") as file:
-        file.write(f"# resolved config; runs as: python {script} {run_dir}/config.py\n"
-                   f"{config_text}")
-    return moved
-
-
-def truncate_log(path, iteration):
-    """Drop the lines of a log.jsonl after `iteration`: a resumed run writes the same ones again."""
-    if not os.path.isfile(path):
-        return
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last line
-    with open(path + ".part", "w") as file:
-        file.writelines(line for line in lines if json.loads(line)["iteration"] <= iteration)
-    os.replace(path + ".part", path)
 
 
 # ---- export: what users load ----

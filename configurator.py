@@ -131,6 +131,21 @@ def _parse(text, default):
     return value
 
 
+PATH_ENDINGS = ("_path", "_dir", "_from", "_type", "_weights", "_cache")
+PATH_KEYS = ("run", "compare", "images", "masks")  # some of them are lists: out/a,out/b
+
+
+def _expand(key, value):
+    """The value of a path key with the home folder in place of ~, which a shell leaves alone in
+    --key=~/x; other values as they are. TypeError with what is needed if ~NAME is nobody's home."""
+    if not key.endswith(PATH_ENDINGS) and key not in PATH_KEYS or "~" not in value:
+        return value
+    paths = [os.path.expanduser(path) for path in value.split(",")]
+    if any(path.startswith("~") for path in paths):
+        raise TypeError("the name of a user who has a home, or ./~ for a folder named ~")
+    return ",".join(paths)
+
+
 def _unknown(name, keys):
     near = difflib.get_close_matches(name, keys, n=1)
     advice = f", did you mean {near[0]!r}?" if near else "; --help lists the keys"
@@ -273,7 +288,7 @@ def override(namespace, keys, argv):
             errors.append(f"{source}: {_unknown(key, keys)}")
             return
         try:
-            value = _coerce(value, defaults[key])
+            value = _expand(key, _coerce(value, defaults[key]))
         except (TypeError, OverflowError, ValueError) as error:
             kind = type(value).__name__
             errors.append(f"{source}: {key} = {shown(value)} ({kind}), needs {error}")

@@ -154,7 +154,9 @@ from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, bl
 from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learning_rates,
                    warmup_factor)
 from pictures import save_samples
-from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, restore, seed_iteration
+from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
+                 seed_iteration, whole_run)
+from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
 
 
@@ -287,12 +289,13 @@ def cache_key(config, preset, **more):
     return dict(values, augmentation=augmentation_values(preset), **more)
 
 
-def main(sources):
-    """Distil with the config in this module's globals. sources: of configurator.override."""
+@whole_run
+def main(sources, at_end):
+    """Distil with the config in this module's globals. Arguments and return as of train.main."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
     notes = check_config(config, sources)
-    run = Run("distill.py", config, describe(globals(), config_keys, sources), notes)
+    run = Run("distill.py", config, describe(globals(), config_keys, sources), notes, at_end)
 
     # ---- teacher ----
     # a sharded teacher answers all ranks or none; with a cache each rank asks on its own
@@ -414,7 +417,7 @@ def main(sources):
                 f"in {time.time() - began:.0f} s")
 
     # ---- all input is good: the run's folder, and k-NN before training ----
-    run.open(state.iteration)
+    run.open(state, inputs, statistics=statistics.state_dict())
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
 
@@ -422,12 +425,9 @@ def main(sources):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as averaged:
             return knn.accuracy(averaged.backbone, splits)
 
-    def save(best=False, done=False):
-        run.save(state, inputs, best, done, statistics=statistics.state_dict())
-
     if measured and state.iteration == 0 and not run.knn:
         run.record_start(knn.pixels(), student_knn(measured))
-        save(best=True)  # if training only harms, `best` stays at the start
+        run.save()  # if training only harms, `best` stays at the start
 
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
@@ -484,7 +484,6 @@ def main(sources):
 
         # Step 6. Log, measure, save. From here on `iteration` counts this one as finished
         iteration, record, is_best = state.iteration, {}, False
-        done = iteration == max_iterations
         if run.log_is_due(iteration):
             seconds, left = run.tick(iteration)
             cls = student_out["global_cls"].detach()
@@ -515,17 +514,18 @@ def main(sources):
             state.ema.take_in(state.student)
             state.student = wrap(unwrap(state.student), distribution, run_device)
         if is_best or run.is_due(saveckp_freq, iteration):
-            save(best=is_best or (done and not measured), done=done)
+            run.save()
 
     # ---- the end ----
     if state.iteration < max_iterations:
-        save()
-    if run.close(state.iteration):
-        run.summarize(state.iteration, student_knn(measured), losses["loss"], record["rankme"],
-                      "the student")
+        run.save()
+    if run.close():
+        run.summarize(student_knn(measured), "the student")
     cleanup()
+    return run.stop_signal()
 
 
 if __name__ == "__main__":
     with one_line_errors(), lost_ranks():
-        main(sources)
+        stop_signal = main(sources)
+    end_by(stop_signal)

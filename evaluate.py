@@ -58,6 +58,7 @@ import pictures
 from data import cut_tenth, load_dataset
 from distributed import autocast_for, loader_workers, setup
 from features import collect_features, find_networks, load_network, stream_features
+from run_folder import make_folder
 from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, patch_classes
 from tables import jsonable, tabulate
 
@@ -319,6 +320,9 @@ def main(sources):
                         "--compare=ID,out/A,out/B")
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
+    default = names[0] if run and len(names) == 1 else "out/evaluate"
+    folder = os.path.join(out_dir or default, "results")
+    make_folder(folder)
     first_config = next((network["config"] for network in networks if network["config"]), {})
 
     # ---- data ----
@@ -364,12 +368,9 @@ def main(sources):
         collected = measure_one(network, backbone, settings, patch)
 
     # ---- tables and pictures ----
-    default = names[0] if run and len(names) == 1 else "out/evaluate"
-    folder = os.path.join(out_dir or default, "results")
     file_name = os.path.basename(train.name.rstrip("/"))
     data_name = os.path.splitext(file_name)[0]
     path = os.path.join(folder, data_name)
-    os.makedirs(folder, exist_ok=True)
     if generate_pictures and "start" in network:  # the last network is a run
         records = [json.loads(line) for line in open(f"{network['name']}/log.jsonl")]
         pictures.curves_picture(f"{path}-curves.png", records, f"training of {network['name']}")

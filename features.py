@@ -24,6 +24,7 @@ from distributed import gather_objects, loader_workers, rank, world_size
 from loader import input_settings
 from metrics import knn_classify
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
+from signals import ignore_signals
 from teachers import FrozenTeacher, build_teacher
 
 
@@ -81,7 +82,7 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
         device = next(backbone.parameters()).device
     photometrics = Photometrics("medical", intensity_range, mean, std)
     loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size,
-                        num_workers=num_workers, collate_fn=list)
+                        num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_signals)
     for items in tqdm(loader, desc=f"{dataset.split} features", leave=False, disable=None):
         errors = [item["error"] for item in items if "error" in item]
         if errors and on_bad_image == "error":

@@ -133,6 +133,8 @@ def folder_index(root, settings):
     prefix = os.path.join(settings.cache_dir,
                           f"{os.path.basename(root)}-{short_hash(os.fsencode(state))}")
     for folder in glob.glob(f"{glob.escape(prefix)}-*"):
+        if folder.endswith(".part"):  # another process is writing it
+            continue
         index = map_folder(folder)
         if np.array_equal(index["times"], _times(index["directories"])):
             return index

@@ -4,7 +4,6 @@ Everything random is a function of (seed, sample number), so a resumed run reads
 uninterrupted one reads, and two ranks read what one process reads.
 """
 import contextlib
-import signal
 from collections import Counter
 
 import numpy as np
@@ -17,6 +16,7 @@ from data import READING, describe_source, error_text, load_dataset, n_shared_gr
 from distributed import loader_workers, main_first, rank, world_size
 from images import Rows
 from positions import slabs_of
+from signals import ignore_signals
 
 
 # ---- splits and input settings ----
@@ -198,7 +198,7 @@ def make_loader(crop_set, config, micro_batches, start, stop, device):
                        world_size(), start, stop, config.seed, config.shuffle)
     return DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate,
                       num_workers=loader_workers(config.num_workers),
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -371,9 +371,3 @@ def view_major(samples, key):
     """Stack one entry [V,...] of B samples: [V*B,...], crop v of image b in row v * B + b."""
     crops = torch.stack([sample[key] for sample in samples], dim=1)  # [V,B,...]
     return crops.flatten(0, 1)
-
-
-def ignore_ctrl_c(_):
-    """worker_init_fn of a loader. Ctrl-C reaches every process of the terminal; the main process
-    decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,42 +12,63 @@ call every method; rank 0 prints and writes.
     out/NAME/results/summary.json   the numbers of a finished run
 """
 import contextlib
+import functools
 import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from checkpoint import (export_hf, find_state, link_state, load_optimizer, model_card, open_folder,
-                        save_state, truncate_log)
+from checkpoint import (export_hf, find_state, link_state, load_optimizer, model_card, save_state,
+                        start_from)
 from configurator import UserError, config_text
-from distributed import (all_reduce_mean, any_rank, barrier, gather_full, gather_objects, is_main,
+from distributed import (all_reduce_mean, any_rank, gather_full, gather_objects, is_main,
                          main_writes, rank, stop_together, unwrap, world_size)
+from run_folder import RunFolder, is_inside, last_line, remove, truncate_log, write_whole
 from model import EMATeacher
+from signals import catch_signals
+
+
+def whole_run(main):
+    """Decorator of a script's main(sources, at_end), which then is called as main(sources).
+
+    However main ends, the ExitStack at_end is closed: a Run has put there what it has to give back.
+    """
+    @functools.wraps(main)
+    def main_with_end(sources):
+        with contextlib.ExitStack() as at_end:
+            return main(sources, at_end)
+    return main_with_end
 
 
 class Run:
     """See the head of this file."""
 
-    def __init__(self, script, config, described_config, notes=()):
+    def __init__(self, script, config, described_config, notes, at_end):
         """Args: script: 'train.py'; config: namespace of its keys; described_config: the text of
-        configurator.describe; notes: sentences to print below it. Raises UserError if the
-        checkpoint to resume cannot be read."""
-        self.script, self.config = script, config
-        self.folder = config.out_dir or os.path.join("out", config.model_name)
+        configurator.describe; notes: sentences to print below it; at_end: of whole_run. Raises
+        UserError if the folder is not ours or in use, or if the checkpoint to resume cannot be
+        read."""
+        self.script, self.config, self.at_end = script, config, at_end
+        self.folder = os.path.normpath(config.out_dir or f"out/{config.model_name}")
+        self.run_folder = RunFolder(self.folder, script, at_end)
         self.is_open, self.unwritten = False, []
-        self.stop_signals, self.old_handlers, self.bad_images = [], {}, set()
-        self.wandb = import_wandb() if config.wandb_log else None
+        self.signals, self.stopped_by, self.bad_images = [], 0, set()
+        self.wandb = None
         self.knn = {}  # pixels and untrained: {split: accuracy}; start, best, best_iteration
         self.say(described_config + "\n")
         for note in notes:
             self.say(f"note: {note}")
+        main_writes(self.run_folder.enter)
         self.resumed_from, self.saved = find_state(config.resume_from, self.folder, vars(config),
                                                    self.say)
+        self.goes_on = bool(self.resumed_from) and is_inside(self.resumed_from, self.folder)
+        main_writes(lambda: self.run_folder.check_inputs(config, self.goes_on))
 
     # ---- words and numbers ----
 
@@ -55,7 +76,10 @@ class Run:
         """Print a text. Append it to logs/train.log as soon as the folder is open."""
         if not is_main():
             return
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:  # the reader has gone, as the terminal after SIGHUP: logs/train.log stays
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.is_open:
             with open(f"{self.folder}/logs/train.log", "a") as file:
@@ -71,28 +95,48 @@ class Run:
         if self.wandb:
             self.wandb.log(record, step=record["iteration"])
 
-    def open(self, iteration):
-        """Make the folder, or cut its log after `iteration` if the run was resumed.
+    def open(self, state, inputs, **more):
+        """Make the folder, or cut its log after state.iteration if the run goes on there.
 
-        From here on SIGTERM and SIGINT only ask the loop to stop (stop_wanted).
+        All that can fail has been tried before. From here on the signals only ask the loop to stop
+        (stop_wanted). A kill may have left checkpoints/last without its links and exports: they are
+        made up for. Args: what save() keeps: a State; a dict of intensity_range, mean, std for the
+        export; further parts of a checkpoint.
         """
-        moved_to = ""
-        if is_main():
-            moved_to = open_folder(self.folder, self.resumed_from, config_text(self.config),
-                                   self.script)
-            truncate_log(f"{self.folder}/log.jsonl", iteration)
-        barrier()
+        self.state, self.inputs, self.more = state, inputs, more
+        has_best = True
+        if self.config.wandb_log:
+            self.wandb, curve = start_curve(self.folder, self.config, self.goes_on)
+        if self.wandb:
+            self.at_end.callback(self.wandb.finish)
+
+        def make_ready():
+            nonlocal has_best
+            self.run_folder.open(config_text(self.config), self.goes_on)
+            with self.run_folder.writable():
+                if self.wandb:
+                    write_whole(f"{self.folder}/logs/wandb_id", curve)
+                if state.iteration < self.config.max_iterations:  # that of a shorter run
+                    remove(f"{self.folder}/results/summary.json")
+                if self.goes_on:
+                    truncate_log(f"{self.folder}/log.jsonl", state.iteration)
+                if self.resumed_from:
+                    has_best = start_from(self.resumed_from, self.folder, state.iteration,
+                                          self.knn.get("best_iteration"))
+        main_writes(make_ready)
         self.is_open = True
-        if moved_to:
+        if moved_to := self.run_folder.moved_to:
             self.say(f"{self.folder} held an earlier run: moved to {moved_to} (to continue a run: "
                      "--resume_from)")
-        for number in (signal.SIGTERM, signal.SIGINT):  # preemption; Ctrl-C
-            self.old_handlers[number] = signal.signal(
-                number, lambda number, _: self.stop_signals.append(number))
-        if self.wandb:
-            start_curve(self.wandb, self.folder, self.config)
+        if not gather_objects(has_best)[0] and self.knn.pop("best", None) is not None:
+            best_iteration = self.knn.pop("best_iteration")
+            self.say(f"the best weights so far, of iteration {best_iteration}, are not there: "
+                     "checkpoints/best begins anew")
+        catch_signals(self.signals, self.at_end)
         self.began = self.last_logged_at = time.time()
-        self.first_iteration = self.last_logged = iteration
+        self.first_iteration = self.last_logged = state.iteration
+        if self.resumed_from:
+            self._publish()
 
     # ---- during the loop ----
 
@@ -101,7 +145,7 @@ class Run:
 
         Raises UserError on all ranks if one of them could not read its batch.
         """
-        stop, failed = any_rank(may_stop and self.stop_signals, "error" in batch)  # one message
+        stop, failed = any_rank(may_stop and self.signals, "error" in batch)  # one message
         if failed:
             stop_together(batch.get("error"))
         self.bad_images.update(batch.get("bad", ()))
@@ -160,71 +204,96 @@ class Run:
             self.say(f"!!!! BELOW THE START by {start - accuracy:.4f}: {advice} !!!!")
         return is_best
 
-    def save(self, state, inputs, best=False, done=False, **more):
-        """Write checkpoints/last, link it as `best` and as a numbered one, export for AutoModel.
-
-        Args: state: a State; inputs: dict of intensity_range, mean, std, for the export; best: the
-        EMA weights are the best so far; done: the run is finished; more: further parts of the
-        state. All ranks call it, because it gathers sharded tensors.
-        """
-        iteration, config = state.iteration, self.config
-        checkpoints = f"{self.folder}/checkpoints"
-        parts = dict(state_dict(state), config=vars(config), knn=self.knn, **more)
-        parts, weights = gather_full(parts), None
-        if best or done:
-            with state.ema.teacher_weights(state.student) as network:
-                weights = gather_full(network.backbone.state_dict())
-        links = ["best"] if best else []
-        if iteration > 0 and iteration % config.saveckp_freq == 0:
-            links.append(f"{iteration:07d}")
-        exports = ["best"] if best else []
-        if done:
-            exports.append("last")
+    def save(self):
+        """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
+        All ranks call it, because it gathers sharded tensors."""
+        parts = dict(state_dict(self.state), config=vars(self.config), knn=self.knn)
+        parts = gather_full(dict(parts, **self.more))
 
         def write():
-            save_state(f"{checkpoints}/last", parts)
+            last = f"{self.folder}/checkpoints/last"
+            remove(f"{last}/hf")  # of an earlier state
+            save_state(last, parts)
+        main_writes(write)
+        self._publish()
+
+    def _publish(self):
+        """Link checkpoints/last as `best` and as a numbered one, and export for AutoModel, where
+        this is due. Without k-NN the best state is the last one. Doing it twice changes nothing."""
+        state, config, iteration = self.state, self.config, self.state.iteration
+        checkpoints, links, exports = f"{self.folder}/checkpoints", [], []
+        if iteration > 0 and iteration % config.saveckp_freq == 0:
+            links.append(f"{iteration:07d}")
+        if iteration == self.knn.get("best_iteration", config.max_iterations):
+            links.append("best")
+            exports.append("best")
+        if iteration == config.max_iterations:
+            exports.append("last")
+        weights = None
+        if exports:
+            with state.ema.teacher_weights(state.student) as network:
+                weights = gather_full(network.backbone.state_dict())
+
+        def write():
             for name in links:
                 link_state(f"{checkpoints}/last", f"{checkpoints}/{name}")
             card = model_card(config.model_name, iteration, self.knn, vars(config),
                               config_text(config))
             for name in exports:
                 export_hf(f"{checkpoints}/{name}/hf", unwrap(state.student).backbone,
-                          config.global_crops_size, card=card, weights=weights, **inputs)
+                          config.global_crops_size, card=card, weights=weights, **self.inputs)
         main_writes(write)
 
     # ---- the end ----
 
-    def close(self, iteration):
-        """Give the signals back and list unreadable images. True if the run is finished. Else it
-        was stopped and has been saved, and close prints the command that resumes it."""
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+    def close(self):
+        """List unreadable images. True if the run is finished and has to be summarized. Else print
+        why not; for a run that was stopped and saved, with the command that resumes it."""
         if bad := sorted(set().union(*gather_objects(self.bad_images))):
             self.say(f"{len(bad)} image(s) could not be read and were replaced by their "
                      "neighbours:\n  " + "\n  ".join(bad))
+        iteration = self.state.iteration
         if iteration == self.config.max_iterations:
-            return True
+            summary = f"{self.folder}/results/summary.json"
+            was_complete = any_rank(is_main() and os.path.isfile(summary))[0]
+            if was_complete:
+                self.say(f"{self.folder} has finished all {iteration} iterations, nothing is "
+                         "missing. To go on, raise max_iterations")
+            return not was_complete
+        signals = sum(gather_objects(self.signals), [])
+        self.stopped_by = signals[0] if signals else 0
         start = "python"
         if world_size() > 1:
             per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             n_machines = world_size() // per_machine
             start = f"torchrun --nnodes={n_machines} --nproc_per_node={per_machine}"
+            self.say("torchrun ends with status 1 and a traceback (SignalException or "
+                     "ChildFailedError) after every signal, although all is saved")
         self.say(f"stopped by a signal after iteration {iteration}, saved. To go on:\n"
                  f"  {start} {self.script} {self.folder}/config.py --resume_from={self.folder}")
         return False
 
-    def summarize(self, iteration, final, loss, rankme, whose):
-        """Write results/summary.json and print the closing sentences.
+    def stop_signal(self):
+        """The number for end_by: the signal that stopped the run. If the run was finished all the
+        same, only Ctrl-C counts, which a shell's loop has to see. 0 = none."""
+        if signal.SIGINT in self.signals:
+            return signal.SIGINT
+        return self.stopped_by
+
+    def summarize(self, final, whose):
+        """Write results/summary.json and print the closing sentences. Loss and RankMe are those of
+        the log's last line.
 
         Args: final: {split: k-NN accuracy at the end}, {} without labels; whose: 'the teacher'.
         """
         if not is_main():
             return
-        minutes = (time.time() - self.began) / 60
-        summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes, loss=loss)
-        with open(f"{self.folder}/results/summary.json", "w") as file:
-            json.dump(summary, file)
-        learned = f"no labels to measure with, RankMe {rankme:.1f}"
+        last = last_line(f"{self.folder}/log.jsonl")
+        iteration, minutes = self.state.iteration, (time.time() - self.began) / 60
+        summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes,
+                       loss=last.get("loss"))
+        write_whole(f"{self.folder}/results/summary.json", json.dumps(summary))
+        learned = f"no labels to measure with, RankMe {last.get('rankme', math.nan):.1f}"
         if final:
             changes = []
             for split, value in final.items():
@@ -233,9 +302,10 @@ class Run:
                     untrained = f"{self.knn['untrained'][split]:.3f}"
                     pixels = f"{self.knn['pixels'][split]:.3f}"
                 changes.append(f"{split} {untrained} -> {value:.3f} (raw pixels {pixels})")
-            learned = (f"5-NN accuracy of {whose}'s CLS, start -> end: {', '.join(changes)}, "
-                       f"best {self.config.eval_split} {self.knn['best']:.3f} at "
-                       f"{self.knn['best_iteration']}")
+            learned = f"5-NN accuracy of {whose}'s CLS, start -> end: {', '.join(changes)}"
+            if "best" in self.knn:
+                learned += (f", best {self.config.eval_split} {self.knn['best']:.3f} at "
+                            f"{self.knn['best_iteration']}")
         export = f"{self.folder}/checkpoints/best/hf"
         self.say(f"\nDone: {iteration} iterations in {minutes:.1f} min; {learned}. Everything is "
                  f"in {self.folder}. Look at samples/crops.png and log.jsonl. Use the features "
@@ -243,26 +313,28 @@ class Run:
                  f"--model_type={export}.")
 
 
-def import_wandb():
-    """The module wandb on rank 0, None on the other ranks; UserError on all if it is missing."""
-    wandb, problem = None, ""
+def start_curve(folder, config, goes_on):
+    """Start the curve of a run at Weights & Biases, or go on with its own.
+
+    Returns: the module wandb and the curve's id on rank 0, else None and ''. UserError on all ranks
+    if wandb is not installed, or if Weights & Biases refuses."""
+    wandb, curve, problem, file = None, "", "", f"{folder}/logs/wandb_id"
     if is_main():
         try:
             import wandb
+            curve = os.urandom(4).hex()
+            if goes_on and os.path.isfile(file):
+                with open(file) as found:
+                    curve = found.read()
+            wandb.init(project="dino-mx", name=config.model_name, config=vars(config), id=curve,
+                       resume="allow")
         except ImportError:
             problem = "wandb_log=true needs wandb; pip install wandb, or --wandb_log=false"
+        except Exception as error:  # no login, no network, a wrong project: each has its own kind
+            problem = (f"wandb_log=true: Weights & Biases does not start ({str(error)[:200]!r}); "
+                       "run wandb login, set WANDB_MODE=offline, or use --wandb_log=false")
     stop_together(problem)
-    return wandb
-
-
-def start_curve(wandb, folder, config):
-    """Start the curve of a run at Weights & Biases; a resumed run goes on with its own."""
-    file = f"{folder}/logs/wandb_id"
-    if not os.path.isfile(file):
-        with open(file, "w") as new:
-            new.write(os.urandom(4).hex())
-    wandb.init(project="dino-mx", name=config.model_name, config=vars(config),
-               id=open(file).read(), resume="allow")
+    return wandb, curve
 
 
 # ---- what training changes ----
@@ -293,9 +365,12 @@ def restore(state, run):
     which a script loads before FSDP shards them. If the config has changed, the checkpoint may lack
     the anchor or weights that only now are trained; those keep the values that they have."""
     saved, max_iterations = run.saved, run.config.max_iterations
-    if saved["iteration"] >= max_iterations:
-        raise UserError(f"resume_from={run.resumed_from!r} has finished {saved['iteration']} "
-                        f"iterations; raise max_iterations={max_iterations} to go on")
+    if saved["iteration"] > max_iterations:
+        raise UserError(f"max_iterations={max_iterations}, but {run.resumed_from} has finished "
+                        f"{saved['iteration']} iterations; raise it, or resume from an earlier "
+                        "folder in checkpoints/")
+    if saved["iteration"] == max_iterations:
+        run.say(f"all {max_iterations} iterations are finished: only what is missing is made")
     load_optimizer(state.optimizer, saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     for name, value in saved.get("centers", {}).items():

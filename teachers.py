@@ -16,6 +16,7 @@ from torch import nn
 
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects, only_shapes
+from run_folder import part_of, remove_dead_parts
 from model import blocks, build_backbone, forward_features, gated, pretrained_input
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its
@@ -413,6 +414,7 @@ class FeatureCache:
         """patches_shape: (P, D) of the student's grid, or () if no patches are needed; about: a
         dict for JSON. Raises UserError if the folder holds features of another `about`."""
         os.makedirs(folder, exist_ok=True)
+        remove_dead_parts(folder)
         self._check_about(folder, about)  # first: no features without about.json
         shapes = dict(done=(n_rows,), cls=(n_rows, views, cls_width))
         paths = dict(done=f"{folder}/done.npy", cls=f"{folder}/cls.npy")
@@ -425,7 +427,7 @@ class FeatureCache:
         self.files = {}
         for name, path in paths.items():
             if not os.path.isfile(path):  # beside, then renamed; zeros take no room on most disks
-                part = f"{path}.{os.getpid()}.part"
+                part = part_of(path)
                 dtype = np.bool_ if name == "done" else np.float16
                 np.lib.format.open_memmap(part, "w+", dtype, shapes[name]).flush()
                 os.replace(part, path)
@@ -437,7 +439,7 @@ class FeatureCache:
         path = os.path.join(folder, "about.json")
         about = json.loads(json.dumps(about))  # as it comes back: tuples are lists
         if not os.path.isfile(path):
-            part = f"{path}.{os.getpid()}.part"
+            part = part_of(path)
             with open(part, "w") as file:
                 json.dump(about, file, indent=1)
             os.replace(part, path)

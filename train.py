@@ -9,6 +9,11 @@ Config files apply from left to right, then --key=value. A data set, a recipe an
 three files. This script writes out/NAME/: config.py (resolved; it runs again), log.jsonl,
 logs/train.log, samples/crops.png, results/summary.json, checkpoints/{last,best}. The folder
 checkpoints/best/hf loads with transformers.AutoModel.from_pretrained.
+
+After Ctrl-C, SIGTERM or SIGHUP the run finishes its step, saves, prints how to go on, and ends by
+that signal: status 130, 143 or 129 in a shell. A run that is complete ends with 0. A job script
+tells a stopped run from a finished one by "stopped by a signal" in the last two lines of
+logs/train.log, because torchrun ends with 1 after any signal.
 """
 from types import SimpleNamespace
 
@@ -158,7 +163,9 @@ from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, bl
                    set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
-from run import Run, State, check_finite, gradient_scaler, mean_over_ranks, restore, seed_iteration
+from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
+                 seed_iteration, whole_run)
+from signals import end_by
 
 
 def check_config(config, changed=()):
@@ -239,12 +246,14 @@ HARM = ("training harms these features. Lower lr, longer freeze_backbone_iterati
         "checkpoints/best keeps the best teacher.")
 
 
-def main(sources):
-    """Train with the config in this module's globals. sources: of configurator.override."""
+@whole_run
+def main(sources, at_end):
+    """Train with the config in this module's globals. Args: sources: of configurator.override;
+    at_end: of whole_run. Returns the signal that stopped the run, 0 if it is finished."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
     notes = check_config(config, sources)
-    run = Run("train.py", config, describe(globals(), config_keys, sources), notes)
+    run = Run("train.py", config, describe(globals(), config_keys, sources), notes, at_end)
 
     # ---- data ----
     train_set, measured = open_splits(config)
@@ -324,7 +333,7 @@ def main(sources):
     run.say(describe_batches(crop_set, config, micro_batches, preset))
 
     # ---- all input is good: the run's folder, and k-NN before training ----
-    run.open(state.iteration)
+    run.open(state, inputs)
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
 
@@ -334,7 +343,7 @@ def main(sources):
 
     if measured and state.iteration == 0 and not run.knn:
         run.record_start(knn.pixels(), teacher_knn(measured))
-        run.save(state, inputs, best=True)  # if training only harms, `best` stays at the start
+        run.save()  # if training only harms, `best` stays at the start
 
     # ---- the loop ----
     batches = iter(loader)
@@ -374,7 +383,6 @@ def main(sources):
 
         # Step 6. Log, measure, save. From here on `iteration` counts this one as finished
         iteration, record, is_best = state.iteration, {}, False
-        done = iteration == max_iterations
         if run.log_is_due(iteration):
             seconds, left = run.tick(iteration)
             record = dict(iteration=iteration, **losses, lr=values.lr,
@@ -398,17 +406,18 @@ def main(sources):
                 ema.take_in(state.student)
             make_ready(unwrap(state.student))
         if is_best or run.is_due(saveckp_freq, iteration):
-            run.save(state, inputs, best=is_best or (done and not measured), done=done)
+            run.save()
 
     # ---- the end ----
     if state.iteration < max_iterations:
-        run.save(state, inputs)
-    if run.close(state.iteration):
-        run.summarize(state.iteration, teacher_knn(measured), losses["loss"], record["rankme"],
-                      "the teacher")
+        run.save()
+    if run.close():
+        run.summarize(teacher_knn(measured), "the teacher")
     cleanup()
+    return run.stop_signal()
 
 
 if __name__ == "__main__":
     with one_line_errors(), lost_ranks():
-        main(sources)
+        stop_signal = main(sources)
+    end_by(stop_signal)

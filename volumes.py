@@ -23,6 +23,7 @@ import dicom
 from configurator import UserError
 from formats import (ANIMATIONS, INSTALL_NIFTI, Nifti, array_axes, axes_in_words,
                      file_kind, needs_tifffile, open_array, open_tiff)
+from run_folder import part_of, remove_dead_parts
 
 LOCALIZER = re.compile(r"locali[sz]er|scout|topogram|scanogram|surview|survey")
 
@@ -418,11 +419,12 @@ def decode_once(target, n, images):
         return np.load(target, mmap_mode="r")
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with _lock(f"{target}.lock"):
+        remove_dead_parts(os.path.dirname(target))
         with contextlib.suppress(OSError, ValueError):
             return np.load(target, mmap_mode="r")
         dtype = None
         while True:
-            part = f"{target}.{os.getpid()}.part"
+            part = part_of(target)
             try:
                 wider = _write(part, n, images(), dtype)
                 if wider is None:

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from augment import Photometrics
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer,
-                        load_state, model_card, open_folder, save_state, truncate_log)
+                        load_state, model_card, save_state)
 from configurator import UserError
 from model import FAMILIES, EMATeacher, Student, add_lora, forward_features
 from optim import param_groups
@@ -193,34 +193,6 @@ def test_config_changes_lists_changed_new_and_removed_keys():
     changes = config_changes(state, dict(a=1, b=(1, 3), new=True))
     assert changes == [("b", (1, 2), (1, 3)), ("gone", "x", None), ("new", None, True)]
     assert config_changes(state, dict(state["config"])) == []
-
-
-# ---- the run's folder ----
-
-def test_an_earlier_run_is_moved_aside_and_a_resumed_one_is_not(tmp_path):
-    run = str(tmp_path / "run")
-    assert open_folder(run, False, "lr = 1\n") == ""
-    assert open_folder(run, True, "lr = 2\n") == ""  # resumed: the same folder, the config of now
-    with open(f"{run}/config.py") as file:
-        namespace = {}
-        exec(file.read(), namespace)
-    assert namespace["lr"] == 2
-    assert open_folder(run, False, "lr = 3\n") == f"{run}.1"
-    assert open_folder(run, False, "lr = 4\n") == f"{run}.2"
-    for path, last_line in ((f"{run}.1", "lr = 2"), (f"{run}.2", "lr = 3"), (run, "lr = 4")):
-        with open(f"{path}/config.py") as file:
-            assert file.read().splitlines()[-1] == last_line
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.py", "logs", "results", "samples"]
-
-
-def test_a_log_is_cut_at_the_resumed_iteration(tmp_path):
-    path = tmp_path / "log.jsonl"
-    truncate_log(str(path), 5)  # no log, nothing to do
-    assert not path.exists()
-    lines = [json.dumps(dict(iteration=i, loss=i / 7)) + "\n" for i in range(10)]
-    path.write_text("".join(lines) + '{"iteration": 4, "lo')  # a kill leaves half of the last line
-    truncate_log(str(path), 5)
-    assert path.read_text() == "".join(lines[:6]) and os.listdir(tmp_path) == ["log.jsonl"]
 
 
 def test_model_card_says_where_it_comes_from_and_what_was_measured():

@@ -137,7 +137,7 @@ def test_an_iteration_has_a_seed_of_its_own():
 def test_wandb_goes_on_with_its_curve(start, tmp_path, monkeypatch):
     calls, logged = [], []
     fake = SimpleNamespace(init=lambda **settings: calls.append(settings),
-                           log=lambda record, step: logged.append(step))
+                           log=lambda record, step: logged.append(step), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     start("--wandb_log=true", "--max_iterations=2")
     start("--wandb_log=true", "--max_iterations=3", f"--resume_from={tmp_path}/run")
