@@ -207,8 +207,8 @@ class Run:
     def save(self):
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
         All ranks call it, because it gathers sharded tensors."""
-        parts = dict(state_dict(self.state), config=vars(self.config), knn=self.knn)
-        parts = gather_full(dict(parts, **self.more))
+        parts = dict(self.more, config=vars(self.config), knn=self.knn)
+        parts = gather_full(state_dict(self.state) | parts)
 
         def write():
             last = f"{self.folder}/checkpoints/last"

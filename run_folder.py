@@ -183,7 +183,11 @@ def _write(marker, **content):
 
 def _is_at(file, path):
     """True if a path still names this open file."""
-    return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), there)
 
 
 # ---- one run in it ----
@@ -323,8 +327,9 @@ def part_of(path):
 def remove_dead_parts(folder):
     """Remove the parts (part_of) that killed processes of this machine have left in a cache."""
     for part in glob.glob(f"{glob.escape(folder)}/*.{socket.gethostname()}.*.part"):
-        process = part.split(".")[-2]
-        if process.isdigit() and (int(process) == os.getpid() or not is_alive(int(process))):
+        number = part.split(".")[-2]
+        process = int(number) if number.isdigit() else 0
+        if process == os.getpid() or process and not is_alive(process):
             remove(part)
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from checkpoint import export_hf, link_state, load_state, save_state, saved_states
-from configurator import UserError, one_line_errors
-from tests_support import ROOT, SHRUNK, assert_same, log, losses, run, state
+from configurator import UserError, one_line_errors, override
+from signals import end_by
+from tests_support import ROOT, SHRUNK, assert_same, load_train, log, losses, run, state
 
 QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "--image_std=0.25",
          "--model_type=dinov2", "--local_crops_number=0"]
@@ -254,3 +255,86 @@ def test_a_rank_that_dies_takes_the_others_down(tmp_path, npz):
     assert torchrun.returncode == 1 and "exitcode  : -9" in said
     assert "error: rank 0 has lost contact with another rank" in said
     assert "[rank0]" not in said  # no page of traceback
+
+
+# ---- signals ----
+
+def test_a_shell_loop_ends_at_ctrl_c_and_does_not_after_an_exit_status():
+    """Bash starts the next program of a loop unless the last one died of SIGINT itself."""
+    program = ("import signal, sys, time; sys.path.insert(0, '.'); from signals import end_by\n"
+               "caught = []; signal.signal(signal.SIGINT, lambda *_: caught.append(1))\n"
+               "print('ready', flush=True)\n"
+               "while not caught: time.sleep(0.05)\n"
+               "END")
+    for end, line in (("end_by(signal.SIGINT)", ""), ("sys.exit(130)", "130\n")):
+        loop = f'for s in 0 1; do "{sys.executable}" -c "$PROGRAM"; echo $?; done'
+        shell = subprocess.Popen(["bash", "-c", loop], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                 start_new_session=True,
+                                 env=dict(os.environ, PROGRAM=program.replace("END", end)))
+        assert shell.stdout.readline() == "ready\n"
+        os.killpg(shell.pid, signal.SIGINT)  # as the terminal does
+        assert shell.stdout.readline() == line
+        os.killpg(shell.pid, signal.SIGKILL)
+        assert shell.wait() == (-signal.SIGKILL if line else -signal.SIGINT)
+
+
+def start_group(out, *flags):
+    """The pid of a fork that leads a process group of its own and trains with two workers."""
+    def train():
+        os.setpgid(0, 0)
+        module = load_train()
+        argv = [*SHRUNK, *QUICK, f"--out_dir={out}", f"--cache_dir={out}-cache", *flags]
+        end_by(module.main(override(vars(module), module.config_keys, argv)))
+    return in_fork(train)
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 2), (signal.SIGTERM, 2),
+                                             (signal.SIGHUP, 0)])
+def test_a_signal_to_the_whole_group_saves_and_ends_the_process(tmp_path, npz, number, workers):
+    """Ctrl-C, a job's end and a closed terminal reach the loader's workers as well."""
+    out = str(tmp_path / "run")
+    flags = [f"--dataset_path={npz}", f"--num_workers={workers}", "--max_iterations=100000",
+             "--saveckp_freq=100000"]
+    pid = start_group(out, *flags)
+    while not os.path.exists(f"{out}/log.jsonl") or len(log(out)) <= 3:
+        time.sleep(0.05)
+    for _ in range(3):  # the second and third one change nothing
+        os.killpg(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
+    assert state(out)["iteration"] >= len(log(out)) - 1 >= 3
+    with open(f"{out}/logs/train.log") as file:
+        assert "stopped by a signal" in "".join(file.readlines()[-2:])  # README's Slurm script
+    with open(f"{out}/logs/run.json") as file:
+        assert '"process": 0' in file.read()
+
+
+def test_ctrl_c_again_while_saving_loses_nothing(tmp_path, npz):
+    out, save = str(tmp_path / "run"), torch.save
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def train():
+        torch.save = interrupted
+        module = load_train()
+        argv = [*SHRUNK, *QUICK, f"--out_dir={out}", f"--cache_dir={out}-cache",
+                f"--dataset_path={npz}", "--saveckp_freq=1"]
+        end_by(module.main(override(vars(module), module.config_keys, argv)))
+    status = os.waitpid(in_fork(train), 0)[1]
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
+    assert state(out)["iteration"] == 0 and os.listdir(f"{out}/checkpoints/last") == ["state.pt"]
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path, npz):
+    """python train.py | head; or a terminal that has closed."""
+    out = str(tmp_path / "run")
+
+    def train():
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        os.dup2(write_end, 1)
+        run(out, f"--dataset_path={npz}", *QUICK)
+    assert os.waitpid(in_fork(train), 0)[1] == 0
+    assert state(out)["iteration"] == 3

@@ -17,6 +17,7 @@ import features
 import run as run_module
 from configurator import UserError, override
 from model import build_backbone
+from signals import STOP_SIGNALS
 from tests_support import SHRUNK, TINY, load_script
 
 BY_SCRIPT = {  # what a shrunk run of distill.py needs beside train.py's flags
@@ -85,6 +86,22 @@ def test_a_signal_during_the_first_measurement_saves_the_run(start, tmp_path, mo
     records = start(f"--resume_from={tmp_path}/run")
     assert [record["iteration"] for record in records] == [0, 1, 2, 3]
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_after_an_error_in_the_loop_signals_and_folder_are_given_back(start, tmp_path,
+                                                                       monkeypatch):
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    seen = []
+
+    def broken(run, batch, may_stop):
+        seen.extend(signal.getsignal(number) for number in STOP_SIGNALS)
+        raise UserError("an image cannot be read")
+    monkeypatch.setattr(run_module.Run, "stop_wanted", broken)
+    with pytest.raises(UserError, match="an image cannot be read"):
+        start()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    assert not set(seen) & set(handlers)
+    assert json.loads((tmp_path / "run/logs/run.json").read_text())["process"] == 0
 
 
 def test_the_resume_command_names_all_machines(start, monkeypatch, capsys):
