@@ -66,9 +66,9 @@ from detection import (detect, detection_metrics, labelled_patches, patch_metric
                        scaled)
 from distributed import setup
 from features import find_networks, load_network
-from run_folder import make_folder
 from images import EXTENSIONS, ImageFiles, load_image
 from model import blocks, embed, forward_features, run_blocks
+from run_folder import make_folder
 from tables import jsonable, markdown
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)  # of val patches: what heat may count as 1

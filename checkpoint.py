@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from configurator import UserError
 from distributed import gather_objects, shard_like
-from run_folder import free_name, remove, truncate_log
 from model import core, quiet_transformers
+from run_folder import free_name, remove, truncate_log
 
 
 WEIGHTS_KEYS = ("model_type", "use_pretrained")  # a resumed run reads no other weights

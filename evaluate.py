@@ -58,8 +58,8 @@ import pictures
 from data import cut_tenth, load_dataset
 from distributed import autocast_for, loader_workers, setup
 from features import collect_features, find_networks, load_network, stream_features
-from run_folder import make_folder
 from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, patch_classes
+from run_folder import make_folder
 from tables import jsonable, tabulate
 
 # checks outside the repository look for these functions here

@@ -29,8 +29,8 @@ from checkpoint import (export_hf, find_state, link_state, load_optimizer, model
 from configurator import UserError, config_text
 from distributed import (all_reduce_mean, any_rank, gather_full, gather_objects, is_main,
                          main_writes, rank, stop_together, unwrap, world_size)
-from run_folder import RunFolder, is_inside, last_line, remove, truncate_log, write_whole
 from model import EMATeacher
+from run_folder import RunFolder, is_inside, read_log, remove, truncate_log, write_whole
 from signals import catch_signals
 
 
@@ -288,7 +288,7 @@ class Run:
         """
         if not is_main():
             return
-        last = last_line(f"{self.folder}/log.jsonl")
+        _, last = (read_log(f"{self.folder}/log.jsonl") or [("", {})])[-1]
         iteration, minutes = self.state.iteration, (time.time() - self.began) / 60
         summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes,
                        loss=last.get("loss"))

@@ -83,12 +83,10 @@ def is_inside(path, folder):
 
 
 def holds_nothing(folder):
-    """True if nothing in a run's folder was trained or measured: no checkpoint, no line in the
-    log."""
-    log = f"{folder}/log.jsonl"
-    if os.path.isfile(log) and os.path.getsize(log) > 0:
-        return False
-    return not glob.glob(f"{glob.escape(folder)}/checkpoints/*/state.pt")
+    """True if nothing was trained in a run's folder: no checkpoint, no line of the log after
+    iteration 0."""
+    trained = any(record["iteration"] > 0 for _, record in read_log(f"{folder}/log.jsonl"))
+    return not trained and not glob.glob(f"{glob.escape(folder)}/checkpoints/*/state.pt")
 
 
 # ---- which process is in it ----
@@ -244,6 +242,8 @@ class RunFolder:
                 self.moved_to, earlier = move_aside(self.path), self.marker
                 self.marker = lock_folder(self.path, self.script)
                 unlock_folder(earlier)
+            if not goes_on:  # of a run that was killed before its first checkpoint
+                remove(f"{self.path}/log.jsonl")
             for name in ("checkpoints", "samples", "results"):
                 os.makedirs(f"{self.path}/{name}", exist_ok=True)
             write_whole(f"{self.path}/config.py",
@@ -287,25 +287,25 @@ def write_whole(path, text):
     os.replace(f"{path}.part", path)
 
 
+def read_log(path):
+    """[(line, its dict)] of a log.jsonl, without what a kill or a power failure has torn; [] if
+    there is no log."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n"):
+                    found.append((line, json.loads(line)))
+    return found
+
+
 def truncate_log(path, iteration, source=""):
     """Drop the lines of a log.jsonl after `iteration`: a resumed run writes the same ones again.
     source: the log to take them from, if it is another one."""
-    if not os.path.isfile(source or path):
-        return
-    kept = []
-    with open(source or path) as file:
-        for line in file:  # a kill may cut the last line, a power failure any
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["iteration"] <= iteration and line.endswith("\n"):
-                    kept.append(line)
-    write_whole(path, "".join(kept))
-
-
-def last_line(path):
-    """The last object of a log.jsonl; {} if there is none."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
-        return json.loads(file.readlines()[-1])
-    return {}
+    if os.path.isfile(source or path):
+        kept = [line for line, record in read_log(source or path)
+                if record["iteration"] <= iteration]
+        write_whole(path, "".join(kept))
 
 
 # ---- what killed processes leave ----

@@ -16,8 +16,8 @@ from torch import nn
 
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects, only_shapes
-from run_folder import part_of, remove_dead_parts
 from model import blocks, build_backbone, forward_features, gated, pretrained_input
+from run_folder import part_of, remove_dead_parts
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its
 # arguments (so that a weights file loads without a hub), and mean and std if they are not those of

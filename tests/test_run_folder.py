@@ -17,9 +17,9 @@ from archives import cache_folder
 from checkpoint import saved_iteration
 from configurator import UserError, override
 from data import load_dataset
-from run_folder import (RunFolder, check_folder, last_line, lock_folder, locks_reach, part_of, remove,
-                    remove_dead_parts, truncate_log, unlock_folder)
 from run import Run
+from run_folder import (check_folder, lock_folder, locks_reach, part_of, read_log, remove,
+                        remove_dead_parts, RunFolder, truncate_log, unlock_folder)
 from tests_support import ROOT, SHRUNK, load_script, log, run, state
 
 QUICK = ["--generate_samples=false", "--image_mean=0.5", "--image_std=0.25",
@@ -41,7 +41,7 @@ def a_run(path, config_text="lr = 1\n", goes_on=False):
     """A run that logs one line; returns the name that an earlier one was given."""
     with opened(path, config_text, goes_on) as entered:
         with open(f"{path}/log.jsonl", "a") as file:
-            file.write('{"iteration": 0}\n')
+            file.write('{"iteration": 1}\n')
         return entered.moved_to
 
 
@@ -89,7 +89,7 @@ def test_what_is_not_ours_stays_when_a_run_is_moved(tmp_path):
     assert (path / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "run.1/notes.txt").exists()
     assert "lr = 1" in (tmp_path / "run.1/config.py").read_text()
-    assert log(tmp_path / "run.1") == log(path) == [dict(iteration=0)]
+    assert log(tmp_path / "run.1") == log(path) == [dict(iteration=1)]
 
 
 def test_runs_of_older_versions_are_ours(tmp_path):
@@ -107,11 +107,12 @@ def test_a_folder_without_files_and_a_run_that_holds_nothing_are_taken(tmp_path)
     (path / "logs").mkdir(parents=True)  # as a kill leaves it before there is a marker
     (path / ".gitkeep").touch()
     with opened(path) as first:
-        pass
+        with open(path / "log.jsonl", "w") as file:
+            file.write('{"iteration": 0}\n{"iteration": 1, "lo')
     with opened(path, "lr = 2\n") as second:
         pass
     assert first.moved_to == second.moved_to == ""
-    assert "lr = 2" in (path / "config.py").read_text()
+    assert "lr = 2" in (path / "config.py").read_text() and not (path / "log.jsonl").exists()
 
 
 def test_a_run_that_fails_before_it_holds_anything_gives_the_name_back(tmp_path):
@@ -351,13 +352,13 @@ def test_a_finished_state_is_completed(tmp_path, npz, finished, capsys):
 def test_a_log_is_cut_at_the_resumed_iteration(tmp_path):
     path = tmp_path / "log.jsonl"
     truncate_log(str(path), 5)  # no log, nothing to do
-    assert not path.exists() and last_line(path) == {}
+    assert not path.exists() and read_log(path) == []
     lines = [json.dumps(dict(iteration=i, loss=i / 7)) + "\n" for i in range(10)]
     torn = "\0\0\0\n"  # of a power failure
     path.write_text(torn + "".join(lines) + '{"iteration": 4, "lo')  # a kill halves the last line
     truncate_log(str(path), 5)
     assert path.read_text() == "".join(lines[:6]) and os.listdir(tmp_path) == ["log.jsonl"]
-    assert last_line(path) == dict(iteration=5, loss=5 / 7)
+    assert read_log(path)[-1] == (lines[5], dict(iteration=5, loss=5 / 7))
     truncate_log(str(tmp_path / "other.jsonl"), 2, str(path))
     assert (tmp_path / "other.jsonl").read_text() == "".join(lines[:3])
 
