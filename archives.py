@@ -221,7 +221,7 @@ def _read_split(parts, split, path, volume_axis):
         if isinstance(images, Slices) and len(groups) == n:
             groups = groups[volume]
     if isinstance(images, Slices) and position is None:
-        position = np.tile(np.arange(images.n_slices), n)
+        position = np.full(len(images), np.nan)  # nothing says how far apart they are
     for name, values in (("volume", volume), ("position_mm", position)):
         if values is not None and np.shape(values) != (len(images),):
             raise UserError(f"{path}: {split}_{name} has shape {np.shape(values)}; needs one "

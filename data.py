@@ -18,7 +18,7 @@ from configurator import UserError
 from folders import open_folder
 from images import ImageFiles, Rows, Sendable, at_least
 from labels import cut_tenth, find_classes, is_known, split_word
-from phantom import PHANTOM_CLASSES
+from phantom import PHANTOM_CLASSES, VOLUME_CLASSES
 
 # How files are read: keys of the scripts with the same names. volumes.list_images explains them
 READING = dict(series="", volume_axis=-1, volume_index=-1, slice_step_mm=0.0,
@@ -284,7 +284,7 @@ def _open_source(dataset_path, size, download_url, settings):
     if dataset_path == "phantom_volumes":
         folder = phantom_volume_arrays(settings.cache_dir, size)
         source = open_arrays(folder, dataset_path)
-        source.class_names = ["no calcification", "calcification"]
+        source.class_names = list(VOLUME_CLASSES)
         source.mask_names = ["background", "calcification"]
         return source
     if dataset_path in MEDMNIST:

@@ -299,7 +299,7 @@ class CropDataset(torch.utils.data.Dataset):
         drawn = np.random.default_rng(self.seed).permutation(len(self))[:n_images]
         shares = []
         for i in np.sort(drawn):
-            with contextlib.suppress(UserError):  # an unreadable image raises when it is used
+            with contextlib.suppress(Exception):  # an unreadable image raises when it is used
                 shares.append(foreground_share(self.dataset[i][0], self.multi_crop.background))
         return np.array(shares)
 

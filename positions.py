@@ -6,7 +6,6 @@ pelvis. evaluate.py prints how well a linear map of the features does, on volume
 import math
 
 import numpy as np
-import torch
 
 from configurator import UserError
 
@@ -142,20 +141,26 @@ def kendall_tau(predictions, positions, volume):
     return float(np.mean(taus)) if taus else math.nan
 
 
-def slice_position(train, test):
+def slice_position(train, train_set, test, test_set):
     """What features know of the place of a slice, on volumes that the fit has not seen.
 
-    Args: train, test: dicts of features [N,D], position_mm [N] float, volume [N] int.
+    Args: train, test: dicts of features.collect_features with cls [n,D], of the Datasets
+    train_set and test_set.
     Returns: dict of r2 (position_r2), tau (kendall_tau), penalty, n_volumes (those of test), or {}
-    if train has less than two volumes with positions, or test has none.
+    if train has less than two volumes of several slices, or test has none.
     """
     parts = []
-    for part in (train, test):
-        volume = np.asarray(part["volume"])
-        relative = relative_positions(part["position_mm"], volume)
+    for collected, dataset in ((train, train_set), (test, test_set)):
+        if dataset.volume is None:
+            return {}
+        mm = dataset.position_mm
+        if mm is None:
+            mm = np.full(len(dataset), np.nan)
+        relative = relative_positions(mm, dataset.volume)[collected["indices"]]
+        volume = np.asarray(dataset.volume)[collected["indices"]]
         known = np.isfinite(relative)
-        features = torch.as_tensor(part["features"]).cpu().numpy()[known]
-        parts.append((features, relative[known], volume[known]))
+        cls = collected["cls"].cpu().numpy()
+        parts.append((cls[known], relative[known], volume[known]))
     (x, positions, volume), (x_test, truth, test_volume) = parts
     if len(np.unique(volume)) < 2 or len(truth) == 0:
         return {}

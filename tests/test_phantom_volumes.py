@@ -1,12 +1,12 @@
 """Drawn volumes: anatomy changes along the body, slices know their place; and the files that the
 readers are tested on hold the pixels that were drawn."""
 import hashlib
-import os
 
 import numpy as np
 import pytest
 
-from phantom import make_phantom_volumes
+from data import load_dataset
+from phantom import VOLUME_CLASSES, make_phantom_volumes
 from volume_files import (AXIAL, COMPRESSED, CORONAL, SAGITTAL, UNCOMPRESSED, skip_without_encoder,
                           slice_position, write_enhanced, write_nifti, write_series)
 
@@ -48,11 +48,11 @@ def test_types_shapes_and_places(bodies):
 
 
 def test_labels_say_whether_the_slice_shows_a_calcification():
-    bodies = make_phantom_volumes(12, 32, 5)
+    bodies = make_phantom_volumes(8, 32, 5)
     assert (bodies["labels"] == bodies["masks"].any(axis=(1, 2))).all()
     assert 0.3 < bodies["labels"].mean() < 0.7
     # a calcification goes on in the next slice more often than slices of any two bodies agree
-    labels = bodies["labels"].reshape(12, 24)
+    labels = bodies["labels"].reshape(8, 24)
     assert (labels[:, 1:] == labels[:, :-1]).mean() > 0.7
 
 
@@ -74,19 +74,89 @@ def test_the_place_of_a_slice_is_not_trivial(bodies):
     assert 0.3 < np.corrcoef(lung.ravel(), place.ravel())[0, 1] < 0.95
 
 
-# ---- the files that readers are tested on ----
+# ---- written as hospitals do, and read again ----
+
+SPACING = (4.5, 0.75, 0.5)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Two volumes of six slices of 40 pixels, [2,6,40,40]."""
+    return make_phantom_volumes(2, 40, 1, n_slices=6)["images"].reshape(2, 6, 40, 40)
+
+
+def assert_read(folder, drawn, spacing=SPACING):
+    """The folder's volumes are the drawn ones: to the pixel, in order, each of its own group."""
+    data = load_dataset(str(folder / "data"), cache_dir=str(folder / "cache"))
+    found = []
+    assert sorted(set(data.volume)) == list(range(len(drawn))) and len(set(data.groups)) == 2
+    for number in range(len(drawn)):
+        rows = np.flatnonzero(data.volume == number)
+        image = np.stack([data[i][0][..., 0] for i in rows])
+        assert image.dtype == np.int16 and len(set(data.groups[rows])) == 1
+        found += [i for i, volume in enumerate(drawn) if np.array_equal(image, volume)]
+        assert np.allclose(np.diff(data.position_mm[rows]), spacing[0], atol=1e-3)
+        assert np.allclose(data.spacing_mm[number], spacing, atol=1e-4)
+    assert sorted(found) == list(range(len(drawn)))
+
 
 @pytest.mark.parametrize("syntax", UNCOMPRESSED + COMPRESSED)
-def test_a_series_holds_what_was_drawn(bodies, syntax, tmp_path):
+@pytest.mark.parametrize("signed, monochrome1, ending", [(False, False, ".dcm"), (True, True, "")])
+def test_series_are_read_to_the_pixel(drawn, syntax, signed, monochrome1, ending, tmp_path):
+    pytest.importorskip("pydicom")
+    skip_without_encoder(syntax)
+    for i, volume in enumerate(drawn):
+        paths = write_series(f"{tmp_path}/data/{i}", volume, SPACING, patient=f"P{i}",
+                             syntax=syntax, signed=signed, intercept=0 if signed else -1024,
+                             bits=13, monochrome1=monochrome1, ending=ending)
+        assert sorted(paths) != paths  # names do not tell the order
+    assert_read(tmp_path, drawn)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(orientation=CORONAL), dict(orientation=SAGITTAL), dict(orientation=(-1, 0, 0, 0, -1, 0)),
+    dict(slope=[1, 0.5, 0.25, 1, 0.5, 1]), dict(syntax="implicit", preamble=False)])
+def test_series_of_other_planes_slopes_and_old_files(drawn, settings, tmp_path):
+    pytest.importorskip("pydicom")
+    for i, volume in enumerate(drawn):
+        write_series(f"{tmp_path}/data/{i}", volume, SPACING, patient=f"P{i}", **settings)
+    assert_read(tmp_path, drawn)
+
+
+def test_two_series_in_one_folder_are_two_volumes(drawn, tmp_path):
+    pytest.importorskip("pydicom")
+    for i, volume in enumerate(drawn):
+        write_series(f"{tmp_path}/data", volume, SPACING, patient=f"P{i}", ending=f"-{i}")
+    assert_read(tmp_path, drawn)
+
+
+@pytest.mark.parametrize("syntax", ["implicit", "deflated", "rle", "jpeg 2000"])
+def test_enhanced_files_are_read_to_the_pixel(drawn, syntax, tmp_path):
+    """Frames in random order, slopes that differ by frame."""
     pydicom = pytest.importorskip("pydicom")
     skip_without_encoder(syntax)
-    volume = bodies["images"][:3]
-    paths = write_series(str(tmp_path), volume, syntax=syntax, signed=True, intercept=0, ending="")
-    assert sorted(paths) != paths or len(paths) < 3  # names do not tell the order
-    for i, path in enumerate(paths):
-        ds = pydicom.dcmread(path)
-        assert (ds.pixel_array == volume[i]).all()
-        assert ds.ImagePositionPatient == [0, 0, 5 * i]
+    for i, volume in enumerate(drawn):
+        path = write_enhanced(f"{tmp_path}/data/{i}.dcm", volume, SPACING, patient=f"P{i}",
+                              syntax=syntax, slope=[1, 0.5, 0.25, 1, 0.5, 1])
+        groups = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
+        z = [item.PlanePositionSequence[0].ImagePositionPatient[2] for item in groups]
+        assert sorted(z) != z
+    assert_read(tmp_path, drawn)
+
+
+@pytest.mark.parametrize("codes, ending, slope", [
+    ("LPS", ".nii", None), ("RAS", ".nii", None), ("RAS", ".nii.gz", 0.5), ("PIR", ".nii.gz", None),
+    ("SLA", ".nii", 0.5)])
+def test_nifti_is_read_to_the_pixel(drawn, codes, ending, slope, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    for i, volume in enumerate(drawn):
+        path = write_nifti(f"{tmp_path}/data/{i}{ending}", volume, SPACING, codes, slope,
+                           None if slope is None else 100)
+        image = nibabel.load(path)  # nibabel by itself: axes to the right, front, head
+        assert nibabel.aff2axcodes(image.affine) == tuple(codes)
+        canonical = nibabel.as_closest_canonical(image).get_fdata()  # [W,H,D]
+        assert (canonical[::-1, ::-1].transpose(2, 1, 0) == volume).all()
+    assert_read(tmp_path, drawn)
 
 
 @pytest.mark.parametrize("orientation", [AXIAL, CORONAL, SAGITTAL])
@@ -97,26 +167,13 @@ def test_slices_advance_along_the_normal(orientation):
     assert np.linalg.det([x, y, step]) > 0
 
 
-def test_enhanced_frames_are_in_random_order(bodies, tmp_path):
-    pydicom = pytest.importorskip("pydicom")
-    volume = bodies["images"][:5]
-    path = write_enhanced(f"{tmp_path}/enhanced.dcm", volume, slope=[1, 1, 1, 1, 1])
-    ds = pydicom.dcmread(path)
-    groups = ds.PerFrameFunctionalGroupsSequence
-    z = np.array([item.PlanePositionSequence[0].ImagePositionPatient[2] for item in groups])
-    assert (np.diff(z) < 0).any()
-    assert (ds.pixel_array[z.argsort()].astype(int) - 1024 == volume).all()
-
-
-@pytest.mark.parametrize("codes", ["LPS", "RAS", "PIR", "SLA"])
-@pytest.mark.parametrize("ending, slope", [(".nii", None), (".nii.gz", 0.5)])
-def test_nifti_holds_what_was_drawn(bodies, codes, ending, slope, tmp_path):
-    nibabel = pytest.importorskip("nibabel")
-    volume = bodies["images"][:4]
-    path = write_nifti(os.path.join(tmp_path, f"a{ending}"), volume, (5, 0.7, 0.8), codes, slope,
-                       None if slope is None else 100)
-    image = nibabel.load(path)
-    assert nibabel.aff2axcodes(image.affine) == tuple(codes)
-    canonical = nibabel.as_closest_canonical(image)  # [W,H,D], axes to the right, front, head
-    assert (canonical.get_fdata()[::-1, ::-1].transpose(2, 1, 0) == volume).all()
-    assert np.allclose(canonical.header.get_zooms(), (0.8, 0.7, 5))
+def test_phantom_volumes_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("archives.phantom.make_phantom_volumes",
+                        lambda n, size, seed: make_phantom_volumes(n // 10, size, seed, 3))
+    sizes = {}
+    for split in ("train", "val", "test"):
+        data = load_dataset("phantom_volumes", split, 32, str(tmp_path))
+        sizes[split] = len(data), len(set(data.groups))
+        assert data.class_names == list(VOLUME_CLASSES) and data.masks is not None
+        assert np.isfinite(data.position_mm).all() and data.spacing_mm.shape[1] == 3
+    assert sizes == dict(train=(12, 4), val=(3, 1), test=(3, 1))

@@ -1,5 +1,6 @@
 """Slice position from features: ridge regression, its penalty, R2 and Kendall's tau."""
 import math
+import types
 
 import numpy as np
 import pytest
@@ -103,20 +104,35 @@ def test_kendall_tau_is_that_of_scipy():
     assert math.isnan(kendall_tau(np.zeros(26), positions, volume))
 
 
+def collected(x, position_mm, volume):
+    """Features as collect_features gives them, and the part of a Dataset that counts here."""
+    dataset = types.SimpleNamespace(position_mm=position_mm, volume=volume)
+    return dict(cls=torch.from_numpy(x), indices=list(range(len(x)))), dataset
+
+
 def test_slice_position_leaves_pictures_out_and_says_what_it_saw():
     x, positions, volume = make_slices(6, noise=0.1)
     test, truth, test_volume = make_slices(3, noise=0.1, seed=1)
-    train = dict(features=torch.from_numpy(x), position_mm=40 * positions - 9, volume=volume)
-    held_out = dict(features=torch.from_numpy(test), position_mm=7 * truth, volume=test_volume)
-    result = slice_position(train, held_out)
+    held_out = collected(test, 7 * truth, test_volume)
+    result = slice_position(*collected(x, 40 * positions - 9, volume), *held_out)
     assert result["r2"] == pytest.approx(position_r2(x, positions, volume, test, truth))
     assert result["r2"] > 0.9 and result["tau"] > 0.8 and result["n_volumes"] == 3
     pictures = np.full((5, 6), 1e6, np.float32)  # would ruin any fit
-    train = dict(features=np.concatenate([x, pictures]),
-                 position_mm=np.r_[40 * positions - 9, np.full(5, np.nan)],
-                 volume=np.r_[volume, np.full(5, -1)])
-    assert slice_position(train, held_out)["r2"] == pytest.approx(result["r2"])
-    one = dict(features=x[:8], position_mm=positions[:8], volume=volume[:8])
-    assert slice_position(one, held_out) == {}
-    pictures_only = dict(held_out, volume=np.full(len(test), -1))
-    assert slice_position(train, pictures_only) == {}
+    train = collected(np.concatenate([x, pictures]), np.r_[40 * positions - 9, np.full(5, np.nan)],
+                      np.r_[volume, np.full(5, -1)])
+    assert slice_position(*train, *held_out)["r2"] == pytest.approx(result["r2"])
+    one = collected(x[:8], positions[:8], volume[:8])
+    assert slice_position(*one, *held_out) == {}
+    assert slice_position(*train, *collected(test, truth, np.full(len(test), -1))) == {}
+    assert slice_position(*train, *collected(test, None, None)) == {}
+
+
+def test_places_are_those_of_the_whole_volume_when_slices_could_not_be_read():
+    x, positions, volume = make_slices(6, noise=0.1)
+    train = collected(x, positions, volume)
+    features, dataset = collected(*make_slices(2, noise=0.01, seed=1))
+    kept = [i for i in range(16) if i % 8 > 2]  # the first slices are missing
+    part = dict(cls=features["cls"][kept], indices=kept)
+    truth = np.tile(np.linspace(0, 1, 8), 2)[kept]
+    expected = position_r2(x, positions, volume, part["cls"].numpy(), truth)
+    assert slice_position(*train, part, dataset)["r2"] == pytest.approx(expected)
