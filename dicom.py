@@ -6,6 +6,7 @@ compressed files need the plugins of PLUGINS.
 import collections
 import functools
 import hashlib
+import os
 import re
 import struct
 import sys
@@ -263,6 +264,9 @@ def read_header(path):
         kind = "DICOMDIR"
     sides = tuple(int(values.get(key) or 0) for key in ("Rows", "Columns"))
     n_frames = _count(values.get("NumberOfFrames"))
+    if n_frames > os.path.getsize(path):
+        raise UserError(f"{path}: says that it has {n_frames} frames, which it cannot hold; mend "
+                        "or remove it, or set --on_bad_image=skip")
     shared = (kind, values.get("SeriesInstanceUID") or path,
               values.get("SeriesDescription", "").lower(), hash_patient(values.get("PatientID")))
     kind, series, description, group = map(sys.intern, shared)  # 300 000 slices share them

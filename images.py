@@ -72,8 +72,11 @@ def opened(path, num_channels=0, as_mask=False, least_side=0,
                 yield file
     except UserError:
         raise
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
+    except BaseException as error:  # decoders raise anything: OSError, SyntaxError, struct.error
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # a panic is what decoders in Rust raise; all others end the program
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # some write several lines
+        raise UserError(f"{path}: cannot be read as an image ({reason[:300]}); "
                         f"{_advice(error)}") from None
 
 
@@ -93,6 +96,9 @@ def finish(path, image, num_channels=0, as_mask=False):
     """What load_image promises of the array that a reader gives for an image, see there."""
     image = tidy(path, image)
     image = image[..., None] if image.ndim == 2 else image
+    if image.size == 0:
+        raise UserError(f"{path}: shape {image.shape}: no pixels; mend or remove it, or set "
+                        "--on_bad_image=skip")
     if image.ndim == 3 and as_mask:
         return _mask_values(path, image)
     if image.ndim == 3 and num_channels not in (0, image.shape[2]):

@@ -203,11 +203,12 @@ def _choose_series(root, series, wanted, left_out, notes):
     if not wanted and len(kinds) > 1:
         raise UserError(f"dataset_path={root!r}: DICOM series of several modalities: {found}; set "
                         f"--series to one of them, or to a part of a description: {shown}")
-    terms = [term.strip() for term in wanted.lower().split(",")]
+    terms = {term.strip() for term in wanted.lower().split(",")}
+    terms.discard("")
     chosen = []
     for part in series:
         is_named = part.kind.lower() in terms or any(term in part.description for term in terms)
-        if is_named or not wanted:
+        if is_named or not terms:
             chosen.append(part)
         else:
             left_out[f"DICOM of other series than --series={wanted}"] += len(part.files)

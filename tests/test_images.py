@@ -159,7 +159,7 @@ def test_values_that_no_integer_holds_become_float32(tmp_path):
     (np.array([[1e300]]), "1 of 1 values are NaN, infinite or beyond float32"),
     (np.ones((4, 4), complex), r"shape \(4, 4\), complex128; needs \[height, width, channels\]"),
     (np.ones(5), r"shape \(5,\), float64; needs"), (np.float32(3), r"shape \(\), float32; needs"),
-    (np.array([["a"]]), "<U1; needs"), (np.array([[None]]), "cannot be read as an image")])
+    (np.ones((4, 0)), r"shape \(4, 0, 1\): no pixels"), (np.array([["a"]]), "<U1; needs"), (np.array([[None]]), "cannot be read as an image")])
 def test_arrays_that_are_no_images_are_named(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     refused(tmp_path / "a.npy", message)
@@ -552,6 +552,22 @@ def test_masks_as_dicom_are_their_stored_numbers(tmp_path):
 
 
 # ---- anything bad ----
+
+def test_a_decoder_that_panics_is_a_bad_file_and_ctrl_c_is_not(tmp_path, monkeypatch):
+    path = save_dicom(tmp_path / "a.dcm", drawn(8, 9))
+
+    class PanicException(BaseException):  # of decoders that are written in Rust
+        pass
+
+    def decode(*args):
+        raise raised
+    monkeypatch.setattr(dicom, "_decode", decode)
+    raised = PanicException("index out of\nbounds")
+    refused(path, r"cannot be read as an image \(PanicException: index out of bounds\)")
+    raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_image(path)
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_bad_file_of_any_kind_is_one_line_with_its_name(tmp_path):
