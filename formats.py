@@ -21,6 +21,7 @@ INSTALL_NIFTI = "pip install nibabel"
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 IMAGE_KEYS = ("image", "images", "img", "imgs", "volume", "data", "arr_0")  # of an .npz of one case
 MASK_KEYS = ("mask", "masks", "label", "labels", "seg", "gt", "gts")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SLICE_PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -57,12 +58,6 @@ def file_kind(path):
     magics = (start[344:348], start[4:8])  # of NIfTI-1, of NIfTI-2
     is_nifti = magics[0] in (b"n+1\0", b"ni1\0") or magics[1] in (b"n+2\0", b"ni2\0")
     return "nifti" if is_nifti else ""
-
-
-def is_tiff(path):
-    """True if the first bytes of a file are those of a TIFF or BigTIFF."""
-    with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def check_size(path, size, max_image_pixels=0):
@@ -114,9 +109,11 @@ def axes_in_words(axes):
     return f"one image, axis {channels} is its channels"
 
 
-def open_array(path, volume_axis=-1, as_mask=False):
-    """(number of images, read, shape) of a .npy, or of an .npz of one case; a .npy is mapped."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def open_array(path, volume_axis=-1, as_mask=False, is_mapped=False):
+    """(number of images, read, shape) of a .npy, or of an .npz of one case; a .npy of more than a
+    megabyte is mapped, with is_mapped any."""
+    is_mapped = is_mapped or os.path.getsize(path) > 2**20  # small files are faster read
+    array = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
     if isinstance(array, np.lib.npyio.NpzFile):
         with array:
             array = array[_key_of_case(path, array.files, as_mask)]
@@ -183,7 +180,7 @@ def open_tiff(path, as_mask=False, max_image_pixels=0):
         import tifffile
     except ImportError:
         raise UserError(f"{path}: this kind of TIFF needs tifffile; {INSTALL_TIFF}") from None
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(path, _multifile=False) as file:  # the others are in the list, too
         whole = [part for part in file.series
                  if not (part.keyframe.is_reduced or part.keyframe.is_mask)]
         for part in whole or file.series:

@@ -16,11 +16,12 @@ from PIL import Image
 
 from configurator import UserError
 from dicom import open_dicom
-from formats import (ANIMATIONS, EXTENSIONS, Nifti, check_size, file_kind, is_tiff, needs_tifffile,
-                     open_array, open_tiff, turned)
+from formats import (ANIMATIONS, EXTENSIONS, TIFF_STARTS, Nifti, check_size, file_kind,
+                     needs_tifffile, open_array, open_tiff, turned)
 from volumes import open_volume
 
 MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # the first that exists counts
+MAX_OPEN = 4096  # volumes that a process keeps open
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
 
 
@@ -150,31 +151,40 @@ def tidy(path, image):
 @contextlib.contextmanager
 def _open_picture(path, num_channels, as_mask, least_side, max_image_pixels):
     """(number of images, read) of a file that Pillow or tifffile reads; arguments of load_image."""
-    if max_image_pixels and (Image.MAX_IMAGE_PIXELS or 0) < max_image_pixels:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and limit < max_image_pixels:
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow asks before we can; the user allows it
-    if is_tiff(path) and needs_tifffile(path):
-        with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
-            yield n, read
-        return
     # From a path Pillow maps uncompressed TIFFs, and gets those wrong that lie on their side
-    with open(path, "rb") as opened_file, Image.open(opened_file) as picture:
-        check_size(path, picture.size, max_image_pixels)
-        n = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
-        if n > 1 and not path.lower().endswith(ANIMATIONS):
-            raise UserError(f"{path}: an animation of {n} pictures; rename it to .apng if each of "
-                            "them is an image, or save one of them")
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in TIFF_STARTS
+        file.seek(0)
+        if is_tiff and needs_tifffile(path):
+            with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
+                yield n, read
+        else:
+            with Image.open(file) as picture:
+                yield _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels)
 
-        def read(number):
-            if number:
-                picture.seek(number)
-            try:
-                return _pixels(path, picture, num_channels, as_mask, least_side)
-            except OSError:
-                if picture.format != "TIFF" or importlib.util.find_spec("tifffile") is None:
-                    raise
-            with open_tiff(path, as_mask, max_image_pixels) as (_, read_tiff, _):
-                return read_tiff(number)
-        yield n, read
+
+def _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels):
+    """(number of images, read) of an open picture; arguments of load_image."""
+    check_size(path, picture.size, max_image_pixels)
+    n = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+    if n > 1 and not path.lower().endswith(ANIMATIONS):
+        raise UserError(f"{path}: an animation of {n} pictures; rename it to .apng if each of "
+                        "them is an image, or save one of them")
+
+    def read(number):
+        if number:
+            picture.seek(number)
+        try:
+            return _pixels(path, picture, num_channels, as_mask, least_side)
+        except OSError:
+            if picture.format != "TIFF" or importlib.util.find_spec("tifffile") is None:
+                raise
+        with open_tiff(path, as_mask, max_image_pixels) as (_, read_tiff, _):
+            return read_tiff(number)
+    return n, read
 
 
 ANIMATED = ("APNG", "AVIF", "DCX", "FLI", "GIF", "PNG", "WEBP")  # frames are images
@@ -336,6 +346,8 @@ class ImageFiles(Sendable):
                                max_image_pixels=self.max_image_pixels)
                 read = open_volume(paths, numbers, self.cache_dir, opened, tidy, options)
             self._open[volume] = images, read
+            if len(self._open) > MAX_OPEN:  # Linux allows 65 530 maps a process
+                self._open.pop(next(iter(self._open)))
         return self._open[volume]
 
     def at_least(self, side):

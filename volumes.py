@@ -136,7 +136,7 @@ def _inspect_nifti(nifti, volume_index):
 
 
 def _inspect_array(path, volume_axis):
-    n, _, shape = open_array(path, volume_axis)
+    n, _, shape = open_array(path, volume_axis, is_mapped=True)
     if len(shape) < 3:
         return ALONE
     sentence = f"arrays: {axes_in_words(array_axes(shape, volume_axis))} (--volume_axis sets it)"
@@ -410,7 +410,7 @@ def _in_place(paths, volume_axis):
     if path.lower().endswith(".nii"):
         nifti = Nifti(path, volume_axis)
         return nifti.read if nifti.is_contiguous else None
-    _, read, _ = open_array(path, volume_axis)
+    _, read, _ = open_array(path, volume_axis, is_mapped=True)
     return read if read(0).flags.c_contiguous else None
 
 

@@ -159,7 +159,8 @@ def test_values_that_no_integer_holds_become_float32(tmp_path):
     (np.array([[1e300]]), "1 of 1 values are NaN, infinite or beyond float32"),
     (np.ones((4, 4), complex), r"shape \(4, 4\), complex128; needs \[height, width, channels\]"),
     (np.ones(5), r"shape \(5,\), float64; needs"), (np.float32(3), r"shape \(\), float32; needs"),
-    (np.ones((4, 0)), r"shape \(4, 0, 1\): no pixels"), (np.array([["a"]]), "<U1; needs"), (np.array([[None]]), "cannot be read as an image")])
+    (np.ones((4, 0)), r"shape \(4, 0, 1\): no pixels"), (np.array([["a"]]), "<U1; needs"),
+    (np.array([[None]]), "cannot be read as an image")])
 def test_arrays_that_are_no_images_are_named(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     refused(tmp_path / "a.npy", message)
