@@ -6,6 +6,7 @@ compressed files need the plugins of PLUGINS.
 import collections
 import functools
 import hashlib
+import os
 import re
 import struct
 import sys
@@ -60,7 +61,8 @@ def open_dicom(path, as_mask=False):
     int16 if all of them are whole and fit, else float32; 8 bits without a rescale stay uint8.
     MONOCHROME1 is inverted within its stored bits. Padding (PixelPaddingValue to
     PixelPaddingRangeLimit) becomes the lowest real value of its frame: it is no intensity. Colour
-    comes as RGB, palettes are applied. The window (VOI LUT) is not applied. as_mask: stored numbers.
+    comes as RGB, palettes are applied. The window (VOI LUT) is not applied. as_mask: the stored
+    numbers.
     Raises UserError: what is missing, what to install; and whatever pydicom raises.
     """
     with open(path, "rb") as opened:
@@ -152,7 +154,8 @@ def _meaning(file, stored, number, is_inverted):
 
 def narrow(image):
     """int16 if every pixel is whole and fits, else float32."""
-    if image.size and -2**15 <= image.min() <= image.max() < 2**15:
+    low, high = image.min(initial=0), image.max(initial=0)
+    if low >= -2**15 and high < 2**15:
         whole = image.astype(np.int16)
         if image.dtype.kind in "iu" or (whole == image).all():
             return whole
@@ -219,7 +222,9 @@ def _padding(file, stored):
     if file.get("PixelRepresentation") and stored.dtype.kind == "i":  # -2000 is written as 63536
         bits = int(file.BitsAllocated)
         ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
-    return (stored >= min(ends)) & (stored <= max(ends)) | np.isnan(stored) & np.isnan(ends[0])
+    if np.isnan(ends[0]):
+        return np.isnan(stored)
+    return (stored >= min(ends)) & (stored <= max(ends))
 
 
 # ---- headers ----
@@ -236,7 +241,7 @@ GROUPS = {0x52009229: "SharedFunctionalGroupsSequence",
           0x52009230: "PerFrameFunctionalGroupsSequence"}
 FIRST_PIXELS, ITEM_END, SEQUENCE_END, UNDEFINED = 0x7FE00008, 0xFFFEE00D, 0xFFFEE0DD, 0xFFFFFFFF
 ELEMENT = struct.Struct("<HHI")
-LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV", b"UV")
+LONG_VRS = set(b"OB OW OF OD OL OV SQ UC UN UR UT SV UV".split())  # their length has 4 bytes
 # implicit, explicit, encapsulated, RLE; not big endian, not deflated
 LITTLE_ENDIAN = re.compile(r"1\.2\.840\.10008\.1\.2(\.1|\.4\.\d+|\.5)?")
 
@@ -257,8 +262,11 @@ def read_header(path):
     kind = values.get("Modality") or "unknown"
     if values.get("SOPClassUID", "").endswith("1.3.10"):
         kind = "DICOMDIR"
-    sides = (int(values.get("Rows") or 0), int(values.get("Columns") or 0))
-    n_frames = max(1, int(values.get("NumberOfFrames") or 1))
+    sides = tuple(int(values.get(key) or 0) for key in ("Rows", "Columns"))
+    n_frames = _count(values.get("NumberOfFrames"))
+    if n_frames > os.path.getsize(path):
+        raise UserError(f"{path}: says that it has {n_frames} frames, which it cannot hold; mend "
+                        "or remove it, or set --on_bad_image=skip")
     shared = (kind, values.get("SeriesInstanceUID") or path,
               values.get("SeriesDescription", "").lower(), hash_patient(values.get("PatientID")))
     kind, series, description, group = map(sys.intern, shared)  # 300 000 slices share them
@@ -311,11 +319,12 @@ def _quick_header(path):
 def _element(data, at, is_implicit):
     """(tag, where its value begins, its length) of the element at a position, little endian."""
     group, number, length = ELEMENT.unpack_from(data, at)
+    tag = group << 16 | number
     if is_implicit or group == 0xFFFE:  # items have no VR
-        return group << 16 | number, at + 8, length
+        return tag, at + 8, length
     if data[at + 4:at + 6] in LONG_VRS:
-        return group << 16 | number, at + 12, int.from_bytes(data[at + 8:at + 12], "little")
-    return group << 16 | number, at + 8, length >> 16
+        return tag, at + 12, int.from_bytes(data[at + 8:at + 12], "little")
+    return tag, at + 8, length >> 16
 
 
 def _end_of_sequence(data, at, is_implicit):
@@ -341,7 +350,8 @@ def _full_header(path):
         file = _parse(path, opened, stop_before_pixels=True, specific_tags=tags)
         is_deflated = str(file.file_meta.get("TransferSyntaxUID", "")).endswith("2.1.99")
         has_pixels = is_deflated or bool(opened.read(4))
-    values = {key: _text(file.get(key)) for key in HEADER.values() if file.get(key) is not None}
+    present = [key for key in HEADER.values() if file.get(key) is not None]
+    values = {key: _text(file.get(key)) for key in present}
     storage = str(file.file_meta.get("MediaStorageSOPClassUID", ""))
     values.setdefault("SOPClassUID", storage)
     return values, file, has_pixels

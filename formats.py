@@ -1,4 +1,4 @@
-"""Files that may hold several images: arrays, TIFF, NIfTI. file_kind says which reader a file needs.
+"""Files that may hold several images: arrays, TIFF, NIfTI. file_kind says who reads a file.
 
 Libraries are imported where they are used. dicom.py reads DICOM, images.py all other pictures.
 """
@@ -21,6 +21,7 @@ INSTALL_NIFTI = "pip install nibabel"
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 IMAGE_KEYS = ("image", "images", "img", "imgs", "volume", "data", "arr_0")  # of an .npz of one case
 MASK_KEYS = ("mask", "masks", "label", "labels", "seg", "gt", "gts")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SLICE_PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -54,14 +55,9 @@ def file_kind(path):
         return ""
     if start[128:132] == b"DICM":
         return "dicom"
-    is_nifti = start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] in (b"n+2\0", b"ni2\0")
+    magics = (start[344:348], start[4:8])  # of NIfTI-1, of NIfTI-2
+    is_nifti = magics[0] in (b"n+1\0", b"ni1\0") or magics[1] in (b"n+2\0", b"ni2\0")
     return "nifti" if is_nifti else ""
-
-
-def is_tiff(path):
-    """True if the first bytes of a file are those of a TIFF or BigTIFF."""
-    with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def check_size(path, size, max_image_pixels=0):
@@ -113,9 +109,11 @@ def axes_in_words(axes):
     return f"one image, axis {channels} is its channels"
 
 
-def open_array(path, volume_axis=-1, as_mask=False):
-    """(number of images, read, shape) of a .npy, or of an .npz of one case; a .npy is mapped."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def open_array(path, volume_axis=-1, as_mask=False, is_mapped=False):
+    """(number of images, read, shape) of a .npy, or of an .npz of one case; a .npy of more than a
+    megabyte is mapped, with is_mapped any."""
+    is_mapped = is_mapped or os.path.getsize(path) > 2**20  # small files are faster read
+    array = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
     if isinstance(array, np.lib.npyio.NpzFile):
         with array:
             array = array[_key_of_case(path, array.files, as_mask)]
@@ -151,19 +149,23 @@ def needs_tifffile(path):
     bits in colour, signed 8-bit, unsigned 32-bit, white-is-zero above 8 bits."""
     with open(path, "rb") as file:
         start = file.read(8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(start + file.read(8 * (43 in start[2:4])))
+        if 43 in start[2:4]:  # BigTIFF
+            start += file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(start)
         file.seek(tags.next)
         tags.load(file)
         text = str(tags.get(270, ""))
-    bits, sample_format = max(tags.get(258, (1,))), max(tags.get(339, (1,)))
+    bits = max(tags.get(258, (1,)))
+    sample_format = max(tags.get(339, (1,)))
     is_stack = text.startswith("ImageJ=") and "images=" in text or "truncated" in text
     bands = set(tags.get(338, ())) - {1, 2}  # extra samples that are no alpha
     if tags.next or is_stack or bands or tags.get(262) == 0 and bits > 8:
         return True
     if tags.get(277, 1) > 1:
         return bits > 8 or sample_format != 1
-    return (bits, sample_format) not in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (16, 2), (32, 2),
-                                         (32, 3))
+    if sample_format == 1:  # unsigned
+        return bits not in (1, 2, 4, 8, 16)
+    return bits not in ((16, 32) if sample_format == 2 else (32,))  # signed, float
 
 
 @contextlib.contextmanager
@@ -178,7 +180,7 @@ def open_tiff(path, as_mask=False, max_image_pixels=0):
         import tifffile
     except ImportError:
         raise UserError(f"{path}: this kind of TIFF needs tifffile; {INSTALL_TIFF}") from None
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(path, _multifile=False) as file:  # the others are in the list, too
         whole = [part for part in file.series
                  if not (part.keyframe.is_reduced or part.keyframe.is_mask)]
         for part in whole or file.series:
@@ -233,9 +235,8 @@ def _tiff_meaning(page, image, as_mask):
         image = colors[image[..., 0]]
     extra = [int(sample) for sample in page.extrasamples]
     if 1 in extra or 2 in extra:
-        n_color = page.samplesperpixel - len(extra)
-        kept = [i for i in range(image.shape[2]) if i < n_color or extra[i - n_color] not in (1, 2)]
-        image = image[..., kept]
+        kinds = [0] * (page.samplesperpixel - len(extra)) + extra
+        image = image[..., ~np.isin(kinds, (1, 2))]
     orientation = page.tags.get(274)
     return turned(image, int(orientation.value) if orientation else 1)
 
@@ -253,7 +254,7 @@ def turned(image, orientation):
 
 class Nifti:
     """An open NIfTI file: n_volumes, spacing [3] (slice, row, column) and positions [n] of the
-    slices in mm, plane ('axial', ...), is_contiguous (a slice is one piece of an uncompressed file).
+    slices in mm, plane ('axial', ...), is_contiguous (a slice is one piece of the file).
 
     Slices lie along volume_axis (0 sagittal, 1 coronal, 2 axial), or, for -1, along the axis whose
     spacing is a tenth thicker than both others, else they are axial.
@@ -272,7 +273,9 @@ class Nifti:
         self.to_lps = orientations.ornt_transform(nibabel.io_orientation(self.file.affine), lps)
         affine = self.file.affine @ orientations.inv_ornt_aff(self.to_lps, shape)
         spacing = nibabel.affines.voxel_sizes(affine)
-        lengths = [shape[int(np.flatnonzero(self.to_lps[:, 0] == axis)[0])] for axis in range(3)]
+        lengths = [0, 0, 0]
+        for length, axis in zip(shape, self.to_lps[:, 0].astype(int)):
+            lengths[axis] = length
         thickest = int(np.argmax(spacing))
         others = np.delete(spacing, thickest)
         if volume_axis in (0, 1, 2):
@@ -280,12 +283,13 @@ class Nifti:
         else:
             is_thick = spacing[thickest] > 1.1 * others.max() and lengths[thickest] > 1
             axis = thickest if is_thick else 2
-        along = affine[:3, axis] / spacing[axis]
         self.axis, self.plane = axis, SLICE_PLANES[axis]
-        self.positions = affine[:3, 3] @ along + np.arange(lengths[axis]) * spacing[axis]
+        first = affine[:3, 3] @ affine[:3, axis] / spacing[axis]
+        self.positions = first + np.arange(lengths[axis]) * spacing[axis]
         if axis == 0:  # to the right
             self.positions = -self.positions[::-1]
-        rows, columns = ((2, 1), (2, 0), (1, 0))[axis]
+        rows = 1 if axis == 2 else 2
+        columns = 1 if axis == 0 else 0
         self.sides = (lengths[rows], lengths[columns])
         self.spacing = spacing[[axis, rows, columns]]
         self.n_volumes = int(np.prod(self.file.shape[3:], dtype=int))
@@ -312,10 +316,12 @@ class Nifti:
         voxels = self.voxels[..., volume]
         if self.axis == 2:
             image = voxels[:, :, k].T
+        elif self.axis == 1:
+            image = voxels[:, k].T[::-1]
         else:
-            image = voxels[-1 - k].T[::-1] if self.axis == 0 else voxels[:, k].T[::-1]
-        if image.dtype.names:  # RGB as three fields
-            return np.stack([image[name] for name in image.dtype.names[:3]], axis=-1)
+            image = voxels[-1 - k].T[::-1]
+        if colors := image.dtype.names:  # RGB as three fields
+            return np.stack([image[name] for name in colors[:3]], axis=-1)
         slope, inter = self.file.dataobj.slope, self.file.dataobj.inter
         if (slope, inter) == (1, 0):
             return image

@@ -1,7 +1,7 @@
 """One image or mask from a file, and many of them behind the interface of an array.
 
 load_image reads one image of a file. ImageFiles, BoxMasks and Rows have len() and [i], as an array
-has, and hold file names, boxes or indices instead of pixels. data.py builds its data sets from them.
+has, and hold file names, boxes or indices instead of pixels. data.py makes its data sets of them.
 Pixels keep their values: uint8, 16-bit, Hounsfield units, float; one to many channels.
 """
 import contextlib
@@ -16,18 +16,19 @@ from PIL import Image
 
 from configurator import UserError
 from dicom import open_dicom
-from formats import (ANIMATIONS, EXTENSIONS, Nifti, check_size, file_kind, is_tiff, needs_tifffile,
-                     open_array, open_tiff, turned)
+from formats import (ANIMATIONS, EXTENSIONS, TIFF_STARTS, Nifti, check_size, file_kind,
+                     needs_tifffile, open_array, open_tiff, turned)
 from volumes import open_volume
 
 MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # the first that exists counts
+MAX_OPEN = 4096  # volumes that a process keeps open
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
 
 
 # ---- one image ----
 
-def load_image(path, num_channels=0, as_mask=False, least_side=0, number=0, volume_axis=-1,
-               max_image_pixels=0):
+def load_image(path, num_channels=0, as_mask=False, least_side=0, number=0,
+               volume_axis=-1, max_image_pixels=0):
     """Image `number` of a file as an [H,W,C] array in native byte order, without NaN or infinity.
 
     The dtype holds every value: uint8, int8, uint16, int16 or int32, else float32. Pillow reads
@@ -52,7 +53,8 @@ def load_image(path, num_channels=0, as_mask=False, least_side=0, number=0, volu
 
 
 @contextlib.contextmanager
-def opened(path, num_channels=0, as_mask=False, least_side=0, volume_axis=-1, max_image_pixels=0):
+def opened(path, num_channels=0, as_mask=False, least_side=0,
+           volume_axis=-1, max_image_pixels=0):
     """(number of images, read) of a file; read(number) -> array as the file has it.
 
     Arguments of load_image. Whatever is raised inside the block becomes a UserError.
@@ -71,8 +73,11 @@ def opened(path, num_channels=0, as_mask=False, least_side=0, volume_axis=-1, ma
                 yield file
     except UserError:
         raise
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
+    except BaseException as error:  # decoders raise anything: OSError, SyntaxError, struct.error
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # a panic is what decoders in Rust raise; all others end the program
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # some write several lines
+        raise UserError(f"{path}: cannot be read as an image ({reason[:300]}); "
                         f"{_advice(error)}") from None
 
 
@@ -92,6 +97,9 @@ def finish(path, image, num_channels=0, as_mask=False):
     """What load_image promises of the array that a reader gives for an image, see there."""
     image = tidy(path, image)
     image = image[..., None] if image.ndim == 2 else image
+    if image.size == 0:
+        raise UserError(f"{path}: shape {image.shape}: no pixels; mend or remove it, or set "
+                        "--on_bad_image=skip")
     if image.ndim == 3 and as_mask:
         return _mask_values(path, image)
     if image.ndim == 3 and num_channels not in (0, image.shape[2]):
@@ -123,9 +131,10 @@ def tidy(path, image):
         raise UserError(f"{path}: shape {image.shape}, {image.dtype}; needs [height, width, "
                         "channels] numbers")
     dtype = image.dtype.newbyteorder("=")
-    if dtype.kind in "ui" and dtype not in (np.int8, np.uint8, np.int16, np.uint16, np.int32):
-        fits = image.size == 0 or -2**31 <= int(image.min()) <= int(image.max()) < 2**31
-        dtype = np.int32 if fits else np.float32
+    if dtype.kind in "ui" and not np.can_cast(dtype, np.int32):
+        highest = int(image.max(initial=0))
+        lowest = int(image.min(initial=0))
+        dtype = np.int32 if max(highest, -lowest) < 2**31 else np.float32
     elif dtype.kind == "f":
         dtype = np.float32
     with np.errstate(over="ignore", invalid="ignore"):
@@ -142,35 +151,45 @@ def tidy(path, image):
 @contextlib.contextmanager
 def _open_picture(path, num_channels, as_mask, least_side, max_image_pixels):
     """(number of images, read) of a file that Pillow or tifffile reads; arguments of load_image."""
-    if max_image_pixels and (Image.MAX_IMAGE_PIXELS or 0) < max_image_pixels:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and limit < max_image_pixels:
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow asks before we can; the user allows it
-    if is_tiff(path) and needs_tifffile(path):
-        with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
-            yield n, read
-        return
     # From a path Pillow maps uncompressed TIFFs, and gets those wrong that lie on their side
-    with open(path, "rb") as opened_file, Image.open(opened_file) as picture:
-        check_size(path, picture.size, max_image_pixels)
-        n = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
-        if n > 1 and not path.lower().endswith(ANIMATIONS):
-            raise UserError(f"{path}: an animation of {n} pictures; rename it to .apng if each of "
-                            "them is an image, or save one of them")
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in TIFF_STARTS
+        file.seek(0)
+        if is_tiff and needs_tifffile(path):
+            with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
+                yield n, read
+        else:
+            with Image.open(file) as picture:
+                yield _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels)
 
-        def read(number):
-            if number:
-                picture.seek(number)
-            try:
-                return _pixels(path, picture, num_channels, as_mask, least_side)
-            except OSError:
-                if picture.format != "TIFF" or importlib.util.find_spec("tifffile") is None:
-                    raise
-            with open_tiff(path, as_mask, max_image_pixels) as (_, read_tiff, _):
-                return read_tiff(number)
-        yield n, read
+
+def _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels):
+    """(number of images, read) of an open picture; arguments of load_image."""
+    check_size(path, picture.size, max_image_pixels)
+    n = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+    if n > 1 and not path.lower().endswith(ANIMATIONS):
+        raise UserError(f"{path}: an animation of {n} pictures; rename it to .apng if each of "
+                        "them is an image, or save one of them")
+
+    def read(number):
+        if number:
+            picture.seek(number)
+        try:
+            return _pixels(path, picture, num_channels, as_mask, least_side)
+        except OSError:
+            if picture.format != "TIFF" or importlib.util.find_spec("tifffile") is None:
+                raise
+        with open_tiff(path, as_mask, max_image_pixels) as (_, read_tiff, _):
+            return read_tiff(number)
+    return n, read
 
 
 ANIMATED = ("APNG", "AVIF", "DCX", "FLI", "GIF", "PNG", "WEBP")  # frames are images
-DEEP_PNG = {"RGB;16B": (3, "RGB;16L"), "RGBA;16B": (3, "RGBA;16L"), "LA;16B": (1, "RGBA")}
+# how Pillow unpacks a PNG of 16 bits -> how it unpacks the low bytes
+DEEP_PNG = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
 
 
 def _pixels(path, picture, num_channels, as_mask, least_side):
@@ -180,8 +199,10 @@ def _pixels(path, picture, num_channels, as_mask, least_side):
     rawmode = picture.tile[0].args if picture.format == "PNG" and picture.tile else ""
     if rawmode in DEEP_PNG:
         image = _deep_png(path, picture, rawmode)
-    elif picture.mode.startswith(("I", "F")) or as_mask and picture.mode in ("1", "L", "P"):
-        image = np.asarray(picture)  # 16-bit, 32-bit, float; numbers of a palette
+    elif picture.mode.startswith(("I", "F")):  # 16-bit, 32-bit, float
+        image = np.asarray(picture)
+    elif as_mask and picture.mode in ("1", "L", "P"):  # numbers of a palette
+        image = np.asarray(picture)
     elif as_mask:
         image = _color_mask(path, np.asarray(picture.convert("RGBA")), picture.format == "JPEG")
     else:
@@ -204,14 +225,13 @@ def _deep_png(path, picture, rawmode):
     Pillow keeps the high byte of each number. A second pass that takes the bytes for little-endian
     keeps the low byte. Grey with alpha has four bytes a pixel, which one pass reads as RGBA.
     """
-    n, other = DEEP_PNG[rawmode]
     with Image.open(path) as second:
-        second.tile = [tile._replace(args=other) for tile in second.tile]
+        second.tile = [tile._replace(args=DEEP_PNG[rawmode]) for tile in second.tile]
         low = np.asarray(second)
-    if other == "RGBA":
+    if rawmode == "LA;16B":
         high, low = low[..., :1], low[..., 1:2]
     else:
-        high, low = np.asarray(picture)[..., :n], low[..., :n]
+        high, low = np.asarray(picture)[..., :3], low[..., :3]
     return high.astype(np.uint16) * 256 + low
 
 
@@ -220,18 +240,18 @@ def _deep_png(path, picture, rawmode):
 def _color_mask(path, image, is_lossy):
     """A mask drawn in colours, [H,W,4] uint8, as numbers [H,W]: the largest channel; the alpha if
     that alone varies. Raises UserError if that would give two colours the same number."""
-    colors, alpha = image[..., :3], image[..., 3]
-    if (colors == colors[:1, :1]).all() and (alpha != alpha[0, 0]).any():
+    colors = image[..., :3].reshape(-1, 3)
+    alpha = image[..., 3]
+    is_constant = (colors == colors[:1]).all()
+    if is_constant and (alpha != alpha[:1, :1]).any():
         return alpha
-    largest = colors.max(axis=2)
-    is_one_hue = (colors == largest[..., None]) | (colors == 0)
-    if is_lossy or (colors == colors[..., :1]).all():
+    largest = image[..., :3].max(axis=2)
+    is_grey = (colors == colors[:, :1]).all()
+    if is_lossy or is_grey or (colors > 0).any(axis=0).sum() == 1:  # or one pure colour
         return largest
-    if is_one_hue.all() and (colors.reshape(-1, 3) > 0).any(axis=0).sum() == 1:
-        return largest
-    found = np.unique(colors.reshape(-1, 3), axis=0)
+    found = np.unique(colors, axis=0)
     if len(np.unique(found.max(axis=1))) < len(found):
-        shown = ", ".join(str(tuple(color)) for color in found[:4].tolist())
+        shown = ", ".join(map(str, found[:4].tolist()))
         raise UserError(f"{path}: a mask of {len(found)} colours ({shown}), which are no numbers; "
                         "save it as grey or with a palette, a number for each class")
     return largest
@@ -298,17 +318,20 @@ class ImageFiles(Sendable):
     def path(self, i):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
+    def number(self, i):
+        """The number of image i in its file."""
+        return 0 if self.numbers is None else int(self.numbers[i])
+
     def __getitem__(self, i):
         if not self.names[i]:
             return None
         path = self.path(i)
-        number = 0 if self.numbers is None else int(self.numbers[i])
         if self.volumes is not None and self.cache_dir and self.volumes[i] >= 0:
             images, read = self._volume(int(self.volumes[i]))
             if read is not None:
                 image = read(int(np.searchsorted(images, i)))
                 return finish(path, image, self.num_channels, self.as_mask)
-        return load_image(path, self.num_channels, self.as_mask, self.least_side, number,
+        return load_image(path, self.num_channels, self.as_mask, self.least_side, self.number(i),
                           self.volume_axis, self.max_image_pixels)
 
     def _volume(self, volume):
@@ -318,11 +341,13 @@ class ImageFiles(Sendable):
             images = images[[bool(self.names[i]) for i in images]]  # not all have a mask
             if len(images) > 1:
                 paths = [self.path(i) for i in images]
-                numbers = np.zeros(len(images), int) if self.numbers is None else self.numbers[images]
+                numbers = [self.number(i) for i in images]
                 options = dict(as_mask=self.as_mask, volume_axis=self.volume_axis,
                                max_image_pixels=self.max_image_pixels)
-                read = open_volume(paths, numbers.tolist(), self.cache_dir, opened, tidy, options)
+                read = open_volume(paths, numbers, self.cache_dir, opened, tidy, options)
             self._open[volume] = images, read
+            if len(self._open) > MAX_OPEN:  # Linux allows 65 530 maps a process
+                self._open.pop(next(iter(self._open)))
         return self._open[volume]
 
     def at_least(self, side):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import operator
 import os
 import re
 import warnings
@@ -81,12 +82,13 @@ def list_images(root, names, settings):
         return [_inspect(os.path.join(root, os.fsdecode(name)), axis, index)
                 for name in names[start:start + 256]]
 
-    volumes, dicoms = [], []
+    volumes, pictures, dicoms = [], [], []
     with ThreadPoolExecutor(16) as pool:
         blocks = pool.map(inspect_block, range(0, len(names), 256))
-        records = (record for block in blocks for record in block)
-        for name, record in zip(names, records):
-            if isinstance(record, str):
+        for name, record in zip(names, itertools.chain.from_iterable(blocks)):
+            if record is ALONE:
+                pictures.append(name)
+            elif isinstance(record, str):
                 left_out[record] += 1
             elif isinstance(record, dicom.Header):
                 dicoms.append((name, record))
@@ -94,9 +96,7 @@ def list_images(root, names, settings):
                 slices = [(name, number, position) for number, position in record.slices]
                 volumes.append(record._replace(slices=slices))
     volumes += _dicom_volumes(root, dicoms, settings.get("series", ""), left_out, notes)
-    volumes.sort(key=lambda volume: volume.slices[0][:2])
-    step = settings.get("slice_step_mm", 0)
-    return _as_listing(volumes, step, left_out, notes)
+    return _as_listing(volumes, pictures, settings.get("slice_step_mm", 0), left_out, notes)
 
 
 def _inspect(path, volume_axis, volume_index):
@@ -137,14 +137,14 @@ def _inspect_nifti(nifti, volume_index):
 
 
 def _inspect_array(path, volume_axis):
-    n, _, shape = open_array(path, volume_axis)
+    n, _, shape = open_array(path, volume_axis, is_mapped=True)
     if len(shape) < 3:
         return ALONE
     sentence = f"arrays: {axes_in_words(array_axes(shape, volume_axis))} (--volume_axis sets it)"
     note = (sentence, f"such as {list(shape)}")
     if n == 1:
         return ALONE._replace(note=note)
-    return Volume([(k, np.nan) for k in range(n)], UNKNOWN, kind="array", note=note)
+    return _stack(n, "array", note)
 
 
 def _inspect_picture(path):
@@ -157,15 +157,19 @@ def _inspect_picture(path):
             kind, n = "frame", getattr(picture, "n_frames", 1)
     else:
         return ALONE
-    if n == 1:
-        return ALONE
-    return Volume([(k, np.nan) for k in range(n)], UNKNOWN, kind=kind, note=note)
+    return _stack(n, kind, note) if n > 1 else ALONE
+
+
+def _stack(n, kind, note):
+    """A Volume of n images of which nobody knows where they lie."""
+    slices = [(number, np.nan) for number in range(n)]
+    return Volume(slices, UNKNOWN, kind=kind, note=note)
 
 
 # ---- DICOM series ----
 
 def _dicom_volumes(root, files, wanted, left_out, notes):
-    """Volumes of DICOM files [(name, header)]: one for each orientation, size and phase of a series.
+    """Volumes of DICOM files [(name, header)]: one for each orientation, size, phase of a series.
 
     Left out and counted: localizers, copies of an image, segmentations beside other images, series
     that `wanted` does not name.
@@ -173,8 +177,10 @@ def _dicom_volumes(root, files, wanted, left_out, notes):
     by_series = collections.defaultdict(list)
     for name, header in sorted(files, key=lambda item: item[0]):
         by_series[header.series].append((name, header))
-    series = [Series(part[0][1].kind, part[0][1].description, part)
-              for part in by_series.values()]
+    series = []
+    for part in by_series.values():
+        first = part[0][1]
+        series.append(Series(first.kind, first.description, part))
     series = _choose_series(root, series, wanted, left_out, notes)
     volumes = []
     for part in series:
@@ -198,7 +204,8 @@ def _choose_series(root, series, wanted, left_out, notes):
     if not wanted and len(kinds) > 1:
         raise UserError(f"dataset_path={root!r}: DICOM series of several modalities: {found}; set "
                         f"--series to one of them, or to a part of a description: {shown}")
-    terms = [term.strip().lower() for term in wanted.split(",") if term.strip()]
+    terms = {term.strip() for term in wanted.lower().split(",")}
+    terms.discard("")
     chosen = []
     for part in series:
         is_named = part.kind.lower() in terms or any(term in part.description for term in terms)
@@ -210,8 +217,7 @@ def _choose_series(root, series, wanted, left_out, notes):
         raise UserError(f"dataset_path={root!r}: no DICOM series is {wanted!r}; there are {found}, "
                         f"with the descriptions {shown}")
     if len(chosen) > 1 and len(descriptions) > 1:
-        sentence = f"DICOM: {found} series; --series takes one of the descriptions {shown}"
-        notes[sentence, ""] = 1
+        notes[f"DICOM: {found} series; --series takes one of the descriptions {shown}", ""] = 0
     return chosen
 
 
@@ -273,9 +279,9 @@ def _phases(stack, left_out):
     out. If every position has as many images (echoes, phases of the heart), each makes a volume.
     Other images at a position that another has are left out.
     """
-    stack.sort(key=lambda image: (image.position, image.number, image.name, image.frame))
+    stack.sort(key=operator.attrgetter("position", "number", "name", "frame"))
     if not np.isfinite([image.position for image in stack]).all():
-        stack.sort(key=lambda image: (image.number, image.name, image.frame))
+        stack.sort(key=operator.attrgetter("number", "name", "frame"))
         return [stack]
     by_position = collections.defaultdict(list)
     for image in stack:
@@ -294,53 +300,71 @@ def _phases(stack, left_out):
 
 
 def _as_volume(series, images):
-    positions = [image.position for image in images]
-    gaps = np.diff(positions)
     thick, *pixel = images[0].spacing
-    if len(gaps) and np.isfinite(gaps).all() and np.median(gaps) > 0:
-        thick = float(np.median(gaps))
+    gaps = np.diff([image.position for image in images])
+    if len(gaps) and np.median(gaps) > 0:
+        thick = np.median(gaps)
     slices = [(image.name, image.frame, image.position) for image in images]
-    return Volume(slices, (thick, *pixel), images[0].sides, images[0].group, f"DICOM {series.kind}")
+    first = images[0]
+    return Volume(slices, (thick, *pixel), first.sides, first.group, f"DICOM {series.kind}")
 
 
 # ---- the arrays of a Listing ----
 
-def _as_listing(volumes, step, left_out, notes):
-    names, numbers, of_volume, positions, kinds = [], [], [], [], collections.Counter()
-    kept = []
+def _as_listing(volumes, pictures, step, left_out, notes):
+    """Volumes and pictures [N] bytes in the order of their names."""
+    volumes.sort(key=lambda volume: volume.slices[0][:2])
+    rows, first_names, of_volume = [], [], []
+    spacing, sides, groups, kinds = [], [], [], collections.Counter()
     for volume in volumes:
-        slices = _thinned(volume, step)
+        slices = _thinned(volume.slices, step)
         left_out["slice closer than slice_step_mm"] += len(volume.slices) - len(slices)
-        names += [name for name, _, _ in slices]
-        numbers += [number for _, number, _ in slices]
-        positions += [position for _, _, position in slices]
-        of_volume += [-1 if volume.spacing is None else len(kept)] * len(slices)
         kinds[volume.kind] += len(slices)
+        rows += slices
+        first_names += [slices[0][0]] * len(slices)
+        of_volume += [-1 if volume.spacing is None else len(groups)] * len(slices)
         if volume.spacing is not None:
-            kept.append(volume)
+            spacing.append(volume.spacing)
+            sides.append(volume.sides)
+            groups.append(volume.group)
         if volume.note:
             notes[volume.note] += 1
-    by_sentence = {}
-    for (sentence, example), n in notes.items():
-        known = by_sentence.setdefault(sentence, [0, example])
-        known[0] += n
-    texts = [f"{sentence}: {n} file(s) {example}".rstrip() for sentence, (n, example)
-             in by_sentence.items()]
+    if pictures:
+        kinds["picture"] += len(pictures)
+        rows += [(name, 0, np.nan) for name in pictures]
+        of_volume += [-1] * len(pictures)
+    order = np.argsort(np.array(first_names + pictures, dtype=bytes), kind="stable")
+    names = [name for name, _, _ in rows]
+    numbers = [number for _, number, _ in rows]
+    positions = [position for _, _, position in rows]
     return Listing(
-        np.array(names, dtype=bytes), np.array(numbers, np.int32), np.array(of_volume, np.int32),
-        np.array(positions, np.float32),
-        np.array([volume.spacing for volume in kept], np.float32).reshape(-1, 3),
-        np.array([volume.sides for volume in kept], np.int32).reshape(-1, 2),
-        np.array([volume.group for volume in kept], dtype=str),
-        +left_out, kinds, texts)
+        names=np.array(names, dtype=bytes)[order],
+        numbers=np.array(numbers, np.int32)[order],
+        volume=np.array(of_volume, np.int32)[order],
+        position_mm=np.array(positions, np.float32)[order],
+        spacing_mm=np.array(spacing, np.float32).reshape(-1, 3),
+        sides=np.array(sides, np.int32).reshape(-1, 2),
+        groups=np.array(groups, dtype=str),
+        left_out=+left_out, kinds=kinds, notes=_sentences(notes))
 
 
-def _thinned(volume, step):
+def _sentences(notes):
+    """Sentences from the Counter of (sentence, example), each with its count and one example."""
+    found = {}
+    for (sentence, example), n in notes.items():
+        known, shown = found.get(sentence, (0, example))
+        found[sentence] = known + n, shown
+    return [f"{sentence}: {n} file(s) {example}".rstrip() if n else sentence
+            for sentence, (n, example) in found.items()]
+
+
+def _thinned(slices, step):
     """The slices of a volume that lie at least step mm apart, if their positions are known."""
-    if step <= 0 or not np.isfinite([position for _, _, position in volume.slices]).all():
-        return volume.slices
+    positions = [position for _, _, position in slices]
+    if step <= 0 or not np.isfinite(positions).all():
+        return slices
     kept, last = [], -np.inf
-    for item in volume.slices:
+    for item in slices:
         if item[2] - last >= step - 1e-3:
             kept.append(item)
             last = item[2]
@@ -363,10 +387,10 @@ def open_volume(paths, numbers, cache_dir, opened, tidy, options):
         state = [_code_hash(), str(sorted(options.items()))]
         for path in dict.fromkeys(paths):
             stat = os.stat(path)
-            state += [os.path.abspath(path), str(stat.st_size), str(stat.st_mtime_ns)]
+            state.append(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}")
         state += map(str, numbers)
-        name = hashlib.sha256("\n".join(state).encode(errors="surrogateescape")).hexdigest()[:24]
-        target = os.path.join(cache_dir, "volumes", f"{name}.npy")
+        name = hashlib.sha256(os.fsencode("\n".join(state)))
+        target = os.path.join(cache_dir, "volumes", f"{name.hexdigest()[:24]}.npy")
 
         def images():
             yield from _decode(paths, numbers, opened, tidy, options)
@@ -387,7 +411,7 @@ def _in_place(paths, volume_axis):
     if path.lower().endswith(".nii"):
         nifti = Nifti(path, volume_axis)
         return nifti.read if nifti.is_contiguous else None
-    _, read, _ = open_array(path, volume_axis)
+    _, read, _ = open_array(path, volume_axis, is_mapped=True)
     return read if read(0).flags.c_contiguous else None
 
 

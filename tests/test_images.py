@@ -1,4 +1,4 @@
-"""One image of a file: every kind that labs have is read as what it means, or refused in one line."""
+"""One image of a file: every kind that labs have is read as what it means, or is refused."""
 import io
 import re
 import struct
@@ -159,7 +159,8 @@ def test_values_that_no_integer_holds_become_float32(tmp_path):
     (np.array([[1e300]]), "1 of 1 values are NaN, infinite or beyond float32"),
     (np.ones((4, 4), complex), r"shape \(4, 4\), complex128; needs \[height, width, channels\]"),
     (np.ones(5), r"shape \(5,\), float64; needs"), (np.float32(3), r"shape \(\), float32; needs"),
-    (np.array([["a"]]), "<U1; needs"), (np.array([[None]]), "cannot be read as an image")])
+    (np.ones((4, 0)), r"shape \(4, 0, 1\): no pixels"), (np.array([["a"]]), "<U1; needs"),
+    (np.array([[None]]), "cannot be read as an image")])
 def test_arrays_that_are_no_images_are_named(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     refused(tmp_path / "a.npy", message)
@@ -292,7 +293,8 @@ def test_dicom_that_is_no_image_or_needs_a_plugin_says_so(tmp_path, monkeypatch)
 
 
 FILES = ("CT_small.dcm", "MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm",
-         "MR_small_jp2klossless.dcm", "SC_rgb.dcm", "SC_rgb_rle_2frame.dcm", "SC_ybr_full_422_uncompressed.dcm",
+         "MR_small_jp2klossless.dcm", "SC_rgb.dcm", "SC_rgb_rle_2frame.dcm",
+         "SC_ybr_full_422_uncompressed.dcm",
          "image_dfl.dcm", "examples_palette.dcm", "examples_ybr_color.dcm", "liver_1frame.dcm",
          "rtdose_1frame.dcm", "eCT_Supplemental.dcm", "mlut_18.dcm", "parametric_map_float.dcm",
          "emri_small.dcm", "693_J2KI.dcm", "JPEG2000.dcm", "nested_priv_SQ.dcm")
@@ -349,8 +351,8 @@ def png16(array, interlace=0):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
     kind = {2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, interlace)
-    return b"\x89PNG\r\n\x1a\n" + b"".join((chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(raw)),
-                                            chunk(b"IEND", b"")))
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize("channels, kept", [(2, 1), (3, 3), (4, 3)])
@@ -441,13 +443,15 @@ def test_a_decoder_that_lacks_is_named(tmp_path, monkeypatch):
 # ---- TIFF ----
 
 @pytest.mark.parametrize("array, options", [
-    (drawn(13, 9, 3), {}), (drawn(13, 9, 3), dict(byteorder=">")), (drawn(13, 9), dict(byteorder=">")),
+    (drawn(13, 9, 3), {}), (drawn(13, 9, 3), dict(byteorder=">")),
+    (drawn(13, 9), dict(byteorder=">")),
     (drawn(13, 9, 4), dict(photometric="rgb", extrasamples=["unassalpha"])),
     (drawn(13, 9, dtype=np.int8, low=-99, high=99), {}),
     (drawn(13, 9, dtype=np.int16, low=-2000), dict(byteorder=">")),
-    (drawn(13, 9, dtype=np.float32), {}), (drawn(13, 9, 3, dtype=np.float32), dict(photometric="rgb")),
+    (drawn(13, 9, dtype=np.float32), {}),
+    (drawn(13, 9, 3, dtype=np.float32), dict(photometric="rgb")),
     (drawn(13, 9, 7, dtype=np.float32), dict(photometric="minisblack", planarconfig="contig")),
-    (drawn(13, 9, 5, dtype=np.uint8, high=256), dict(photometric="minisblack", planarconfig="contig"))])
+    (drawn(13, 9, 5, dtype=np.uint8), dict(photometric="minisblack", planarconfig="contig"))])
 def test_tiff_keeps_bits_signs_and_bands(tmp_path, array, options):
     tifffile = pytest.importorskip("tifffile")
     path = str(tmp_path / "a.tif")
@@ -518,7 +522,8 @@ def test_numbers_of_a_mask_are_kept(tmp_path):
     np.save(tmp_path / "m.npy", np.eye(4, dtype=bool))
     assert same(load_image(str(tmp_path / "m.npy"), as_mask=True), np.eye(4, dtype=np.uint8))
     np.save(tmp_path / "m.npy", np.array([[0, 2.0], [7, 1]]))
-    assert same(load_image(str(tmp_path / "m.npy"), as_mask=True), np.array([[0, 2], [7, 1]], np.uint8))
+    assert same(load_image(str(tmp_path / "m.npy"), as_mask=True),
+                np.array([[0, 2], [7, 1]], np.uint8))
     np.save(tmp_path / "m.npy", np.array([[0, 2.5]]))
     refused(tmp_path / "m.npy", "a mask with fractions from 0.0 to 2.5", as_mask=True)
 
@@ -537,7 +542,7 @@ def test_colours_of_a_mask(tmp_path):
     assert (saved(alpha, "RGBA") == alpha[..., 3]).all()
     red[2:, :, 1] = 255
     Image.fromarray(red).save(tmp_path / "m.png")
-    refused(tmp_path / "m.png", r"a mask of 2 colours \(\(0, 255, 0\), \(255, 0, 0\)\), which are no",
+    refused(tmp_path / "m.png", r"a mask of 2 colours \(\[0, 255, 0\], \[255, 0, 0\]\), which are",
             as_mask=True)
 
 
@@ -548,6 +553,22 @@ def test_masks_as_dicom_are_their_stored_numbers(tmp_path):
 
 
 # ---- anything bad ----
+
+def test_a_decoder_that_panics_is_a_bad_file_and_ctrl_c_is_not(tmp_path, monkeypatch):
+    path = save_dicom(tmp_path / "a.dcm", drawn(8, 9))
+
+    class PanicException(BaseException):  # of decoders that are written in Rust
+        pass
+
+    def decode(*args):
+        raise raised
+    monkeypatch.setattr(dicom, "_decode", decode)
+    raised = PanicException("index out of\nbounds")
+    refused(path, r"cannot be read as an image \(PanicException: index out of bounds\)")
+    raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_image(path)
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_bad_file_of_any_kind_is_one_line_with_its_name(tmp_path):

@@ -1,4 +1,4 @@
-"""Every image below a folder: series, NIfTI, stacks; their order, places and patients; the cache."""
+"""Every image below a folder: series, NIfTI, stacks; order, places, patients; the cache."""
 import collections
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ def listed(root, **settings):
     root, names = str(root), []
     for folder, _, files in os.walk(root):
         names += [os.path.relpath(os.path.join(folder, file), root) for file in files]
-    return list_images(root, sorted(names, key=lambda name: hash(name)), SimpleNamespace(**settings))
+    return list_images(root, sorted(names, key=hash), SimpleNamespace(**settings))
 
 
 def opened_all(root, listing, cache_dir="", **options):
@@ -96,7 +96,7 @@ def test_localizers_duplicates_and_files_without_pixels_are_counted(tmp_path, bo
     again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = "1.2.77"
     again.save_as(tmp_path / "again.dcm")  # sent twice: another UID, the same place and number
     save_series(tmp_path / "b", body[:1], orientation=SAGITTAL, SOPInstanceUID="1.2.5.5")
-    save_series(tmp_path / "c", body[:2], series="2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    save_series(tmp_path / "c", body[:2], series="2", ImageType=["ORIGINAL", "X", "LOCALIZER"])
     save_series(tmp_path / "d", body[:2], series="3", SeriesDescription="Topogram 0.6")
     report = pydicom.dcmread(paths[0])
     del report.PixelData, report.Rows
@@ -144,8 +144,8 @@ def test_a_study_of_several_modalities_needs_the_key(tmp_path, body):
     shutil.rmtree(tmp_path / "b")
     listing = listed(tmp_path)
     assert len(listing.names) == 9 and len(listing.groups) == 2
-    assert listing.notes == ["DICOM: CT 2 series; --series takes one of the descriptions 'ax 5mm' 1,"
-                             " 'cor mpr' 1: 1 file(s)"]
+    assert listing.notes == ["DICOM: CT 2 series; --series takes one of the descriptions "
+                             "'ax 5mm' 1, 'cor mpr' 1"]
     save_series(tmp_path / "s", drawn(2, 9, 7, high=2, dtype=np.int16), series="4", Modality="SEG")
     listing = listed(tmp_path)
     assert len(listing.names) == 9 and listing.left_out == {"DICOM segmentation": 2}
@@ -207,7 +207,9 @@ def test_the_quick_header_says_what_pydicom_says(tmp_path, body, monkeypatch):
     file = pydicom.dcmread(paths[0])
     inner = items(CodeValue="1", PurposeOfReferenceCodeSequence=items(CodeValue="2"))
     for path, is_undefined, is_implicit in zip(paths, (0, 1, 0, 1), (0, 0, 1, 1)):
-        syntax = pydicom.uid.ImplicitVRLittleEndian if is_implicit else pydicom.uid.ExplicitVRLittleEndian
+        syntax = pydicom.uid.ExplicitVRLittleEndian
+        if is_implicit:
+            syntax = pydicom.uid.ImplicitVRLittleEndian
         file = pydicom.dcmread(path)
         file.file_meta.TransferSyntaxUID = syntax
         file.SourceImageSequence = inner
@@ -280,7 +282,7 @@ def test_a_dicom_series_and_its_nifti_hold_the_same_images(tmp_path):
         spacing = [0.7, 0.7, 0.7]
         spacing[axis] = 2.5
         root = tmp_path / str(axis)
-        save_series(root / "a", slices, orientation=orientation, spacing=2.5, PixelSpacing=[0.7, 0.7])
+        save_series(root / "a", slices, orientation=orientation, PixelSpacing=[0.7, 0.7])
         save_nifti(root / "b.nii.gz", voxels, spacing, "RAS")
         listing = listed(root)
         n = len(slices)
