@@ -56,7 +56,8 @@ BOUNDS = dict(
     prototype_loss_weight=WEIGHT, centering=("centering", "sinkhorn_knopp"),
     student_temp=TEMPERATURE, teacher_temp=TEMPERATURE, warmup_teacher_temp=TEMPERATURE,
     warmup_teacher_temp_iterations=COUNT_OR_0, momentum_teacher=SHARE,
-    final_momentum_teacher=SHARE, koleo_loss_weight=WEIGHT, gram_loss_weight=WEIGHT,
+    final_momentum_teacher=SHARE, koleo_loss_weight=WEIGHT, koleo_group_size=(0, 10**6),
+    gram_loss_weight=WEIGHT,
     gram_teacher=("ema", "start", "snapshot"), gram_refresh_iterations=COUNT_OR_0,
     gram_crops_size=PIXELS_OR_0,
     # ---- optimizer ----

@@ -19,6 +19,7 @@ UNUSED = (
         "ibot_mask_ratio_min_max", "ibot_mask_exact")),
     ("ibot_separate_head", (False,), ("ibot_norm_last_layer",)),
     ("warmup_teacher_temp_iterations", (0,), ("warmup_teacher_temp",)),
+    ("koleo_loss_weight", (0.0,), ("koleo_group_size",)),
     ("gram_loss_weight", (0.0,), ("gram_teacher", "gram_refresh_iterations", "gram_crops_size")),
     ("clip_grad", (0.0,), ("clip_grad_by",)),
     ("freeze_last_layer", (0,), ("freeze_last_layer_by",)),

@@ -110,7 +110,7 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
     The DINO loss is the mean over all pairs of a teacher crop and another student crop. Two terms
     show it: V * (V - 1) pairs have a global student crop, V * L a local one. Each term is the mean
     over its pairs times their share of all pairs (DINOv2, DINOv3), so their sum is DINO's loss.
-    KoLeo is the sum over the global crops, as in DINOv2.
+    KoLeo is the sum over the global crops, as in DINOv2, and looks for neighbours on all ranks.
 
     The guided loss is not in the paper. It is the mean over all pairs of a teacher's guided crop
     and a student's global crop, plus the mean over pairs of two different guided crops. DINO's
@@ -118,7 +118,7 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
     crop to show the lesion. This loss asks for it.
     """
     V, G = config.global_crops_number, config.label_guided_crops_number
-    temp = config.student_temp
+    temp, size = config.student_temp, config.koleo_group_size
     global_logits = student_out["global_logits"].unflatten(0, (V, -1))  # [V,B,K]
     L = len(student_out.get("local_logits", ())) // global_logits.shape[1]
     n_global, n_local = V * (V - 1), V * L  # numbers of pairs
@@ -141,7 +141,8 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
     if config.ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, temp)
     if config.koleo_loss_weight > 0:  # before the head; per view: views of one image may be close
-        terms["koleo_loss"] = sum(koleo_loss(cls) for cls in student_out["global_cls"].chunk(V))
+        views = student_out["global_cls"].chunk(V)
+        terms["koleo_loss"] = sum(koleo_loss(cls, group_size=size) for cls in views)
     if config.gram_loss_weight > 0:
         terms["gram_loss"] = gram_loss(student_out["patches"], teacher_patches)
     if config.label_guided_loss_weight > 0:

@@ -132,6 +132,31 @@ def all_reduce_mean(x):
     return all_reduce_sum(x) / world_size()
 
 
+def gather_rows(x):
+    """The rows [B,D] of all ranks, [ranks*B,D] in the order of the ranks; the tensor itself when
+    alone. Every rank has as many rows, and computes the same scalar of the result.
+
+    Its gradient reaches the rows of this rank. It is multiplied by the number of ranks, because DDP
+    and FSDP then average the gradients of the weights over the ranks.
+    """
+    return GatherRows.apply(x) if dist.is_initialized() else x
+
+
+class GatherRows(torch.autograd.Function):
+    """See gather_rows. Backward sends no message: as all ranks compute the same scalar, each knows
+    the whole gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(world_size())[rank()] * world_size()
+
+
 def gather_objects(item):
     """[item of rank 0, item of rank 1, ...] on every rank, for small python objects such as names
     of bad files."""

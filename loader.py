@@ -69,12 +69,16 @@ def describe_data(train, measured, inputs, source):
 
 
 def describe_batches(crop_set, config, micro_batches, preset):
-    """How a step's batch is made: a line, and one each for slab_mm and min_foreground if set."""
+    """How a step's batch is made: a line, and one each for losses that see a part of it only, and
+    for slab_mm and min_foreground if set."""
     size = config.global_batch_size
     per_step = size // world_size() // micro_batches
     lines = [f"batch: {size} images = {world_size()} rank(s) x {micro_batches} micro-batch(es) x "
              f"{per_step}; {preset} augmentation; {len(crop_set) / size:.1f} iterations an epoch; "
              f"{loader_workers(config.num_workers)} loader worker(s) per rank"]
+    if micro_batches > 1 and (losses := within_micro_batch(config, per_step * world_size())):
+        lines.append(f"       {losses} compare(s) the {per_step * world_size()} images of a "
+                     "micro-batch only; with --gradient_accumulation_steps=1 all of the batch")
     if crop_set.slabs is not None:
         _, first, last = crop_set.slabs
         n_alone = np.count_nonzero(last - first == 1)
@@ -86,6 +90,19 @@ def describe_batches(crop_set, config, micro_batches, preset):
         lines.append(f"       {n_empty} of {len(shares)} sampled images have less foreground than "
                      f"{config.min_foreground:.0%}; random others stand in for them")
     return "\n".join(lines)
+
+
+def within_micro_batch(config, n_images):
+    """The losses that compare images, and see no others than the n_images of a micro-batch over all
+    ranks, as 'A and B'; '' if there are none."""
+    losses = []
+    uses_targets = getattr(config, "objective", "") != "feature"  # distill.py has objectives
+    if config.centering == "sinkhorn_knopp" and uses_targets:
+        losses.append("Sinkhorn-Knopp")
+    in_groups = 0 < getattr(config, "koleo_group_size", 0) <= n_images
+    if getattr(config, "koleo_loss_weight", 0) > 0 and not in_groups:
+        losses.append("KoLeo")
+    return " and ".join(losses)
 
 
 def measure_intensities(dataset, intensity_range=(0.0, 0.0), n_images=256, seed=0,
@@ -205,8 +222,9 @@ class BatchOrder(torch.utils.data.Sampler):
     """Which images this rank reads: a function of (seed, sample number) only.
 
     Sample number n = iteration * global_batch_size + position in the global batch. It reads image
-    n % N of the shuffled epoch n // N. Rank r takes the r-th part of every global batch, in
-    micro-batches. Yields lists of (n, image index).
+    n % N of the shuffled epoch n // N. A global batch is cut into micro-batches, and rank r takes
+    the r-th part of each: so a micro-batch, which KoLeo and Sinkhorn-Knopp look at, has the same
+    images on any number of ranks. Yields lists of (n, image index).
     """
 
     def __init__(self, n_images, global_batch_size, micro_batches, rank, world_size, start, stop,
@@ -220,12 +238,10 @@ class BatchOrder(torch.utils.data.Sampler):
         return (self.stop - self.start) * self.micro_batches
 
     def __iter__(self):
-        per_rank = self.global_batch_size // self.world_size
-        batch_size = per_rank // self.micro_batches
-        for iteration in range(self.start, self.stop):
-            first = iteration * self.global_batch_size + self.rank * per_rank
-            for n in range(first, first + per_rank, batch_size):
-                yield [(number, self.image(number)) for number in range(n, n + batch_size)]
+        batch_size = self.global_batch_size // self.world_size // self.micro_batches
+        for micro_batch in range(self.start * self.micro_batches, self.stop * self.micro_batches):
+            first = (micro_batch * self.world_size + self.rank) * batch_size
+            yield [(n, self.image(n)) for n in range(first, first + batch_size)]
 
     def image(self, number):
         """The index of the image that a sample reads."""

@@ -3,16 +3,14 @@ targets.
 
 Tensors in, scalar out, no state. Everything computes in fp32, whatever the dtype of the input. A
 statistic of the batch is taken over all ranks, so one process with B images and two with B/2 give
-the same numbers. KoLeo is the exception: it is local by definition. Shape letters are those of
-model.py: B images, S student crops, T teacher crops, K prototypes, M masked patches, P patches,
-D width.
+the same numbers. Shape letters are those of model.py: B images, S student crops, T teacher crops,
+K prototypes, M masked patches, P patches, D width.
 """
 import torch
 import torch.nn.functional as F
 
-from distributed import all_reduce_max, all_reduce_sum
-
-TINY = torch.finfo(torch.float32).tiny  # avoids 0/0 if all exponentials of a row or column vanish
+from configurator import UserError
+from distributed import all_reduce_max, all_reduce_sum, gather_rows
 
 
 # ---- teacher logits -> targets ----
@@ -77,30 +75,40 @@ def move_center(center, row_sums, momentum=0.9):
     return torch.where(n_rows > 0, moved, center)
 
 
+@torch.no_grad()
 def sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations=3):
     """Targets that use all prototypes equally: SwAV (arXiv 2006.09882) section 3.1 and appendix A,
     as in DINOv2.
 
-    Q = exp(logits / temp). n_iterations times: scale every prototype (column) to sum 1/K, then
-    every row to sum 1/N, over the rows of all ranks. The largest logit is subtracted before exp,
-    which prevents overflow and changes nothing else.
-    Args: teacher_logits [N,K], N may be 0 and may differ by rank.
+    Q = exp(logits / temp). n_iterations times: scale every prototype (column) to one sum, then
+    every row to sum 1, over the rows of all ranks. The common sum of the columns (1/K in the paper)
+    cancels when the rows are scaled.
+
+    The first iteration works on logarithms, because a row or a column may be far below the others:
+    exp(-100) is 0 in fp32. After it no sum of a column is below 1/K, so the later iterations only
+    keep a factor for every column and every row. The relative error is about 1e-7 times the range
+    of logits / temp.
+    Args: teacher_logits [N,K], N may be 0 and may differ by rank; n_iterations >= 1.
     Returns: probs [N,K] fp32, rows sum to 1, columns nearly to N/K.
     """
-    q = own_copy(teacher_logits).div_(teacher_temp)  # [N,K], from here on in place
-    largest = torch.tensor(float("-inf"), device=q.device)
-    if q.numel() > 0:
-        largest = q.max()
-    # exp(-60) counts for nothing in its row. With 0, a row far below the others had no target
-    q.sub_(all_reduce_max(largest)).clamp_(min=-60).exp_()
-    n_rows = all_reduce_sum(torch.tensor(float(len(q)), device=q.device))
-    n_prototypes = q.shape[1]
-    q /= all_reduce_sum(q.sum()).clamp_min(TINY)
-    for _ in range(n_iterations):
-        columns = all_reduce_sum(q.sum(dim=0, keepdim=True))  # [1,K]
-        q /= (columns * n_prototypes).clamp_min(TINY)  # columns sum to 1/K
-        q /= (q.sum(dim=1, keepdim=True) * n_rows).clamp_min(TINY)  # rows sum to 1/N
-    return q.mul_(n_rows)
+    q = own_copy(teacher_logits)  # [N,K], from here on in place
+    largest = q.new_full((1, q.shape[1]), float("-inf"))
+    if len(q) > 0:
+        largest = q.amax(dim=0, keepdim=True)
+    largest = all_reduce_max(largest)  # [1,K]
+    columns = 0
+    for part in few_rows(q):
+        part.sub_(largest).div_(teacher_temp)
+        columns += part.exp().sum(dim=0, keepdim=True)
+    columns = all_reduce_sum(columns).log()  # [1,K]
+    for part in few_rows(q):
+        part.copy_(F.softmax(part.sub_(columns), dim=-1))
+    row_factors, column_factors = q.new_ones(len(q)), q.new_ones(q.shape[1])
+    for _ in range(n_iterations - 1):
+        columns = all_reduce_sum(row_factors @ q)  # [K]
+        column_factors = columns.mean() / columns
+        row_factors = 1 / (q @ column_factors)  # [N]
+    return q.mul_(column_factors).mul_(row_factors[:, None])
 
 
 # ---- losses ----
@@ -195,7 +203,7 @@ class CrossEntropy(torch.autograd.Function):
         return result, None, None
 
 
-def koleo_loss(features, eps=1e-8):
+def koleo_loss(features, eps=1e-8, group_size=0):
     """Kozachenko-Leonenko entropy estimator. It pushes each feature away from its nearest neighbour
     in the batch, so that the features spread over the sphere. Sablayrolles et al. (arXiv
     1806.03198) equation 2; DINOv2 section 4.
@@ -203,21 +211,42 @@ def koleo_loss(features, eps=1e-8):
         x = features / |features|; j(i) = argmax over j != i of <x_i, x_j>  # without gradient
         return -mean over i of log(|x_i - x_j(i) + eps| + eps)
 
-    Args: features [B,D], the CLS tokens of one crop, before the head, of this rank's images only,
-    as in DINOv2.
-    Returns: scalar fp32. Raises ValueError for fewer than two rows. Two identical images in a batch
-    cost about +18.
+    i and j run over the images of all ranks, as in DINOv3's KoLeoLossDistributed. (DINOv2 compares
+    the images of one GPU.) Every rank computes the loss of all rows, so it is the same on all.
+    Args: features [B,D], the CLS tokens of one crop, before the head, as many rows on every rank;
+    group_size: neighbours are looked for among so many consecutive rows; 0, or more than there are
+    rows = among all. DINOv3 at high resolution: 16.
+    Returns: scalar fp32; two identical images cost about +18. Raises UserError if a row has no
+    neighbour, or if group_size does not divide the rows.
     """
-    if len(features) < 2:
-        raise ValueError("koleo_loss: needs at least 2 images per rank to find a neighbour, got "
-                         f"{len(features)}; use a larger batch or koleo_loss_weight = 0")
     with torch.autocast(features.device.type, enabled=False):  # bf16 would find wrong neighbours
-        x = F.normalize(features.float(), eps=eps, dim=-1)  # [B,D]
+        x = F.normalize(features.float(), eps=eps, dim=-1)
+        x = gather_rows(x)  # [ranks*B,D]
+        size = koleo_groups(len(x), group_size)
         with torch.no_grad():
-            similarity = x @ x.T  # [B,B]
-            neighbour = similarity.fill_diagonal_(-1).argmax(dim=1)
-        distance = F.pairwise_distance(x, x[neighbour], p=2, eps=eps)  # [B]
+            groups = x.unflatten(0, (-1, size))  # [G,size,D]
+            similarity = groups @ groups.mT  # [G,size,size]
+            # below -1: never its own neighbour, not even if all others are opposite
+            similarity.diagonal(dim1=1, dim2=2).fill_(-2)
+            first = torch.arange(0, len(x), size, device=x.device)  # of every group
+            neighbour = (similarity.argmax(dim=2) + first[:, None]).flatten()
+        distance = F.pairwise_distance(x, x[neighbour], p=2, eps=eps)
         return -(distance + eps).log().mean()
+
+
+def koleo_groups(n_images, group_size):
+    """The number of rows in each group of koleo_loss. n_images: of a micro-batch, over all ranks.
+    train.py calls it before the first step, to raise its UserError there."""
+    size = n_images if group_size == 0 else min(group_size, n_images)
+    if size < 2:
+        raise UserError(f"koleo_loss_weight needs 2 images to compare, there is {size} in a group "
+                        f"(koleo_group_size={group_size}; {n_images} in a micro-batch over all "
+                        "ranks); use a larger global_batch_size, fewer "
+                        "gradient_accumulation_steps, or koleo_loss_weight=0")
+    if n_images % size > 0:
+        raise UserError(f"koleo_group_size={group_size} does not divide the {n_images} images of a "
+                        "micro-batch over all ranks; use a divisor, or 0 for all of them")
+    return size
 
 
 def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_teacher_neg=False,

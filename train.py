@@ -110,6 +110,7 @@ warmup_teacher_temp_iterations = 500  # a straight line from one to the other
 momentum_teacher = 0.996         # teacher = m * teacher + (1 - m) * student; 0.9 for short runs
 final_momentum_teacher = 1.0     # m rises to this by a cosine
 koleo_loss_weight = 0.0          # spreads the CLS features of a batch; DINOv2, DINOv3: 0.1
+koleo_group_size = 0             # it compares so many images at most; 0 = all of a micro-batch
 gram_loss_weight = 0.0           # keeps patch similarities near an anchor's; DINOv3: 1.5 to 2
 gram_teacher = 'ema'             # anchor: 'ema' = teacher | 'start' = first weights | 'snapshot'
 gram_refresh_iterations = 0      # 'snapshot': copy the teacher every N iterations; DINOv3: 10000
@@ -157,6 +158,7 @@ from distributed import (accumulation_steps, autocast_for, built_by_main, cleanu
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
+from losses import koleo_groups
 from metrics import diagnose, monitor
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
                    compile_blocks, describe_student, parameter_counts, pretrained_input,
@@ -309,9 +311,8 @@ def main(sources, at_end):
     # ---- loader ----
     micro_batches = accumulation_steps(global_batch_size, gradient_accumulation_steps)
     batch_size = global_batch_size // world_size() // micro_batches
-    if koleo_loss_weight > 0 and batch_size < 2:
-        raise UserError(f"koleo_loss_weight={koleo_loss_weight} needs 2 images per rank and "
-                        f"micro-batch, there is {batch_size}; raise global_batch_size")
+    if koleo_loss_weight > 0:
+        koleo_groups(batch_size * world_size(), koleo_group_size)
     multi_crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number,
                            local_crops_size, local_crops_scale, local_crops_number,
                            label_guided_crops_number, label_guided_crops_scale,

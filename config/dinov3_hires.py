@@ -30,6 +30,7 @@ ibot_separate_head = True
 ibot_out_dim = dino_head_out_dim
 ibot_mask_exact = True
 koleo_loss_weight = 0.1
+koleo_group_size = 16             # two GPUs of 8 images
 warmup_teacher_temp = 0.07
 teacher_temp = 0.07
 warmup_teacher_temp_iterations = 0

@@ -828,10 +828,9 @@ def test_ranks_and_micro_batches_share_the_same_global_batches(world, micro):
         assert all(len(samples) == 8 // world // micro for samples in part)
     for iteration in range(10):
         joined = []
-        for part in parts:
-            for samples in part[iteration * micro : (iteration + 1) * micro]:
-                joined += samples
-        assert joined == whole[iteration]  # in order: rank r has the r-th part
+        for i in range(iteration * micro, (iteration + 1) * micro):
+            joined += sum([part[i] for part in parts], [])
+        assert joined == whole[iteration]  # in order: rank r has the r-th part of a micro-batch
 
 
 @pytest.mark.parametrize("n_images, batch", [(10, 4), (10, 8), (3, 8), (1, 4), (64, 8)])
@@ -895,8 +894,8 @@ def test_batches_of_all_ranks_joined_are_the_batch_of_one(images, world_size, mi
     parts = [batches(crops, 10, rank=rank, **split) for rank in range(world_size)]
     for iteration, whole in enumerate(batches(crops, 10)):
         pieces = []
-        for part in parts:
-            pieces += part[iteration * micro_batches : (iteration + 1) * micro_batches]
+        for i in range(iteration * micro_batches, (iteration + 1) * micro_batches):
+            pieces += [part[i] for part in parts]
         for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "masks"):
             share = 6 // len(pieces)
             views = [piece[key].unflatten(0, (-1, share)) for piece in pieces]

@@ -224,7 +224,7 @@ def test_koleo_of_two_identical_images_is_finite():
 
 
 def test_koleo_refuses_a_batch_of_one():
-    with pytest.raises(ValueError, match="at least 2 images"):
+    with pytest.raises(ValueError, match="needs 2 images"):
         koleo_loss(normal(1, 5))
 
 

@@ -414,7 +414,7 @@ def test_unreadable_image_is_named_or_skipped(tmp_path, capsys):
     (["--label_guided_loss_weight=1"],
      r"label_guided_loss_weight=1.0 with label_guided_crops_number=0"),
     (["--koleo_loss_weight=0.1", "--gradient_accumulation_steps=8"],
-     r"koleo_loss_weight=0.1 needs 2 images"),
+     r"koleo_loss_weight needs 2 images to compare, there is 1 "),
 ])
 def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):
     with pytest.raises(UserError, match=message):
