@@ -189,7 +189,8 @@ class Run:
                               config_text(config))
             for name in exports:
                 export_hf(f"{checkpoints}/{name}/hf", unwrap(state.student).backbone,
-                          config.global_crops_size, card=card, weights=weights, **inputs)
+                          config.global_crops_size, card=card, weights=weights,
+                          intensity_scaling=config.intensity_scaling, **inputs)
         main_writes(write)
 
     # ---- the end ----
