@@ -18,17 +18,13 @@ import numpy as np
 
 from configurator import UserError
 from images import Sendable
-from labels import NO_VALUE, split_word
+from labels import COLUMNS, NO_VALUE, split_word
 from layouts import stem_of
 
 MASK_FILE = re.compile(r"(.+?)[ _.-](mask|seg|segmentation|groundtruth|gt)([ _.-]?\d+)?",
                        re.IGNORECASE)
 MASK_ORDER = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # of masks of one name, the first
-COLUMNS = dict(
-    file=("file", "file_name", "filename", "image", "image_name", "image_id", "path"),
-    label=("label", "labels", "class", "class_name", "category", "diagnosis", "target"),
-    group=("group", "groups", "patient", "patient_id", "patientid", "subject", "subject_id"),
-    split=("split", "set", "subset", "partition"))
+
 
 
 # ---- tables ----

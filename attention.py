@@ -30,9 +30,16 @@ dataset_path = ''                # as in train.py; '' = the run's
 dataset_size = 0                 # of MedMNIST and phantom images; 0 = the run's, else 224
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
 download_url = ''                # a mirror of the MedMNIST files; '' = their own host
+series = ''                      # these six as in train.py; '', -1 or 0 = the run's
+volume_axis = -1                 # axis of the slices of 3-D arrays and NIfTI
+volume_index = -1                # the volume of 4-D NIfTI
+slice_step_mm = 0.0              # least distance of slices
+group_level = 0                  # the n-th folder below a split is the patient
+max_image_pixels = 0             # pixels that a picture may have
 split = 'test'                   # of dataset_path
 image_size = 0                   # pixels of the shorter side; 0 = as trained. More = finer maps
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
+intensity_scaling = 'set'        # as in train.py; 'set' = the run's
 label_guided_classes = ()        # mask values that are labels; () = the run's, else all except 0
 n_images = 16                    # the first n images are drawn; 0 = no pictures
 
@@ -61,12 +68,13 @@ from tqdm import tqdm
 import pictures
 from augment import Photometrics, is_labelled, resize
 from checks import Checks
-from data import Dataset, load_dataset
+from data import Dataset, describe_source, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
                        scaled)
 from distributed import setup
 from features import find_networks, load_network
 from images import EXTENSIONS, ImageFiles, load_image
+from loader import reading_keys
 from model import blocks, embed, forward_features, run_blocks
 from run_folder import make_folder
 from tables import jsonable, markdown
@@ -439,7 +447,8 @@ def open_data(config, network):
     def open_split(name):
         size = dataset_size or config.get("dataset_size", 224)
         return load_dataset(source, name, size, cache_dir, download_url,
-                            config.get("num_channels", 0))
+                            config.get("num_channels", 0), **reading)
+    reading = reading_keys(SimpleNamespace(**globals()), config)
     if images:
         num_channels = 0  # released weights take what the images have, a run has its own number
         path = os.path.join(network["settings_path"], "config.json")
@@ -448,6 +457,7 @@ def open_data(config, network):
         dataset = open_images(num_channels)
     else:
         dataset = open_split(split)
+        print(describe_source(dataset), flush=True)
     if detection and dataset.masks is None:
         raise UserError(f"detection=true, but {dataset.name} has no masks to compare with")
     val = None

@@ -343,11 +343,12 @@ def merge_lora(backbone, weights):
     return merged
 
 
-def processor_config(size, intensity_range, mean, std):
+def processor_config(size, intensity_range, mean, std, intensity_scaling="set"):
     """preprocessor_config.json of an export, as a dict.
 
     A processor computes (pixel * factor - mean) / std. So the lower end of the range goes into its
-    mean. intensity_range is kept beside it, for model.pretrained_input.
+    mean. intensity_range is kept beside it, for model.pretrained_input, and intensity_scaling if
+    each image has to be scaled by itself before (data.scale_image), which no processor does.
     """
     low, high = intensity_range
     factor = 1 / (high - low)
@@ -355,17 +356,19 @@ def processor_config(size, intensity_range, mean, std):
                 size={"shortest_edge": size}, resample=3, do_center_crop=True,
                 crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=factor,
                 do_normalize=True, image_mean=[m + low * factor for m in mean],
-                image_std=list(std), do_convert_rgb=False, intensity_range=[low, high])
+                image_std=list(std), do_convert_rgb=False, intensity_range=[low, high],
+                **({} if intensity_scaling == "set" else dict(intensity_scaling=intensity_scaling)))
 
 
-def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None):
+def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None,
+              intensity_scaling="set"):
     """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json, README.
 
     LoRA is merged into the weights, and adapter/ has the adapter alone. A ViT's mask token is left
     out, because its HF config cannot say that it is there.
     Args: size: pixels of a global crop; intensity_range, mean, std: of the input; card: text of the
     model card; weights: the whole state dict to write (distributed.gather_full), None = the
-    backbone's own.
+    backbone's own; intensity_scaling: of the run.
     """
     temporary = folder + ".part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -380,7 +383,8 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         with quiet_transformers():
             core(backbone).save_pretrained(temporary, state_dict=weights)
         with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
-            json.dump(processor_config(size, intensity_range, mean, std), file, indent=2)
+            settings = processor_config(size, intensity_range, mean, std, intensity_scaling)
+            json.dump(settings, file, indent=2)
         with open(os.path.join(temporary, "README.md"), "w") as file:
             file.write(card)
         _replace_folder(temporary, folder)

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from archives import (MEDMNIST, medmnist_arrays, npz_arrays, open_arrays, phantom_arrays,
+from archives import (MEDMNIST, SPLITS, medmnist_arrays, npz_arrays, open_arrays, phantom_arrays,
                       phantom_volume_arrays)
 from configurator import UserError
 from folders import open_folder
+from formats import file_kind
 from images import ImageFiles, Rows, Sendable, at_least
 from labels import cut_tenth, find_classes, is_known, split_word
+from parquet import unpack_parquet
 from phantom import PHANTOM_CLASSES, VOLUME_CLASSES
 
 # How files are read: keys of the scripts with the same names. volumes.list_images explains them
@@ -119,9 +121,6 @@ class Dataset(Sendable, torch.utils.data.Dataset):
             value = getattr(self, key)
             setattr(part, key, None if value is None else value[indices])
         return part
-
-
-SCALINGS = ("set", "image", "dtype")
 
 
 def scale_image(image, scaling, path):
@@ -266,6 +265,26 @@ def error_text(error, dataset, i):
             "it, or set --on_bad_image=skip")
 
 
+def check_groups(train, tests, allowed):
+    """Sentences on the groups (patients) of test splits. Raises UserError if some of them are also
+    in train, unless that is `allowed`. tests: {split: Dataset}."""
+    notes = []
+    for split, dataset in tests.items():
+        if dataset.groups is None:
+            continue
+        notes.append(f"{split}: {len(np.unique(dataset.groups))} groups (patients or volumes); "
+                     "intervals resample groups")
+        if n_shared := n_shared_groups(train, dataset):
+            text = (f"{n_shared} of {len(np.unique(dataset.groups))} groups (patients or volumes) "
+                    f"of {split} are also in train")
+            if not allowed:
+                raise UserError(f"{text}: what is measured would be memory; split by patient, or "
+                                "set --allow_shared_groups=true")
+            notes.append(f"!!!! {text}: the probes have seen these patients; k-NN leaves out "
+                         "neighbours of an image's own group !!!!")
+    return notes
+
+
 def n_shared_groups(dataset, other):
     """How many groups (patients) of one data set are also in another."""
     if dataset.groups is None or other.groups is None:
@@ -297,5 +316,23 @@ def _open_source(dataset_path, size, download_url, settings):
         return open_arrays(npz_arrays(path, settings.cache_dir), path, settings.volume_axis)
     if os.path.isdir(path):
         return open_folder(path, settings)
+    if os.path.isfile(path):
+        return _open_file(path, settings)
     raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', a MedMNIST "
                     f"name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
+
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+
+
+def _open_file(path, settings):
+    """The data set of one file: the slices of a volume, the pages of a TIFF, a parquet file."""
+    if path.lower().endswith(ARCHIVES):
+        raise UserError(f"dataset_path={path!r} is an archive; unpack it, and give the folder")
+    folder, file = os.path.split(os.path.abspath(path))
+    if path.lower().endswith(".parquet"):
+        return open_folder(unpack_parquet(folder, [file], settings.cache_dir), settings)
+    if not file_kind(path):
+        raise UserError(f"dataset_path={path!r} is a file that is no data set; give a folder of "
+                        "images, an .npz, or one volume as NIfTI, DICOM, TIFF or .npy")
+    return open_folder(folder, settings, file)

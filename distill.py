@@ -39,8 +39,15 @@ dataset_size = 224               # pixels: of MedMNIST 28 | 64 | 128 | 224; of t
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
 download_url = ''                # a mirror of the MedMNIST files; '' = their own host
 shuffle = True                   # a new order every epoch; False = file order
+series = ''                      # of DICOM: modality or part of a description, as 'CT'; '' = all
+volume_axis = -1                 # of 3-D arrays and NIfTI: axis of the slices; -1 = by their shape
+volume_index = -1                # of 4-D NIfTI: the volume that is read; -1 = they are left out
+slice_step_mm = 0.0              # least distance of the slices that are read; 0 = all slices
+group_level = 0                  # the n-th folder below a split is the patient; 0 = by names, DICOM
+max_image_pixels = 0             # pixels that a picture may have; 0 = the limit of Pillow, 89e6
 num_channels = 0                 # channels the images must have; 0 = any. Grey stays one channel
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1, as (-160, 240) HU; (0, 0) = measured
+intensity_scaling = 'set'        # 'set' = one range | 'image' = percentiles of each | 'dtype'
 image_mean = ()                  # per channel, of pixels in 0..1; () = of the weights, or measured
 image_std = ()                   # like image_mean
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = use its neighbour, list it
@@ -140,12 +147,13 @@ from torch import nn
 from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
 from checks import Checks
+from data import READING
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
                          stop_together, unwrap, world_size, wrap)
 from features import KnnMeasure
-from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
-                    open_splits)
+from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
+                    make_loader, open_splits)
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
 from metrics import monitor, rankme
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
@@ -285,7 +293,7 @@ def cache_key(config, preset, **more):
             "global_crops_number", "global_crops_size", "global_crops_scale", "horizontal_flip",
             "vertical_flip", "blur_probability", "window_jitter", "distilled_model_type",
             "distilled_model_weights", "mixed_precision", "min_foreground")
-    values = {key: getattr(config, key) for key in keys}
+    values = {key: getattr(config, key) for key in (*keys, *READING)}
     return dict(values, augmentation=augmentation_values(preset), **more)
 
 
@@ -310,6 +318,8 @@ def main(sources, at_end):
     train_set, measured = open_splits(config)
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range = intensity_range if any(intensity_range) else teacher.intensity_range or (0, 0)
+    if teacher.intensity_range:
+        check_scaling(train_set, pretrained_input(distilled_model_type))
     inputs, source = input_settings(train_set, expected, value_range, image_mean, image_std, seed,
                                     on_bad_image)
     low_high = inputs["intensity_range"]

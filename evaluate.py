@@ -29,12 +29,21 @@ dataset_path = ''                # as in train.py; '' = the run's
 dataset_size = 0                 # of MedMNIST and phantom images; 0 = the run's, else 224
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
 download_url = ''                # a mirror of the MedMNIST files; '' = their own host
+series = ''                      # these six as in train.py; '', -1 or 0 = the run's
+volume_axis = -1                 # axis of the slices of 3-D arrays and NIfTI
+volume_index = -1                # the volume of 4-D NIfTI
+slice_step_mm = 0.0              # least distance of slices
+group_level = 0                  # the n-th folder below a split is the patient
+max_image_pixels = 0             # pixels that a picture may have
 test_splits = 'test'             # measured splits, comma-separated; all methods learn from train
 image_size = 0                   # pixels of the network's input; 0 = as trained
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
+intensity_scaling = 'set'        # as in train.py; 'set' = the run's
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = leave it out
 num_workers = -1                 # loader processes; -1 = the cores less one, up to 8
 batch_size = 64                  # images per forward pass
+
+allow_shared_groups = False      # measure even if a patient of a test split is also in train
 
 # ---- measurements ----
 knn_k = 5                        # neighbours of the majority vote; paper: 5
@@ -55,9 +64,10 @@ import torch.nn.functional as F
 import features
 import metrics
 import pictures
-from data import cut_tenth, load_dataset
+from data import check_groups, cut_tenth, describe_source, load_dataset
 from distributed import autocast_for, loader_workers, setup
 from features import collect_features, find_networks, load_network, stream_features
+from loader import reading_keys
 from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, patch_classes
 from run_folder import make_folder
 from tables import jsonable, tabulate
@@ -136,17 +146,20 @@ def measure(backbone, data, settings, values, patch):
         for split in tests:
             test = collected[split]
             probs = probe(test["features"][:, :width])
-            numbers = classification_metrics(probs, test["labels"], None, bootstrap, seed)
+            numbers = classification_metrics(probs, test["labels"], None, bootstrap, seed,
+                                             test["groups"])
             results[split][name] = dict(C=strength, **numbers)
             test.setdefault("probs", probs)  # those of the first probe
 
     def evaluate_knn(name, k, temperature):
         for split in tests:
             test = collected[split]
+            groups = dict(train_groups=train["groups"], test_groups=test["groups"])
             predictions, shares = knn_vote(train["features"][:, :D], train["labels"],
-                                           test["features"][:, :D], k, temperature)
+                                           test["features"][:, :D], k, temperature, **groups)
             results[split][name] = classification_metrics(
-                shares.cpu(), test["labels"], predictions.cpu(), bootstrap, seed)
+                shares.cpu(), test["labels"], predictions.cpu(), bootstrap, seed,
+                groups=test["groups"])
     evaluate_probe("linear", D)
     if not is_raw:
         evaluate_probe("linear_cls_patch", 2 * D)
@@ -258,14 +271,15 @@ def open_data(config):
 
     def open_split(split):
         return load_dataset(source, split, dataset_size or config.get("dataset_size", 224),
-                            cache_dir, download_url, config.get("num_channels", 0), seed)
-    train, notes = open_split("train"), []
-    tests = {split: open_split(split) for split in splits}
+                            cache_dir, download_url, config.get("num_channels", 0), seed,
+                            **reading_keys(SimpleNamespace(**globals()), config)).labelled()
+    train = open_split("train")
+    tests, notes = {split: open_split(split) for split in splits}, [describe_source(train)]
     if train.labels is None:
         raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a "
-                        "sub-folder per class")
+                        f"sub-folder per class. {describe_source(train)}")
     if "val" in splits:
-        rest, tenth = cut_tenth(len(train), seed)
+        rest, tenth = cut_tenth(len(train), seed, train.groups)
         train, tune = train.subset(rest, "train"), train.subset(tenth, "train")
         notes.append(f"val is measured, so {len(tune)} images of train (seed {seed}) pick the "
                      "probe's penalty")
@@ -274,6 +288,7 @@ def open_data(config):
         if "val" not in train.splits:
             notes.append(f"no val split: {len(tune)} images of train (a tenth, seed {seed}) pick "
                          "the probe's penalty")
+    notes += check_groups(train, tests, allow_shared_groups)
     return dict(train=train, tune=tune, **tests), notes
 
 

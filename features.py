@@ -114,8 +114,9 @@ def collect_features(backbone, dataset, with_patch_mean=False, **settings):
     Args: with_patch_mean: put the mean patch token behind the CLS token, [N,2D]; settings: of
     stream_features.
     Returns: dict of features [N,D] fp32 on the backbone's device (raw pixels: on the CPU); labels
-    [N] int64, [N,c] for multi-label, or None; and lists of N indices and digests. Images that
-    on_bad_image='skip' leaves out are missing from all four. Raises UserError if none can be read.
+    [N] int64, [N,c] for multi-label, or None; groups [N] int64 or None; and lists of N indices and
+    digests. Images that on_bad_image='skip' leaves out are missing from all five. Raises UserError
+    if none can be read.
     """
     features, indices, digests = None, [], []
     for batch in stream_features(backbone, dataset, **settings):
@@ -136,8 +137,9 @@ def collect_features(backbone, dataset, with_patch_mean=False, **settings):
     if dataset.labels is not None:
         labels = np.asarray(dataset.labels)[indices].astype(np.int64)
         labels = torch.from_numpy(labels)
-    return dict(features=features[:len(indices)], labels=labels, indices=indices,
-                digests=digests)
+    groups = None if dataset.groups is None else dataset.groups[indices]
+    features = features[:len(indices)]
+    return dict(features=features, labels=labels, groups=groups, indices=indices, digests=digests)
 
 
 def extract_features(backbone, dataset, **settings):

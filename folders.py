@@ -21,17 +21,25 @@ from archives import SPLITS, make_folder, map_folder, save_arrays, short_hash
 from configurator import UserError
 from images import ImageFiles, read_boxes
 from labels import folder_words
-from layouts import class_level, find_groups, find_labels, group_level_of, place_folders, walk
+from layouts import (class_level, find_groups, find_labels, group_level_of, note_coco, one_file,
+                     place_folders, walk)
+from parquet import unpack_parquet
 from volumes import list_images
 
 
-def open_folder(root, settings):
-    """The data set of a folder. settings: namespace of data.READING, cache_dir, num_channels.
-    Returns: namespace as of archives.open_arrays. Raises UserError if there is no image."""
-    index = folder_index(root, settings)
+def open_folder(root, settings, file=""):
+    """The data set of a folder, or of one file in it.
+
+    Args: settings: namespace of data.READING, cache_dir, num_channels; file: a name in root, '' =
+    all of them. Returns: namespace as of archives.open_arrays. Raises UserError without an image.
+    """
+    index = folder_index(root, settings, file)
     splits = [split for split in SPLITS if f"{split}_images" in index]
     notes = json.loads(str(index["notes"]))
     if all(len(index[f"{split}_images"]) == 0 for split in splits):
+        parquet = index["parquet"].tolist()
+        if parquet:
+            return open_folder(unpack_parquet(root, parquet, settings.cache_dir), settings)
         raise UserError(f"dataset_path={root!r}: no images; looked for pictures (.png, .jpg, .tif, "
                         f"...), .npy, DICOM and NIfTI in it and below: {'; '.join(notes)}")
     files = {split: _image_files(root, index, split, settings) for split in splits}
@@ -120,7 +128,7 @@ def masks_of(files, index, split, settings):
 
 # ---- the index of a folder ----
 
-def folder_index(root, settings):
+def folder_index(root, settings, file=""):
     """The arrays of list_folder, from the cache as long as no directory changes.
 
     Asking a thousand directories for their times takes milliseconds. Listing their million files
@@ -129,7 +137,7 @@ def folder_index(root, settings):
     """
     root = os.path.abspath(root)
     keys = ("series", "volume_axis", "volume_index", "slice_step_mm", "group_level")
-    state = f"{root} {[getattr(settings, key) for key in keys]}"
+    state = f"{root} {file} {[getattr(settings, key) for key in keys]}"
     prefix = os.path.join(settings.cache_dir,
                           f"{os.path.basename(root)}-{short_hash(os.fsencode(state))}")
     for folder in glob.glob(f"{glob.escape(prefix)}-*"):
@@ -139,7 +147,7 @@ def folder_index(root, settings):
         if np.array_equal(index["times"], _times(index["directories"])):
             return index
     began = time.time_ns()
-    index = list_folder(root, settings)
+    index = list_folder(root, settings, file)
     index["times"] = _times(index["directories"])
     # Clocks of disks are coarse: a directory that changed within two seconds before the walk may
     # change again without a new time. Its index is not kept.
@@ -167,8 +175,8 @@ def _times(directories):
     return np.array(times, dtype=np.int64)
 
 
-def list_folder(root, settings):
-    """Walk through a folder of images. Returns a dict of arrays:
+def list_folder(root, settings, file=""):
+    """Walk through a folder of images, or take one file of it. Returns a dict of arrays:
 
     {split}_images       [N] of bytes: names below root, in the order of volumes.list_images
     {split}_numbers      [N] int32: number of the image in its file
@@ -181,9 +189,11 @@ def list_folder(root, settings):
     {split}_top          the folder of the split's images, for boxes.json
     class_names          [c] of str: sorted, those of all splits; [0] without classes of folders
     notes                json: sentences for the log
+    parquet              of str: names of parquet files below root
     directories          of bytes: all directories and tables that the result depends on
     """
-    found = walk(root)
+    found = one_file(file) if file else walk(root)
+    note_coco(root, found)
     places = place_folders(found)
     masks, mask_splits = find_masks(found, places)
     names, folders = [], []
@@ -201,8 +211,11 @@ def list_folder(root, settings):
     elif n_left_out := int((split_of == "").sum()):
         found.left_out["image(s) in no split"] += n_left_out
 
-    depends_on = found.directories + [os.path.join(root, table) for table in found.tables]
-    index = dict(directories=np.array([os.fsencode(path) for path in depends_on]))
+    depends_on = [os.path.join(root, name) for name in (*found.tables, file)]
+    depends_on += found.directories
+    parquet = sorted(name for name in found.others if name.lower().endswith(".parquet"))
+    index = dict(directories=np.array(list(map(os.fsencode, depends_on))),
+                 parquet=np.array(parquet, dtype=str))
     rows_of, listings = {}, {}
     for split in [split for split in SPLITS if (split_of == split).any()] or ["train"]:
         rows = np.flatnonzero(split_of == split)

@@ -13,6 +13,12 @@ from configurator import UserError
 UNKNOWN = -1  # the label of an image whose class nobody knows
 NO_VALUE = ("", "nan", "NaN", "none", "None", "NA", "n/a", "<NA>", "null")  # texts that say it
 
+COLUMNS = dict(# of tables beside images: what their names may be
+    file=("file", "file_name", "filename", "image", "image_name", "image_id", "path"),
+    label=("label", "labels", "class", "class_name", "category", "diagnosis", "target"),
+    group=("group", "groups", "patient", "patient_id", "patientid", "subject", "subject_id"),
+    split=("split", "set", "subset", "partition"))
+
 
 # ---- words ----
 

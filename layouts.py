@@ -7,6 +7,7 @@ Words are looked for at the upper levels of a folder, in any order and case (lab
 
 The first folder that is no such word is the class of an image, unless it is named like a patient.
 """
+import contextlib
 import os
 import re
 from collections import Counter
@@ -31,17 +32,24 @@ PATIENT = re.compile(r"(sub-\w+|(pa|pat|patient|pt|subj|subject|sub|case|study|e
 
 # ---- what lies there ----
 
+def one_file(name):
+    """What walk finds if there is nothing but this file."""
+    found = SimpleNamespace(images={"": [name]}, left_out=Counter(), n_files=1, n_links=0)
+    found.directories, found.tables, found.others, found.notes = [], [], [], []
+    return found
+
+
 def walk(root):
     """Everything below a folder. Links are followed, except to a folder that they lie in.
 
     Returns: namespace of
     images: {folder: names of its images}, folders relative to root, '' = root itself
-    tables: paths of the tables that TABLES names; texts: paths of .json and .parquet and .npz
+    tables: paths of the tables that TABLES names; others: of .json and .parquet
     directories: all directories, absolute
     left_out: Counter of what is no image, by kind; n_files; n_links: linked folders; notes: []
     """
-    found = SimpleNamespace(images={}, tables=[], others=[], directories=[],
-                            left_out=Counter(), n_files=0, n_links=0, notes=[])
+    found = one_file("")
+    found.images, found.n_files = {}, 0
     stack = [("", ())]
     while stack:
         folder, above = stack.pop()
@@ -98,6 +106,8 @@ def sort_file(name, entry, found):
         return
     if extension in (".json", ".parquet"):
         found.others.append(name)
+        if entry.name == "boxes.json":
+            return
     elif extension == ".txt" and is_in_masks(name):
         extension = ".txt in labels/ (boxes of YOLO are not read, boxes.json is)"
     elif extension not in OTHER_FILES:
@@ -108,6 +118,17 @@ def sort_file(name, entry, found):
         except OSError:
             extension = "broken link or unreadable file"
     found.left_out[extension or "file without an ending"] += 1
+
+
+def note_coco(root, found):
+    """Say it if a .json is an annotation file in the format of COCO, which is not read."""
+    for name in found.others[:50]:
+        with contextlib.suppress(OSError):
+            with open(os.path.join(root, name), "rb") as file:
+                start = file.read(1 << 16)
+            if b'"images"' in start and b'"file_name"' in start:
+                found.notes.append(f"{os.path.basename(name)} looks like COCO and is not read: "
+                                   "classes go into labels.csv, boxes into boxes.json")
 
 
 def is_in_masks(name):

@@ -41,9 +41,17 @@ def open_splits(config):
         return train, {split: open_split(split).labelled() for split in splits}
 
 
-def reading_keys(config):
-    """The keys of data.READING that a run's config has, as a dict. config: a namespace."""
-    return {key: getattr(config, key) for key in READING if hasattr(config, key)}
+def reading_keys(config, run_config=None):
+    """The keys of data.READING that a config has, a namespace, as a dict. run_config: dict of the
+    run that a script looks at; its values count where the config has the default. If the config
+    names another data set, only its intensity_scaling counts."""
+    keys = {key: getattr(config, key) for key in READING if hasattr(config, key)}
+    run_config = run_config or {}
+    is_other = getattr(config, "dataset_path", "") not in ("", run_config.get("dataset_path"))
+    for key, value in keys.items():
+        if value == READING[key] and not (is_other and key != "intensity_scaling"):
+            keys[key] = run_config.get(key, value)
+    return keys
 
 
 def describe_data(train, measured, inputs, source):
@@ -170,6 +178,15 @@ def _common_range(images):
     return low, high
 
 
+def check_scaling(dataset, expected):
+    """Raise UserError if weights want images that are scaled by themselves in another way than a
+    data set does. expected: dict of model.pretrained_input."""
+    scaling = expected.get("intensity_scaling", dataset.scaling)
+    if scaling != dataset.scaling:
+        raise UserError(f"intensity_scaling={dataset.scaling!r}: the weights were trained with "
+                        f"{scaling!r}; set --intensity_scaling={scaling}")
+
+
 def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), std=(),
                    seed=0, on_bad_image="error"):
     """How pixels become the network's input: as given, else as the weights expect, else measured.
@@ -180,6 +197,7 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
     Returns: dict of intensity_range, mean, std; and a text that says where mean and std come from.
     Raises UserError if mean or std has another length than the images have channels.
     """
+    check_scaling(train_set, pretrained)
     if tuple(intensity_range) == (0.0, 0.0) and pretrained.get("intensity_range"):
         intensity_range = pretrained["intensity_range"]
     intensity_range, other_mean, other_std = measure_intensities(
@@ -293,7 +311,8 @@ class CropDataset(torch.utils.data.Dataset):
         index, image, mask = self.read(n, index)
         rng, view = self.generator(n, index)
         neighbours = self.neighbours(index, rng)
-        return dict(self.multi_crop(image, mask, rng, neighbours), n=n, index=index, view=view)
+        crops = self.multi_crop(image, mask, rng, neighbours)
+        return dict(crops, n=n, index=index, view=view)
 
     def read(self, n, index):
         """(index, image, mask) of sample n: image `index`, or a random one with enough foreground

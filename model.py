@@ -271,7 +271,8 @@ def compile_blocks(backbone):
 def pretrained_input(model_type):
     """The input that the weights were trained on, from their preprocessor_config.json: dict of mean
     and std (tuples of floats, of pixels in 0..1), size (pixels, or 0) and intensity_range (of our
-    own exports, else None); {} if there is no such file."""
+    own exports, else None), with intensity_scaling if they have one; {} if there is no such file.
+    """
     processor = transformers.image_processing_utils.BaseImageProcessor
     try:
         settings, _ = processor.get_image_processor_dict(model_type)
@@ -284,7 +285,8 @@ def pretrained_input(model_type):
         mean = tuple(round(m - low / (high - low), 6) for m in mean)
     crop = settings.get("crop_size") or settings.get("size") or {}
     size = crop.get("height", crop.get("shortest_edge", 0))
-    return dict(mean=mean, std=std, size=size, intensity_range=intensity_range)
+    scaling = {key: settings[key] for key in ("intensity_scaling",) if key in settings}
+    return dict(mean=mean, std=std, size=size, intensity_range=intensity_range, **scaling)
 
 
 def core(backbone):

@@ -241,7 +241,8 @@ class Run:
                               config_text(config))
             for name in exports:
                 export_hf(f"{checkpoints}/{name}/hf", unwrap(state.student).backbone,
-                          config.global_crops_size, card=card, weights=weights, **self.inputs)
+                          config.global_crops_size, card=card, weights=weights,
+                          intensity_scaling=config.intensity_scaling, **self.inputs)
         main_writes(write)
 
     # ---- the end ----

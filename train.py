@@ -39,8 +39,15 @@ dataset_size = 224               # pixels: of MedMNIST 28 | 64 | 128 | 224; of t
 cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
 download_url = ''                # a mirror of the MedMNIST files; '' = their own host
 shuffle = True                   # a new order every epoch; False = file order
+series = ''                      # of DICOM: modality or part of a description, as 'CT'; '' = all
+volume_axis = -1                 # of 3-D arrays and NIfTI: axis of the slices; -1 = by their shape
+volume_index = -1                # of 4-D NIfTI: the volume that is read; -1 = they are left out
+slice_step_mm = 0.0              # least distance of the slices that are read; 0 = all slices
+group_level = 0                  # the n-th folder below a split is the patient; 0 = by names, DICOM
+max_image_pixels = 0             # pixels that a picture may have; 0 = the limit of Pillow, 89e6
 num_channels = 0                 # channels the images must have; 0 = any. Grey stays one channel
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1, as (-160, 240) HU; (0, 0) = measured
+intensity_scaling = 'set'        # 'set' = one range | 'image' = percentiles of each | 'dtype'
 image_mean = ()                  # per channel, of pixels in 0..1; () = of the weights, or measured
 image_std = ()                   # like image_mean
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = use its neighbour, list it
