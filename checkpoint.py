@@ -328,7 +328,8 @@ def resample_positions(positions, grid):
         return positions
     patches = patches.transpose(1, 2).unflatten(2, (side, side))  # [1,D,side,side]
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+    patches = patches.flatten(2).transpose(1, 2)  # [1,P,D]
+    return torch.cat([cls, patches], dim=1)
 
 
 def edit_json(path, **values):

@@ -61,8 +61,8 @@ def convert(values, path, key="model_type"):
     has_mlp = "blocks.0.mlp.fc2.weight" in values or "blocks.0.mlp.w3.weight" in values
     if not (is_original(values) and has_positions and has_mlp):
         names = ", ".join(list(map(str, values))[:3]) or "nothing"
-        raise UserError(f"{where} is no ViT of DINO's, DINOv2's or DINOv3's code (it holds {names}, "
-                        "...); give a hub id, or the folder with config.json")
+        raise UserError(f"{where} is no ViT of DINO's, DINOv2's or DINOv3's code (it holds "
+                        f"{names}, ...); give a hub id, or the folder with config.json")
     if "rope_embed.periods" in values:
         family = "dinov3_vit"
     elif "register_tokens" in values:
@@ -99,9 +99,10 @@ def _split_qkv(values):
         if ".attn.qkv." not in name:
             split[name] = value
         elif not name.endswith("bias_mask"):
-            masks = values.get(name + "_mask", torch.ones_like(value)).nan_to_num().chunk(3)
-            for letter, part, mask in zip("qkv", value.chunk(3), masks):
-                if mask.any():
+            mask = values.get(name + "_mask", torch.ones_like(value)).nan_to_num()
+            parts = zip("qkv", value.chunk(3), mask.chunk(3))
+            for letter, part, kept in parts:
+                if kept.any():
                     split[name.replace("qkv", letter)] = part
     return split
 
@@ -112,7 +113,8 @@ def _config(values, family, where):
     width, channels, patch, _ = values["patch_embed.proj.weight"].shape
     blocks = {name.split(".")[1] for name in values if name.startswith("blocks.")}
     is_gated = "blocks.0.mlp.w3.weight" in values
-    inner = values["blocks.0.mlp.w3.weight" if is_gated else "blocks.0.mlp.fc2.weight"].shape[1]
+    last = "w3" if is_gated else "fc2"
+    inner = values[f"blocks.0.mlp.{last}.weight"].shape[1]
     # No shape tells the number of heads: 64 numbers each in all released files, except ViT-H (80)
     heads = 16 if width == 1280 else width // 64
     has_heads = width % 64 == 0
@@ -134,8 +136,8 @@ def _config(values, family, where):
     else:
         grid = math.isqrt(values["pos_embed"].shape[1] - 1)
         if grid**2 != values["pos_embed"].shape[1] - 1:
-            raise UserError(f"{where}: its {values['pos_embed'].shape[1]} positions are not CLS and "
-                            "a square of patches; transformers has no other")
+            raise UserError(f"{where}: its {values['pos_embed'].shape[1]} positions are not CLS "
+                            "and a square of patches; transformers has no other")
         keys.update(image_size=grid * patch, layer_norm_eps=1e-6,
                     qkv_bias="blocks.0.attn.q.bias" in values)
     if family == "vit":
@@ -145,6 +147,7 @@ def _config(values, family, where):
     if family == "dinov2_with_registers":
         keys["num_register_tokens"] = values["register_tokens"].shape[1]
     if not has_heads:
-        raise UserError(f"{where} is {width} wide, which heads of 64 numbers, as the released files "
-                        "have them, do not divide; give a hub id, or the folder with config.json")
+        raise UserError(f"{where} is {width} wide, which heads of 64 numbers, as the released "
+                        "files have them, do not divide; give a hub id, or the folder with "
+                        "config.json")
     return transformers.AutoConfig.for_model(family, num_attention_heads=heads, **keys)

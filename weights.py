@@ -21,13 +21,15 @@ from convert import convert
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))  # DINOv3's sat493m files
+# of DINOv3's sat493m files
+SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 # ---- reading ----
 
 def is_weights_file(name):
     """True if a model_type names a weights file, whether it exists or not."""
-    return os.path.isfile(name) or (name.endswith(ENDINGS) and not os.path.isdir(name))
+    names_a_file = name.endswith(ENDINGS) and not os.path.isdir(name)
+    return names_a_file or os.path.isfile(name)
 
 
 def problem_of(path):
@@ -46,8 +48,8 @@ def problem_of(path):
 
 
 def problem_of_folder(folder):
-    """What is wrong with the weights in a folder of transformers, in words that name the file; '' if
-    nothing is seen."""
+    """What is wrong with the weights in a folder of transformers, in words that name the file;
+    '' if nothing is seen."""
     found = []
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         found += sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
@@ -60,9 +62,9 @@ def problem_of_folder(folder):
 
 
 def read_tensors(path, key="model_type"):
-    """{name: tensor} of a checkpoint file, on the CPU. Nothing in the file can run code: torch reads
-    it with weights_only, which builds tensors and plain values. Allowed beside them are the classes
-    of what training scripts keep: argparse.Namespace, and numpy's numbers.
+    """{name: tensor} of a checkpoint file, on the CPU. Nothing in the file can run code: torch
+    reads it with weights_only, which builds tensors and plain values. Allowed beside them are the
+    classes of what training scripts keep: argparse.Namespace, and numpy's numbers.
 
     The tensors may be below 'teacher', 'student', 'state_dict' or 'model'; a teacher comes before a
     student. The prefixes of wrappers ('module.', 'backbone.', ...) are taken off.
@@ -70,7 +72,8 @@ def read_tensors(path, key="model_type"):
     """
     if problem := problem_of(path):
         raise UserError(f"{key}={path!r} {problem}")
-    numbers = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.bool_)]
+    kinds = (np.float32, np.float64, np.int64, np.bool_)
+    numbers = [type(np.dtype(kind)) for kind in kinds]
     scalar = np.float64(0).__reduce__()[0]
     allowed = [argparse.Namespace, np.dtype, *numbers, scalar,
                (scalar, "numpy.core.multiarray.scalar")]  # the name in numpy 1
@@ -127,8 +130,8 @@ def find_config(model_type, use_pretrained, size_keys):
     try:
         config = transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
     except Exception as error:  # config.json may hold anything
-        text = (f"cannot be loaded: neither a local directory with config.json nor a hub id that can "
-                f"be reached; from scratch use one of {', '.join(FAMILIES)}")
+        text = ("cannot be loaded: neither a local directory with config.json nor a hub id that "
+                f"can be reached; from scratch use one of {', '.join(FAMILIES)}")
         if os.path.isdir(model_type):
             text = "has a config.json that cannot be used"
         raise UserError(gated(model_type, error)
@@ -142,8 +145,8 @@ def find_config(model_type, use_pretrained, size_keys):
         sides = getattr(config, key, 0)
         if isinstance(sides, (list, tuple)):
             if len(set(sides)) > 1 and (config.model_type, key) != ("dinov3_vit", "image_size"):
-                raise UserError(f"model_type={model_type!r}: {key}={sides} of its config.json is no "
-                                "square; only squares are supported")
+                raise UserError(f"model_type={model_type!r}: {key}={sides} of its config.json is "
+                                "no square; only squares are supported")
             setattr(config, key, max(sides))
     return config, None
 
@@ -204,16 +207,18 @@ def load_values(config, source, values, where):
                         f"whole? ({type(error).__name__}: {first_line(error)})") from None
     missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
     other_shape = sorted(key for key, *_ in info["mismatched_keys"])
-    left_over = sorted(key for key in info["unexpected_keys"] if re.search(r"layers?\.\d", key))
+    unexpected = sorted(info["unexpected_keys"])  # such as a classifier
+    left_over = [key for key in unexpected if re.search(r"layers?\.\d", key)]
     if missing or other_shape or left_over:
-        raise UserError(f"{where}: its weights do not fit its config.json; missing {missing[:3]}, of "
-                        f"other shape {other_shape[:3]}, without a place {left_over[:3]}")
+        raise UserError(f"{where}: its weights do not fit its config.json; missing {missing[:3]}, "
+                        f"of other shape {other_shape[:3]}, without a place {left_over[:3]}")
     return network
 
 
 def first_line(error):
     """What an error of another library says, in a piece of one line."""
-    return " ".join(str(error).split("\n")[0].split())[:160]
+    line = str(error).split("\n")[0]
+    return " ".join(line.split())[:160]
 
 
 def gated(repository, error):
@@ -275,8 +280,11 @@ def _input_of(settings):
         mean, std = 0.0, 1.0
     if mean is None or std is None:
         return {}
-    mean, std = (list(map(float, value if isinstance(value, (list, tuple)) else (value,) * 3))
-                 for value in (mean, std))
+    if not isinstance(mean, (list, tuple)):
+        mean = (mean,) * 3
+    if not isinstance(std, (list, tuple)):
+        std = (std,) * 3
+    mean, std = list(map(float, mean)), list(map(float, std))
     low, high = settings.get("intensity_range") or (0, 255)
     factor = 1.0
     if settings.get("do_rescale", True):
@@ -285,15 +293,17 @@ def _input_of(settings):
     if low or scale != 1:
         mean = [round((m - low * factor) / scale, 6) for m in mean]
         std = [s / scale for s in std]
-    sizes = []
-    for key in ("crop_size", "size"):  # transformers before 4.25 wrote a number
-        size = settings.get(key)
-        if isinstance(size, dict):
-            size = next(iter(size.values()), 0)
-        if isinstance(size, (int, float)):
-            sizes.append(int(size))
-    if settings.get("do_center_crop") is False and isinstance(settings.get("size"), (int, dict)):
-        sizes = sizes[-1:]
+    size = _side(settings.get("crop_size"))
+    if size == 0 or settings.get("do_center_crop") is False:
+        size = _side(settings.get("size"))
     given = settings.get("window") or settings.get("intensity_range")
-    return dict(mean=tuple(mean), std=tuple(std), size=sizes[0] if sizes else 0,
-                intensity_range=tuple(given) if given else None)
+    intensity_range = tuple(given) if given else None
+    return dict(mean=tuple(mean), std=tuple(std), size=size, intensity_range=intensity_range)
+
+
+def _side(size):
+    """Pixels of a size: {"height": ...}, {"shortest_edge": ...}, or, before transformers 4.25, a
+    number; 0 for anything else."""
+    if isinstance(size, dict):
+        size = next(iter(size.values()), 0)
+    return int(size) if isinstance(size, (int, float)) else 0

@@ -50,7 +50,8 @@ def original(family, inner=4 * WIDTH, depth=2):
         values["register_tokens"] = some(1, 4, WIDTH)
     if is_v3:
         periods = 100 ** (torch.arange(16) / 16)  # heads of 64 numbers
-        values.update({"storage_tokens": some(1, 4, WIDTH), "rope_embed.periods": periods.bfloat16(),
+        values.update({"rope_embed.periods": periods.bfloat16(),  # as the files keep them
+                       "storage_tokens": some(1, 4, WIDTH),
                        "local_cls_norm.weight": some(WIDTH)})
     for i in range(depth):
         block = {"attn.qkv.weight": some(3 * WIDTH, WIDTH), "attn.qkv.bias": some(3 * WIDTH),
