@@ -9,16 +9,19 @@ depend on the number of ranks that wrote it, nor on FSDP.
 import contextlib
 import glob
 import json
+import math
 import os
 import shutil
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from configurator import UserError
 from distributed import gather_objects, shard_like
-from model import core, quiet_transformers
+from model import core
 from run_folder import free_name, remove, truncate_log
+from weights import quiet_transformers
 
 
 WEIGHTS_KEYS = ("model_type", "use_pretrained")  # a resumed run reads no other weights
@@ -343,6 +346,27 @@ def merge_lora(backbone, weights):
     return merged
 
 
+def resample_positions(positions, grid):
+    """Position embeddings [1,1+P,D] of CLS and a square of patches -> those of grid * grid patches,
+    as transformers' ViT computes them in every forward pass (bicubic)."""
+    cls, patches = positions[:, :1], positions[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side == grid:
+        return positions
+    patches = patches.transpose(1, 2).unflatten(2, (side, side))  # [1,D,side,side]
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2)  # [1,P,D]
+    return torch.cat([cls, patches], dim=1)
+
+
+def edit_json(path, **values):
+    """Set keys of a JSON file, in place."""
+    with open(path) as file:
+        content = json.load(file) | values
+    with open(path, "w") as file:
+        json.dump(content, file, indent=2)
+
+
 def processor_config(size, intensity_range, mean, std, intensity_scaling="set"):
     """preprocessor_config.json of an export, as a dict.
 
@@ -365,7 +389,8 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
     """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json, README.
 
     LoRA is merged into the weights, and adapter/ has the adapter alone. A ViT's mask token is left
-    out, because its HF config cannot say that it is there.
+    out, because its HF config cannot say that it is there. A ViT's positions are resampled to
+    `size`, because AutoModel takes no other size than that of the config.
     Args: size: pixels of a global crop; intensity_range, mean, std: of the input; card: text of the
     model card; weights: the whole state dict to write (distributed.gather_full), None = the
     backbone's own; intensity_scaling: of the run.
@@ -377,11 +402,16 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         if hasattr(backbone, "peft_config"):
             backbone.save_pretrained(os.path.join(temporary, "adapter"), state_dict=weights)
             weights = merge_lora(backbone, weights)
-        if backbone.config.model_type == "vit":
+        network, trained_at = core(backbone), {}
+        if network.config.model_type == "vit":
             weights = {name: value for name, value in weights.items()
                        if not name.endswith("mask_token")}
+            name = "embeddings.position_embeddings"
+            weights[name] = resample_positions(weights[name], size // network.config.patch_size)
+            trained_at["image_size"] = size
         with quiet_transformers():
-            core(backbone).save_pretrained(temporary, state_dict=weights)
+            network.save_pretrained(temporary, state_dict=weights)
+        edit_json(os.path.join(temporary, "config.json"), **trained_at)
         with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
             settings = processor_config(size, intensity_range, mean, std, intensity_scaling)
             json.dump(settings, file, indent=2)

@@ -21,8 +21,9 @@ from checks import step_bytes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
+from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values,
+                     pretrained_input)
 
-FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
              "num_register_tokens")  # config keys that give a family its shape
 
@@ -32,13 +33,14 @@ SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_he
 def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys):
     """A Hugging Face ViT of one of the four families, with a patch embedding for num_channels.
 
-    Args: model_type: a hub id or a local directory, for its weights or (use_pretrained=False) its
-    shape with random weights; or a family, from scratch; num_channels: 0 = as many as model_type
-    has; size_keys: keys of the HF config (hidden_size, ...). Those that the family lacks are
-    ignored. Pretrained weights allow only keys that change no shape.
-    Returns: PreTrainedModel in fp32, without pooler. Raises UserError if it cannot be loaded.
+    Args: model_type: a hub id, a local directory or an original .pth file, for its weights or
+    (use_pretrained=False) its shape with random weights; or a family, from scratch; num_channels: 0
+    = as many as model_type has; size_keys: keys of the HF config (hidden_size, ...). Those that the
+    family lacks are ignored. Pretrained weights allow only keys that change no shape.
+    Returns: PreTrainedModel in fp32, without pooler, with a mask token. Raises UserError if it
+    cannot be loaded.
     """
-    config = _find_config(model_type, use_pretrained, size_keys)
+    config, values = find_config(model_type, use_pretrained, size_keys)
     num_channels = num_channels or config.num_channels
     for key, value in size_keys.items():
         if use_pretrained and key not in ("drop_path_rate", "pos_embed_rescale"):
@@ -46,23 +48,21 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                             f"{model_type!r}; leave it out, or set --use_pretrained=false")
         if hasattr(config, key):
             setattr(config, key, value)
-    extra = {}
-    if config.model_type == "vit":  # DDP refuses an unused pooler; ViT has a mask token on request
-        extra = dict(add_pooling_layer=False, use_mask_token=True)
     if not use_pretrained:
         config.num_channels = num_channels
-    if not use_pretrained or only_shapes():
-        backbone = transformers.AutoModel.from_config(config, **extra).float()
-    else:
-        with quiet_transformers():
-            backbone, info = transformers.AutoModel.from_pretrained(
-                model_type, config=config, dtype=torch.float32, trust_remote_code=False,
-                output_loading_info=True, **extra)
-        missing = sorted(key for key in info["missing_keys"] if "mask_token" not in key)
-        mismatched = sorted(info["mismatched_keys"])
-        if missing or mismatched:
-            raise UserError(f"model_type={model_type!r}: its weights do not fit its config.json; "
-                            f"missing {missing[:3]}, of other shape {mismatched[:3]}")
+    if hasattr(config, "use_mask_token"):  # iBOT needs one; if the weights lack it, it is new
+        config.use_mask_token = True
+    try:
+        if not use_pretrained or only_shapes():
+            extra = constructor_arguments(config)
+            backbone = transformers.AutoModel.from_config(config, **extra).float()
+        else:
+            backbone = load_values(config, model_type, values, f"model_type={model_type!r}")
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model_type={model_type!r}: no model can be built from its config.json "
+                        f"({first_line(error)})") from None
     backbone.patch_embed_inflated = config.num_channels != num_channels  # trained with the heads
     if backbone.patch_embed_inflated:
         _set_channels(backbone, num_channels)
@@ -72,69 +72,12 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     return backbone
 
 
-def _find_config(model_type, use_pretrained, size_keys):
-    """The transformers config of a family, a directory or a hub id; UserError if there is none."""
-    if model_type in FAMILIES and use_pretrained:
-        raise UserError(f"model_type={model_type!r} is a family and has no weights; give a hub id "
-                        "or a local directory, or --use_pretrained=false to train from scratch")
-    names_a_folder = os.path.sep in model_type and model_type[0] in "./~"
-    if names_a_folder and not os.path.isdir(model_type):
-        raise UserError(f"model_type={model_type!r}: no such directory; give a directory with "
-                        "config.json, or a hub id")
-    try:
-        if model_type in FAMILIES:
-            return _family_config(model_type, size_keys)
-        config = transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(gated(model_type, error)
-                        or f"model_type={model_type!r} cannot be loaded: neither a local directory "
-                        "with config.json nor a hub id that can be reached; from scratch use one "
-                        f"of {', '.join(FAMILIES)} ({str(error).splitlines()[0][:120]})") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported "
-                        f"are {', '.join(FAMILIES)}")
-    return config
-
-
-def _family_config(family, size_keys):
-    """A config of the family, with those of the keys that it has. The constructor gets the keys,
-    because setattr would leave derived values (dinov2's stage names) as they were."""
-    known = transformers.AutoConfig.for_model(family)
-    size_keys = {key: value for key, value in size_keys.items() if hasattr(known, key)}
-    if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):  # dinov2: mlp_ratio = 4
-        size_keys.setdefault("intermediate_size", 4 * size_keys["hidden_size"])
-    return transformers.AutoConfig.for_model(family, **size_keys)
-
-
 def round_once(_, inputs, tokens):
     """Forward hook of a block's norms: cast their fp32 output to the dtype of autocast. Else each
     of the query, key and value projections makes a copy, and keeps it until the backward."""
     device = tokens.device.type
     is_on = torch.is_autocast_enabled(device)
     return tokens.to(torch.get_autocast_dtype(device)) if is_on else tokens
-
-
-def gated(repository, error):
-    """How to get weights whose owners ask for consent, in one line; '' for other errors."""
-    causes = f"{error!r} {error.__cause__!r}".lower()
-    if not any(sign in causes for sign in ("gated", "401", "403")):
-        return ""
-    return (f"{repository!r} is gated, or private, or misspelt: the hub refuses it without "
-            "consent; log in with `hf auth login`, accept the licence at "
-            f"https://huggingface.co/{repository}, and start again")
-
-
-@contextlib.contextmanager
-def quiet_transformers():
-    """No loading bars and no report on missing weights: build_backbone checks them itself."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
 
 
 def inflate_patch_embed(weight, num_channels):
@@ -266,27 +209,6 @@ def compile_blocks(backbone):
     torch._dynamo.config.recompile_limit = 64  # at its default, 8, torch stops compiling silently
     for block in blocks(backbone):
         block.compile()
-
-
-def pretrained_input(model_type):
-    """The input that the weights were trained on, from their preprocessor_config.json: dict of mean
-    and std (tuples of floats, of pixels in 0..1), size (pixels, or 0) and intensity_range (of our
-    own exports, else None), with intensity_scaling if they have one; {} if there is no such file.
-    """
-    processor = transformers.image_processing_utils.BaseImageProcessor
-    try:
-        settings, _ = processor.get_image_processor_dict(model_type)
-        mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
-    except (OSError, KeyError, TypeError):
-        return {}
-    intensity_range = None
-    if "intensity_range" in settings:  # export_hf added its lower end to the mean: subtract it
-        low, high = intensity_range = tuple(settings["intensity_range"])
-        mean = tuple(round(m - low / (high - low), 6) for m in mean)
-    crop = settings.get("crop_size") or settings.get("size") or {}
-    size = crop.get("height", crop.get("shortest_edge", 0))
-    scaling = {key: settings[key] for key in ("intensity_scaling",) if key in settings}
-    return dict(mean=mean, std=std, size=size, intensity_range=intensity_range, **scaling)
 
 
 def core(backbone):

@@ -16,8 +16,10 @@ from torch import nn
 
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects, only_shapes
-from model import blocks, build_backbone, forward_features, gated, pretrained_input
+from convert import convert, is_original
+from model import blocks, build_backbone, forward_features, pretrained_input
 from run_folder import part_of, remove_dead_parts
+from weights import IMAGENET, gated, is_weights_file, load_values, read_tensors
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its
 # arguments (so that a weights file loads without a hub), and mean and std if they are not those of
@@ -52,7 +54,6 @@ PATHOLOGY_TEACHERS = {
         architecture="vit_base_patch14_reg4_dinov2",
         arguments=dict(mlp_ratio=5.33334, init_values=1e-5, **SWIGLU), **BIOPTIMUS),
 }
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLS_MEAN = ("kaiko-ai/midnight",)  # Hugging Face models whose image feature has the mean, too
 
 
@@ -62,27 +63,30 @@ def build_teacher(distilled_model_type, weights="", load_from_disk=False, size=0
                   dtype=torch.bfloat16, **size_keys):
     """A FrozenTeacher.
 
-    Args: distilled_model_type: a Hugging Face id or directory, or 'timm:NAME' or
-    'timm:hf_hub:ORG/NAME'; weights: a checkpoint file (.safetensors, or torch's) that replaces the
-    released weights; load_from_disk: ask no hub; size: pixels to which a crop is resized, 0 = those
-    of the teacher's training, or about fallback_size if they are not known; size_keys: of the
-    architecture, for teachers without released weights (tests). Raises UserError.
+    Args: distilled_model_type: a Hugging Face id or directory, an original .pth file, or
+    'timm:NAME' or 'timm:hf_hub:ORG/NAME'; weights: a checkpoint file (.safetensors, or torch's)
+    that replaces the released weights; load_from_disk: ask no hub; size: pixels to which a crop is
+    resized, 0 = those of the teacher's training, or about fallback_size if they are not known;
+    size_keys: of the architecture, for teachers without released weights (tests). Raises UserError.
     """
     if weights and not os.path.isfile(weights):
         raise UserError(f"distilled_model_weights={weights!r}: no such file; give a .safetensors "
                         "or .pt checkpoint")
     name = distilled_model_type.removeprefix("timm:")
     is_timm = name != distilled_model_type
-    is_local = os.path.isdir(distilled_model_type) or (weights and is_timm)
+    is_local = os.path.exists(distilled_model_type) or (weights and is_timm)
     if load_from_disk and not is_local:
         raise UserError(f"load_from_disk=true with distilled_model_type={distilled_model_type!r}: "
-                        "give a local directory, or timm:NAME with a file as "
+                        "give a local directory or .pth file, or timm:NAME with a file as "
                         "distilled_model_weights")
     if is_timm:
         network, about = _build_timm(name, weights, size_keys)
         patch, n_prefix = network.patch_embed.patch_size[0], network.num_prefix_tokens
     else:
-        network = build_backbone(name, not (weights or size_keys), 0, **size_keys)
+        try:
+            network = build_backbone(name, not (weights or size_keys), 0, **size_keys)
+        except UserError as error:
+            raise UserError(str(error).replace("model_type=", "distilled_model_type=", 1)) from None
         if weights:
             load_weights(network, weights)
         about = dict(IMAGENET, cls_mean=name in CLS_MEAN)
@@ -143,21 +147,25 @@ def load_weights(network, path):
     """Load a checkpoint file into a network. Raises UserError if one tensor is missing, left over
     or of another shape. Nothing in the file can run code, because it is read with weights_only.
 
-    The tensors may be at the top, or below 'teacher', 'state_dict' or 'model'. The prefixes of
-    wrappers ('module.', 'backbone.') are taken off. A classifier ('head.', 'fc.') and heads of
+    Names may be those of the network, those on the hub, or those of DINO's, DINOv2's and DINOv3's
+    own code (weights.read_tensors, convert.convert). A classifier ('head.', 'fc.') and heads of
     self-distillation are left out. A rank that has only shapes reads nothing:
     distributed.move_or_shard will send the values.
     """
     if only_shapes():
         return
-    values = _read_tensors(path)
-    for prefix in ("module.", "backbone."):
-        inside = {name.removeprefix(prefix): value for name, value in values.items()
-                  if name.startswith(prefix)}
-        values = inside or values
-    ours, heads = network.state_dict(), ("head.", "fc.", "dino_head.", "ibot_head.", "pooler.")
+    key = "distilled_model_weights"
+    values, ours = read_tensors(path, key), network.state_dict()
+    is_of_transformers = hasattr(network, "config")
+    if is_of_transformers and is_original(values):
+        _, values = convert(values, path, key)
+    heads = ("head.", "fc.", "dino_head.", "ibot_head.", "pooler.")
     values = {name: value for name, value in values.items()
               if name in ours or not name.startswith(heads)}
+    attention = [name for name in values if "attention" in name]
+    has_old_names = bool(attention) and not any(name in ours for name in attention)
+    if is_of_transformers and has_old_names:  # those on the hub; transformers knows both
+        values = load_values(network.config, "", values, f"{key}={path!r}").state_dict()
 
     def shape(tensors, name):
         if name not in tensors:
@@ -172,27 +180,6 @@ def load_weights(network, path):
                         f"{len(wrong)} tensors differ, the first is {name}: {shape(values, name)} "
                         f"in the file, {shape(ours, name)} in the network")
     network.load_state_dict(values, strict=False)  # a mask token may be missing: it is never used
-
-
-def _read_tensors(path):
-    """{name: tensor} of a checkpoint file. Raises UserError if it cannot be read."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            values = load_file(path)
-        else:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise several kinds for a foreign file
-        kind = type(error).__name__
-        raise UserError(f"distilled_model_weights={path!r} cannot be read ({kind}); it needs "
-                        "tensors only, as .safetensors or as torch.save writes a state_dict"
-                        ) from None
-    while True:
-        groups = [values.get(key) for key in ("teacher", "state_dict", "model")]
-        groups = [group for group in groups if isinstance(group, dict)]
-        if not groups:
-            return values
-        values = groups[0]
 
 
 def check_same_teacher(run):

@@ -13,7 +13,8 @@ from augment import Photometrics
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer,
                         load_state, model_card, save_state)
 from configurator import UserError
-from model import FAMILIES, EMATeacher, Student, add_lora, forward_features
+from model import (FAMILIES, EMATeacher, Student, add_lora, build_backbone,
+                   forward_features)
 from optim import param_groups
 
 
@@ -254,6 +255,27 @@ def test_export_is_what_the_teacher_computes(tiny_student, tmp_path, family):
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors",
                                           "preprocessor_config.json"]
     assert read(folder, "README.md") == "# a card\n" and os.listdir(tmp_path / "best") == ["hf"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [16, 48])
+def test_an_export_takes_the_size_that_it_was_trained_at(tiny_backbone, tmp_path, family, size):
+    """The start has positions for 32 pixels. AutoModel is called as a user calls it."""
+    backbone, folder = tiny_backbone(family, 1).eval(), str(tmp_path / "hf")
+    images = torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(3))
+    export_hf(folder, backbone, **dict(PIPELINE, size=size))
+    model = AutoModel.from_pretrained(folder).eval()
+    assert backbone.config.image_size == 32  # the run goes on with its own
+    if family == "vit":
+        assert model.config.image_size == size
+    with torch.no_grad():
+        tokens = model(pixel_values=images).last_hidden_state
+        cls, patches = forward_features(backbone, images)
+    torch.testing.assert_close(tokens[:, 0], cls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens[:, -patches.shape[1]:], patches, rtol=1e-5, atol=1e-5)
+    again = build_backbone(folder, num_channels=1).eval()  # train on, evaluate
+    with torch.no_grad():
+        torch.testing.assert_close(forward_features(again, images)[0], cls, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
