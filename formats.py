@@ -5,6 +5,7 @@ Libraries are imported where they are used. dicom.py reads DICOM, images.py all 
 import contextlib
 import functools
 import os
+import struct
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -147,14 +148,17 @@ def _key_of_case(path, keys, as_mask):
 def needs_tifffile(path):
     """True if Pillow cannot read a TIFF, or would change it: several pages or bands, more than 8
     bits in colour, signed 8-bit, unsigned 32-bit, white-is-zero above 8 bits."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if 43 in start[2:4]:  # BigTIFF
-            start += file.read(8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(start)
-        file.seek(tags.next)
-        tags.load(file)
-        text = str(tags.get(270, ""))
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if start[2] == 43:  # BigTIFF
+                start += file.read(8)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(start)
+            file.seek(tags.next)
+            tags.load(file)
+            text = str(tags.get(270, ""))
+    except (struct.error, SyntaxError, ValueError, TypeError, KeyError):  # big-endian BigTIFF
+        return True
     bits = max(tags.get(258, (1,)))
     sample_format = max(tags.get(339, (1,)))
     is_stack = text.startswith("ImageJ=") and "images=" in text or "truncated" in text
@@ -226,8 +230,12 @@ def _tiff_series(series, as_mask):
 def _tiff_meaning(page, image, as_mask):
     """Palette, white-is-zero, alpha and orientation of a page, applied to [H,W,C]."""
     photometric = int(page.photometric)
-    if photometric == 0 and image.dtype.kind == "u" and not as_mask:  # white is zero
-        image = np.array(2 ** min(page.bitspersample, 32) - 1, image.dtype) - image
+    bits = min(page.bitspersample, 32)
+    if photometric == 0 and image.dtype.kind in "bu" and not as_mask:  # white is zero
+        image = np.array(2**bits - 1, image.dtype) ^ image
+    if bits < 8 and photometric != 3 and not as_mask:  # as Pillow: 0 to 255
+        scale = 255 / (2**bits - 1)
+        image = np.rint(image * scale).astype(np.uint8)
     if photometric == 3 and page.colormap is not None and not as_mask:
         colors = page.colormap.T  # [c,3], 8-bit values are multiples of 257
         if (colors % 257 == 0).all():

@@ -12,7 +12,7 @@ import math
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from configurator import UserError
 from dicom import open_dicom
@@ -154,16 +154,22 @@ def _open_picture(path, num_channels, as_mask, least_side, max_image_pixels):
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and limit < max_image_pixels:
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow asks before we can; the user allows it
-    # From a path Pillow maps uncompressed TIFFs, and gets those wrong that lie on their side
-    with open(path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
         is_tiff = file.read(4) in TIFF_STARTS
         file.seek(0)
-        if is_tiff and needs_tifffile(path):
-            with open_tiff(path, as_mask, max_image_pixels) as (n, read, _):
-                yield n, read
+        picture = None
+        if not (is_tiff and needs_tifffile(path)):
+            try:  # from a path Pillow maps TIFFs, and gets those wrong that lie on their side
+                picture = stack.enter_context(Image.open(file if is_tiff else path))
+            except UnidentifiedImageError:
+                if not is_tiff:
+                    raise
+        if picture is None:
+            tiff = stack.enter_context(open_tiff(path, as_mask, max_image_pixels))
+            yield tiff[:2]
         else:
-            with Image.open(file) as picture:
-                yield _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels)
+            yield _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels)
 
 
 def _frames(path, picture, num_channels, as_mask, least_side, max_image_pixels):

@@ -474,6 +474,10 @@ def test_tiff_with_planes_floats_palettes_and_white_as_zero(tmp_path):
     for dtype, most in ((np.uint8, 255), (np.uint16, 65535)):
         tifffile.imwrite(path, color[..., 0].astype(dtype), photometric="miniswhite")
         assert same(load_image(path), most - color[..., 0].astype(dtype))
+    few = drawn(2, 8, 8, dtype=np.uint8, high=2)
+    for photometric, value in (("minisblack", 1), ("miniswhite", 0)):  # of one bit
+        tifffile.imwrite(path, few.astype(bool), photometric=photometric)
+        assert same(load_image(path, number=1), np.uint8(255) * (few[1] == value))
     table, numbers = drawn(3, 256, dtype=np.uint8, high=256), color[..., 0].astype(np.uint8)
     tifffile.imwrite(path, np.stack([numbers, numbers]), photometric="palette",
                      colormap=table.astype(np.uint16) * 257)
