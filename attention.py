@@ -39,7 +39,7 @@ max_image_pixels = 0             # pixels that a picture may have
 split = 'test'                   # of dataset_path
 image_size = 0                   # pixels of the shorter side; 0 = as trained. More = finer maps
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
-intensity_scaling = 'set'        # as in train.py; 'set' = the run's
+intensity_scaling = 'set'        # 'image' | 'dtype' as in train.py | 'set' = the run's
 label_guided_classes = ()        # mask values that are labels; () = the run's, else all except 0
 n_images = 16                    # the first n images are drawn; 0 = no pictures
 

@@ -29,7 +29,8 @@ BOUNDS = dict(
     max_iterations=COUNT, log_interval=COUNT, eval_interval=COUNT_OR_0, saveckp_freq=COUNT,
     # ---- data ----
     dataset_size=PIXELS, num_channels=(0, 10**4), intensity_range=PIXEL_VALUE,
-    volume_axis=(-1, 3), volume_index=(-1, 10**6), slice_step_mm=(0, 10**4), group_level=(0, 20),
+    volume_axis=(-1, 3), volume_index=(-1, 10**6),
+    slice_step_mm=(0, 10**4), group_level=(0, 9),
     max_image_pixels=(0, 10**12), intensity_scaling=("set", "image", "dtype"),
     image_mean=(-10**6, 10**6), image_std=(1e-6, 10**6),
     on_bad_image=("error", "skip"), num_workers=(-1, 64), eval_max_images=COUNT_OR_0,

@@ -23,8 +23,8 @@ from parquet import unpack_parquet
 from phantom import PHANTOM_CLASSES, VOLUME_CLASSES
 
 # How files are read: keys of the scripts with the same names. volumes.list_images explains them
-READING = dict(series="", volume_axis=-1, volume_index=-1, slice_step_mm=0.0,
-               group_level=0, max_image_pixels=0, intensity_scaling="set")
+READING = {"series": "", "volume_axis": -1, "volume_index": -1, "slice_step_mm": 0.0,
+           "group_level": 0, "max_image_pixels": 0, "intensity_scaling": "set"}
 
 
 # ---- one split ----

@@ -38,7 +38,7 @@ max_image_pixels = 0             # pixels that a picture may have
 test_splits = 'test'             # measured splits, comma-separated; all methods learn from train
 image_size = 0                   # pixels of the network's input; 0 = as trained
 intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run's, else measured
-intensity_scaling = 'set'        # as in train.py; 'set' = the run's
+intensity_scaling = 'set'        # 'image' | 'dtype' as in train.py | 'set' = the run's
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = leave it out
 num_workers = -1                 # loader processes; -1 = the cores less one, up to 8
 batch_size = 64                  # images per forward pass

@@ -34,9 +34,9 @@ PATIENT = re.compile(r"(sub-\w+|(pa|pat|patient|pt|subj|subject|sub|case|study|e
 
 def one_file(name):
     """What walk finds if there is nothing but this file."""
-    found = SimpleNamespace(images={"": [name]}, left_out=Counter(), n_files=1, n_links=0)
-    found.directories, found.tables, found.others, found.notes = [], [], [], []
-    return found
+    lists = {key: [] for key in ("directories", "tables", "others", "notes")}
+    images = {"": [name]}
+    return SimpleNamespace(images=images, left_out=Counter(), n_files=1, n_links=0, **lists)
 
 
 def walk(root):

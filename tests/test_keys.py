@@ -33,7 +33,7 @@ KEYS = sum([[(script, key) for key in MODULES[script].config_keys] for script in
 BOUNDED = [pair for pair in KEYS if bounds_of(pair[1], pair[0])]
 FREE_TEXT = {"model_name", "out_dir", "resume_from", "dataset_path", "cache_dir", "download_url",
              "eval_split", "model_type", "distilled_model_type", "distilled_model_weights",
-             "teacher_cache", "run", "compare", "test_splits", "images", "masks", "split"}
+             "teacher_cache", "run", "compare", "test_splits", "images", "masks", "split", "series"}
 
 
 def apply(script, *argv):

@@ -29,7 +29,7 @@ DRAWING = ("phantom.py", "pictures.py")  # coordinates and colours make long lin
 OTHER_DEFAULT = {"model_name", "local_crops_number", "dino_head_out_dim", "teacher_temp",
                  "warmup_iterations"}  # distill.py is another method
 MAIN_LINES = {"train.py": 190, "distill.py": 250}
-FILE_LINES = {"train.py": 430, "distill.py": 540, "evaluate.py": 400}
+FILE_LINES = {"train.py": 430, "distill.py": 541, "evaluate.py": 410}
 
 
 def read(path):
@@ -105,9 +105,10 @@ def test_every_key_is_read_and_none_is_assigned(script):
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config"):
                 used.add(node.attr)
-    for node in ast.walk(tree("model")):  # by name: getattr(config, key)
-        if isinstance(node, ast.Constant):
-            used.add(node.value)
+    for name in ("model", "data"):  # by name: getattr(config, key)
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Constant):
+                used.add(node.value)
     assert set(module.config_keys) - used == set()
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     assert set(module.config_keys) & assigned == set()
