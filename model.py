@@ -153,7 +153,7 @@ def check_memory(config, num_channels, device, say):
     if only_shapes():
         return
     sizes = {key: getattr(config, key) for key in SIZE_KEYS}
-    network = find_config(config.model_type, config.use_pretrained, sizes)
+    network, _ = find_config(config.model_type, config.use_pretrained, sizes)
     n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
     batch = config.global_batch_size // world_size() // n_micro
     n_shares = world_size() if config.distribution == "fsdp" else 1
