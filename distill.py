@@ -141,8 +141,8 @@ from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
 from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
-                         stop_together, unwrap, world_size, wrap)
+                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, quick_exit,
+                         setup, stop_together, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -432,7 +432,7 @@ def main(sources):
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
     batches = iter(make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
-                               run_device))
+                               run_device, run.say))
     while state.iteration < max_iterations:
         seed_iteration(seed, state.iteration)
         moment = (state.iteration, max_iterations)
@@ -527,5 +527,5 @@ def main(sources):
 
 
 if __name__ == "__main__":
-    with one_line_errors(), lost_ranks():
+    with quick_exit(), one_line_errors(), lost_ranks():
         main(sources)

@@ -149,7 +149,8 @@ from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
 from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, setup, unwrap, world_size, wrap)
+                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap, world_size,
+                         wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -318,7 +319,7 @@ def main(sources):
                            global_crops_size // backbone.config.patch_size, mask_settings,
                            on_bad_image, slab_mm=slab_mm)
     loader = make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
-                         run_device)
+                         run_device, run.say)
     preset = choose_preset(augmentation, train_set.num_channels)
     photometrics = Photometrics(preset, **inputs, window_jitter=window_jitter,
                                 blur_probability=blur_probability)
@@ -411,5 +412,5 @@ def main(sources):
 
 
 if __name__ == "__main__":
-    with one_line_errors(), lost_ranks():
+    with quick_exit(), one_line_errors(), lost_ranks():
         main(sources)
