@@ -149,8 +149,8 @@ from checkpoint import check_fits
 from checks import Checks
 from data import READING
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, setup,
-                         stop_together, unwrap, world_size, wrap)
+                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, quick_exit,
+                         setup, stop_together, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
@@ -442,7 +442,7 @@ def main(sources, at_end):
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
     batches = iter(make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
-                               run_device))
+                               run_device, run.say))
     while state.iteration < max_iterations:
         seed_iteration(seed, state.iteration)
         moment = (state.iteration, max_iterations)
@@ -536,6 +536,5 @@ def main(sources, at_end):
 
 
 if __name__ == "__main__":
-    with one_line_errors(), lost_ranks():
-        stop_signal = main(sources)
-    end_by(stop_signal)
+    with quick_exit(), one_line_errors(), lost_ranks():
+        end_by(main(sources))

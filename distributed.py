@@ -8,10 +8,13 @@ is x. No other file calls torch.distributed.
 rank keeps its share of each weight, gradient, AdamW moment and EMA value. The weights of a block
 are whole only while the block computes.
 """
+import atexit
 import contextlib
 import ctypes
 import datetime
 import os
+import sys
+import traceback
 import warnings
 
 import torch
@@ -193,16 +196,51 @@ def main_writes(write):
 
 @contextlib.contextmanager
 def lost_ranks():
-    """Around a whole program: the error of a backend that has lost another rank becomes a UserError
-    of one line."""
+    """Around a whole program: if another rank or a loader worker of this one is lost, the error
+    becomes a UserError of one line."""
+    go_on = "--resume_from=auto goes on from the last checkpoint"
     try:
         yield
     except RuntimeError as error:
+        if str(error).startswith("DataLoader "):  # a signal raises it in any line of the program
+            what = str(error.__cause__ or "") or str(error)
+            raise UserError(
+                f"rank {rank()}: {what.strip().rstrip('.')}. Mostly the machine or its /dev/shm is "
+                "out of memory: use fewer loader workers (--num_workers=1, or 0) or a smaller "
+                f"batch; {go_on}") from None
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
         raise UserError(f"rank {rank()} has lost contact with another rank, whose own message or "
-                        "torchrun's says why; --resume_from=auto goes on from the last checkpoint"
-                        ) from None
+                        f"torchrun's says why; {go_on}") from None
+
+
+@contextlib.contextmanager
+def quick_exit():
+    """Around a whole program, outermost: a process of several ends without unloading Python.
+
+    DTensor's caches keep the process group of FSDP alive after destroy_process_group. Its threads
+    (gloo's, autograd's) would go on while the objects they use are taken down, and a finished run
+    could end with SIGABRT. What the program registered with atexit is done before. A program that
+    runs alone ends as always.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    status = 0
+    try:
+        yield
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 # ---- DDP and FSDP ----
@@ -288,6 +326,8 @@ def wrap(student, distribution, device):
     if world_size() == 1 or distribution != "ddp":
         return student
     device_ids = [device.index] if device.type == "cuda" else None
+    # torch 2.15 has another word for it, that older versions do not know
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     return DistributedDataParallel(student, device_ids=device_ids, broadcast_buffers=False,
                                    gradient_as_bucket_view=True)
 
@@ -401,6 +441,29 @@ def loader_workers(num_workers):
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = (os.cpu_count() or 1) // ranks_here
     return max(0, min(8, cores - 1))
+
+
+def workers_that_fit(workers, batch_bytes, say=print):
+    """How many of these loader workers of a rank /dev/shm has room for; `say` gets a line if not
+    all. Batches travel through /dev/shm: a worker prepares two, and the main process holds one. A
+    worker that finds no room there waits for ever."""
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:  # not Linux
+        return workers
+    free = disk.f_bavail * disk.f_frsize
+    n_batches = free // max(1, batch_bytes) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fit = max(0, min(workers, (n_batches - 1) // 2))
+    if fit < workers and is_main():
+        say(f"note: /dev/shm has {free / 1e6:.1f} MB free, too little for {workers} loader "
+            f"worker(s) per rank with batches of {batch_bytes / 1e6:.1f} MB: {fit} are used. Give "
+            "the container more (docker run --shm-size=8g), or set --num_workers")
+    return fit
+
+
+def item_bytes(item):
+    """Bytes of the tensors in an item of a data set, a dict."""
+    return sum(value.nbytes for value in item.values() if torch.is_tensor(value))
 
 
 def autocast_for(device, mixed_precision):

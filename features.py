@@ -20,7 +20,8 @@ from tqdm import tqdm
 from augment import Photometrics, center_square, resize_center
 from configurator import UserError
 from data import error_text
-from distributed import gather_objects, loader_workers, rank, world_size
+from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
+                         world_size)
 from loader import input_settings
 from metrics import knn_classify
 from model import backbone_from_config, build_backbone, forward_features, pretrained_input
@@ -81,8 +82,11 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
     if backbone is not None:
         device = next(backbone.parameters()).device
     photometrics = Photometrics("medical", intensity_range, mean, std)
-    loader = DataLoader(WholeImages(dataset, size, with_masks), batch_size=batch_size,
-                        num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_signals)
+    images = WholeImages(dataset, size, with_masks)
+    if num_workers > 0 and len(images) > 0:
+        num_workers = workers_that_fit(num_workers, item_bytes(images[0]) * batch_size)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list,
+                        worker_init_fn=ignore_signals)
     for items in tqdm(loader, desc=f"{dataset.split} features", leave=False, disable=None):
         errors = [item["error"] for item in items if "error" in item]
         if errors and on_bad_image == "error":

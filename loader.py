@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from augment import foreground_share, sample_masks
 from configurator import UserError
 from data import READING, describe_source, error_text, load_dataset, n_shared_groups
-from distributed import loader_workers, main_first, rank, world_size
+from distributed import (item_bytes, loader_workers, main_first, rank, workers_that_fit,
+                         world_size)
 from images import Rows
 from positions import slabs_of
 from signals import ignore_signals
@@ -227,13 +228,20 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
 
 # ---- the order of a run, and its batches ----
 
-def make_loader(crop_set, config, micro_batches, start, stop, device):
-    """The DataLoader of iterations start to stop of this rank, one batch per micro-batch."""
+def make_loader(crop_set, config, micro_batches, start, stop, device, say=print):
+    """The DataLoader of iterations start to stop of this rank, one batch per micro-batch. If
+    /dev/shm is too small for its workers, it has fewer of them, and `say` gets a line."""
     order = BatchOrder(len(crop_set), config.global_batch_size, micro_batches, rank(),
                        world_size(), start, stop, config.seed, config.shuffle)
+    workers = loader_workers(config.num_workers)
+    if workers > 0 and start < stop:
+        first = next(iter(order))
+        batch_bytes = item_bytes(crop_set[first[0]]) * len(first)
+        workers = workers_that_fit(workers, batch_bytes, say)
+    timeout = 1800 if workers > 0 else 0  # seconds; as the ranks wait for each other
     return DataLoader(crop_set, batch_sampler=order, collate_fn=crop_set.collate,
-                      num_workers=loader_workers(config.num_workers),
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                      num_workers=workers, pin_memory=device.type == "cuda", timeout=timeout,
+                      worker_init_fn=ignore_signals)
 
 
 class BatchOrder(torch.utils.data.Sampler):

@@ -32,7 +32,7 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
     is chunk * N numbers, on the device of train_features; train_groups [N], test_groups [M] int:
     training images of a test image's own group (patient) do not vote for it.
     Returns: predictions [M] int64 ([M,c] bool for multi-label); shares [M,c] fp32, the share of
-    each class in the votes, which is a probability.
+    each class in the votes, which is a probability, to five decimals.
     """
     train = F.normalize(train_features.float(), dim=1)
     labels = train_labels.to(train.device).long()
@@ -65,7 +65,8 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
                 score = score - torch.arange(k, device=train.device) / (k + 1)
             winner = score.argmax(dim=1, keepdim=True)
             predictions.append(classes.gather(1, winner)[:, 0])
-        shares.append(votes / total)
+        # cosines are right to 1e-7, so shares to 1e-6. An AUC must not rank the rounding of ties
+        shares.append((votes / total).round(decimals=5))
     return torch.cat(predictions), torch.cat(shares)
 
 

@@ -30,9 +30,11 @@ def catch_signals(caught, at_end):
 
 def ignore_signals(_):
     """worker_init_fn of a loader. Ctrl-C and a lost terminal reach every process of the terminal,
-    SIGTERM often every process of a job. The main process decides when to stop."""
-    for number in STOP_SIGNALS:
+    SIGTERM often every process of a job. The main process decides when to stop. It ends a worker
+    that hangs with a SIGTERM of its own, so only the first one is ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def end_by(number):

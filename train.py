@@ -161,7 +161,8 @@ from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
 from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, setup, unwrap, world_size, wrap)
+                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap, world_size,
+                         wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -334,7 +335,7 @@ def main(sources, at_end):
                            global_crops_size // backbone.config.patch_size, mask_settings,
                            on_bad_image, slab_mm=slab_mm)
     loader = make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
-                         run_device)
+                         run_device, run.say)
     preset = choose_preset(augmentation, train_set.num_channels)
     photometrics = Photometrics(preset, **inputs, window_jitter=window_jitter,
                                 blur_probability=blur_probability)
@@ -426,6 +427,5 @@ def main(sources, at_end):
 
 
 if __name__ == "__main__":
-    with one_line_errors(), lost_ranks():
-        stop_signal = main(sources)
-    end_by(stop_signal)
+    with quick_exit(), one_line_errors(), lost_ranks():
+        end_by(main(sources))

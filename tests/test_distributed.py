@@ -1,25 +1,41 @@
-"""Two gloo processes against one with the joined batch: targets, losses, gradients. And the
-helpers, alone and both. train.py's own parity is in test_scale.py."""
+"""Two gloo processes against one with the joined batch: targets, losses, gradients, recipes. And
+the helpers, alone and both; lost workers; how processes end. train.py's own parity is in
+test_scale.py.
+
+RECIPES=all tries all recipes, families and distributions. STARTS=20 starts and resumes train.py so
+often under torchrun, to its exit status.
+"""
+import contextlib
 import itertools
 import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing
 
+import dino
 import distributed
-from configurator import UserError
+from configurator import UserError, one_line_errors, override
 from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, built_by_main,
                          gather_full, gather_objects, local_shard, lost_ranks, main_first,
-                         main_writes, memory_gb, move_or_shard, no_sync, shard_like, stop_together,
-                         unwrap, wrap)
-from losses import dino_loss, ibot_loss, sinkhorn_knopp, softmax_center, update_center
-from model import (FAMILIES, DINOHead, EMATeacher, Student, add_lora, blocks, build_backbone,
-                   freeze_layers)
+                         main_writes, memory_gb, move_or_shard, no_sync, quick_exit, shard_like,
+                         stop_together, unwrap, workers_that_fit, wrap)
+from loader import make_loader
+from losses import (dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center,
+                    update_center)
+from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, add_lora, blocks,
+                   build_backbone, freeze_layers)
+from optim import build_optimizer, set_learning_rates
+from run import State, gradient_scaler, mean_over_ranks
 from teachers import build_teacher
-from tests_support import assert_same
+from tests_support import ROOT, SHRUNK, assert_same, load_train
 
 WORLD = 2
 ROWS = {"equal": (4, 4), "unequal": (6, 2), "rank 1 empty": (8, 0), "rank 0 empty": (0, 8),
@@ -29,6 +45,12 @@ TARGETS = {"centering": lambda logits, center: softmax_center(logits, center, 0.
            "sinkhorn_knopp": lambda logits, center: sinkhorn_knopp(logits, 0.05)}
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32,
              patch_size=8, num_register_tokens=2)
+GROUPS = (0, 8, 4, 2)  # of KoLeo, of 8 images
+RECIPES = list(itertools.product(("dinov1", "dinov2", "dinov3"), FAMILIES, ("ddp", "fsdp")))
+if os.environ.get("RECIPES") != "all":
+    RECIPES = [("dinov1", "vit", "ddp"), ("dinov1", "dinov3_vit", "fsdp"),
+               ("dinov2", "dinov2", "fsdp"), ("dinov2", "dinov2_with_registers", "ddp"),
+               ("dinov3", "dinov3_vit", "ddp"), ("dinov3", "vit", "fsdp")]
 BUILT = list(itertools.product(("scratch", "pretrained", "teacher"), FAMILIES))
 
 
@@ -44,12 +66,12 @@ def share(rows, rank):
     return logits if rank is None else logits.split(rows)[rank]
 
 
-def images_of(crops, rank):
+def images_of(crops, rank, n_images=B):
     """View-major crops of all images -> those of this rank's images, view-major."""
     if rank is None:
         return crops
-    by_view = crops.unflatten(0, (-1, B))
-    return by_view[:, rank * B // WORLD:(rank + 1) * B // WORLD].flatten(0, 1)
+    by_view = crops.unflatten(0, (-1, n_images))
+    return by_view.chunk(WORLD, dim=1)[rank].flatten(0, 1)
 
 
 def targets(rank):
@@ -59,6 +81,19 @@ def targets(rank):
         logits = share(rows, rank)
         found["center", name] = update_center(normal(1, 6, seed=2), logits, momentum=0.9)
         found["sinkhorn", name] = sinkhorn_knopp(logits, 0.05)
+        found["far apart", name] = sinkhorn_knopp(20 * logits, 0.05)  # 2000 temperatures
+    return found
+
+
+def spread(rank):
+    """{('koleo', group size): (loss, gradients)} of a linear map of 8 images."""
+    found = {}
+    for size in GROUPS:
+        torch.manual_seed(0)
+        student = wrap(torch.nn.Linear(5, 4), "ddp", torch.device("cpu"))
+        loss = koleo_loss(student(images_of(normal(8, 5, seed=8), rank, 8)), group_size=size)
+        loss.backward()
+        found["koleo", size] = loss.detach(), gradients(student)
     return found
 
 
@@ -112,6 +147,58 @@ def training(rank):
             if micro == 0:
                 found["not yet shared", centering] = gradients(student)
         found["accumulated", centering] = gradients(student)
+    return found
+
+
+def recipe_config(recipe, family):
+    """train.py's config after config/{recipe}.py, shrunk, without what is random on each rank."""
+    module = load_train()
+    override(vars(module), module.config_keys, [
+        f"{ROOT}/config/{recipe}.py", *SHRUNK, f"--model_type={family}", "--drop_path_rate=0",
+        "--pos_embed_rescale=0"])
+    return SimpleNamespace(**{key: getattr(module, key) for key in module.config_keys})
+
+
+def recipe_crops(config, rank, seed):
+    """Crops as dino.augment_batch makes them, of this rank's images."""
+    size, n_local = config.global_batch_size, config.local_crops_number
+    masks = None
+    if config.ibot_loss_weight > 0:
+        masks = images_of(normal(2 * size, 16, seed=seed) > 0.5, rank, size)
+    crops = dict(masks=masks, guided=None, gram=None)
+    for name, n_views, pixels in (("global", 2, 32), ("local", n_local, 16)):
+        images = normal(n_views * size, 3, pixels, pixels, seed=seed + n_views)
+        crops[name] = images_of(images, rank, size)
+    return crops
+
+
+def train_recipe(recipe, family, how, rank):
+    """Three iterations: losses [3,n] and, on rank 0, the gradients of each."""
+    config, cpu = recipe_config(recipe, family), torch.device("cpu")
+    torch.manual_seed(0)
+    with built_by_main(how):
+        backbone = adapted_backbone(config, 3, cpu, say=lambda text: None)
+        heads = [DINOHead(32, 64, 32, 16, norm_last_layer=False,
+                          weight_norm=config.head_weight_norm)]
+        if config.ibot_separate_head:
+            heads.append(DINOHead(32, 64, 32, 16, weight_norm=config.head_weight_norm))
+        student = Student(backbone, *heads)
+    student = move_or_shard(student, blocks(backbone), how, cpu).train()
+    optimizer, _, _ = build_optimizer(student, config, False)
+    state = State(student, EMATeacher(student), optimizer, gradient_scaler(cpu, "no"),
+                  centers=dict(dino=torch.zeros(1, 64), ibot=torch.zeros(1, 64)))
+    state.student = wrap(student, how, cpu)
+    found = dict(losses=[], gradients=[])
+    for iteration in range(3):
+        values = dino.schedules(config, iteration, 0)
+        set_learning_rates(optimizer, values.lr, values.last_layer_lr, values.weight_decay,
+                           values.backbone_factor)
+        terms, row_sums, _ = dino.forward_backward(
+            state, recipe_crops(config, rank, 10 * iteration), values.teacher_temp, config,
+            contextlib.nullcontext)
+        found["losses"].append(mean_over_ranks(terms))
+        found["gradients"].append(gather_full(gradients(state.student)))
+        dino.update(state, row_sums, values, config)
     return found
 
 
@@ -192,7 +279,9 @@ def worker(rank, folder, port):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     found = dict(device=str(distributed.setup("cpu")))
-    found |= targets(rank) | training(rank) | helpers(rank, folder)
+    found |= targets(rank) | training(rank) | spread(rank) | helpers(rank, folder)
+    for recipe, family, how in RECIPES:
+        found[recipe, family, how] = train_recipe(recipe, family, how, rank)
     found |= buildings(rank, folder) | fails_on_main(rank)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     distributed.cleanup()
@@ -221,7 +310,10 @@ def ranks(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """What one process finds with the joined batch."""
-    return targets(None) | training(None) | buildings(None, folder)
+    found = targets(None) | training(None) | spread(None) | buildings(None, folder)
+    for recipe, family in {names[:2] for names in RECIPES}:
+        found[recipe, family] = train_recipe(recipe, family, "none", None)
+    return found
 
 
 # ---- two against one ----
@@ -236,9 +328,41 @@ def test_center_is_that_of_the_joined_batch(ranks, alone, split):
 
 @pytest.mark.parametrize("split", ROWS)
 def test_sinkhorn_is_that_of_the_joined_batch(ranks, alone, split):
-    joined = torch.cat([found["sinkhorn", split] for found in ranks])
-    assert [len(found["sinkhorn", split]) for found in ranks] == list(ROWS[split])
-    torch.testing.assert_close(joined, alone["sinkhorn", split], rtol=1e-5, atol=1e-6)
+    for logits in ("sinkhorn", "far apart"):
+        parts = [found[logits, split] for found in ranks]
+        assert [len(part) for part in parts] == list(ROWS[split])
+        expected = alone[logits, split]
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", GROUPS)
+def test_koleo_looks_for_neighbours_on_all_ranks(ranks, alone, size):
+    """Its gradients are right after DDP has averaged them."""
+    loss, grads = alone["koleo", size]
+    assert size == 8 or not torch.equal(loss, alone["koleo", 8][0]) or size == 0
+    for found in ranks:
+        ours, our_grads = found["koleo", size]
+        torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+        for name, grad in grads.items():
+            largest = float(grad.abs().max())
+            torch.testing.assert_close(our_grads[name], grad, rtol=0, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("recipe, family, how", RECIPES)
+def test_a_recipe_on_two_ranks_is_that_of_one(ranks, alone, recipe, family, how):
+    """Each term of the loss in three iterations, KoLeo included, and the first gradients."""
+    ours, expected = ranks[0][recipe, family, how], alone[recipe, family]
+    for terms, wanted in zip(ours["losses"], expected["losses"]):
+        for name, value in wanted.items():
+            difference = abs(terms[name] - value) / wanted["loss"]
+            print(f"{recipe} {family} {how} {name}: {difference:.1e}")
+            assert difference <= 1e-6, name
+        assert (wanted["koleo_loss"] != 0) == (recipe != "dinov1")
+    largest = max(float(grad.abs().max()) for grad in expected["gradients"][0].values())
+    assert ours["gradients"][0].keys() == expected["gradients"][0].keys()
+    for name, grad in expected["gradients"][0].items():
+        difference = float((ours["gradients"][0][name] - grad).abs().max()) / largest
+        assert difference <= 1e-6, name
 
 
 @pytest.mark.parametrize("centering", TARGETS)
@@ -325,3 +449,105 @@ def test_helpers_vanish_alone():
         distributed.barrier()
     used, total = memory_gb(torch.device("cpu"))
     assert 0.05 < used < total
+
+
+# ---- lost workers, and the end of a process ----
+
+class Slow(torch.utils.data.Dataset):
+    """Items of 1 MB, of which the second batch never comes."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, item):
+        n, _ = item
+        if n >= 4:
+            time.sleep(60)
+        return dict(crops=torch.zeros(250_000), n=n)
+
+    def collate(self, samples):
+        return dict(n=[sample["n"] for sample in samples], pid=os.getpid())
+
+
+def slow_loader(num_workers, say=print):
+    config = SimpleNamespace(global_batch_size=4, seed=0, shuffle=False, num_workers=num_workers)
+    return make_loader(Slow(), config, 1, 0, 4, torch.device("cpu"), say)
+
+
+def test_a_killed_loader_worker_is_one_line():
+    batches = iter(slow_loader(1))
+    pid = next(batches)["pid"]
+    os.kill(pid, signal.SIGTERM)  # of a queue that stops all processes: main decides
+    time.sleep(0.2)
+    os.kill(pid, 0)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(UserError) as caught, lost_ranks():
+        next(batches)
+    text = str(caught.value)
+    assert text.startswith(f"rank 0: DataLoader worker (pid {pid}) is killed by signal: Killed. ")
+    assert "\n" not in text and "--num_workers" in text and "--resume_from=auto" in text
+
+
+def test_a_small_shared_memory_has_fewer_workers(monkeypatch):
+    """Batches of 4 MB: two for each worker and one in use are 12 MB for one worker."""
+    said = []
+    for free, workers in ((100, 3), (29, 3), (27, 2), (13, 1), (11, 0), (0, 0)):
+        disk = SimpleNamespace(f_bavail=free * 10**6 // 4096, f_frsize=4096)
+        monkeypatch.setattr(distributed.os, "statvfs", lambda path: disk)
+        assert slow_loader(3, said.append).num_workers == workers
+        assert bool(said) == (workers < 3)
+        said.clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert workers_that_fit(3, 10**6, said.append) == 0
+    assert "/dev/shm has 0.0 MB free, too little for 3 loader worker(s)" in said[0]
+
+
+@pytest.mark.parametrize("end, status", [
+    (lambda: None, 0), (lambda: sys.exit(130), 130), (lambda: stop_together("a full disk"), 1),
+    (lambda: 1 / 0, 1), (lambda: sys.exit("no"), 1)])
+def test_a_rank_ends_with_its_status_and_without_unloading_python(end, status, tmp_path):
+    """What is registered with atexit is done, what is printed arrives."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["WORLD_SIZE"] = "2"
+        for stream in (1, 2):
+            os.dup2(os.open(f"{tmp_path}/{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        distributed.atexit._clear()  # pytest's
+        distributed.atexit.register(lambda: print("goodbye"))
+        with quick_exit(), one_line_errors():
+            end()
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+    assert open(f"{tmp_path}/1").read() == "goodbye\n"
+    errors = open(f"{tmp_path}/2").read()
+    assert ("ZeroDivisionError" in errors) == (end is None or "division" in errors)
+    assert bool(errors) == (status == 1)
+
+
+def test_quick_exit_does_nothing_alone():
+    with pytest.raises(SystemExit), quick_exit():
+        sys.exit(3)
+    with quick_exit():
+        pass
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_starts_and_resumes_end_with_0(how, npz, tmp_path):
+    """STARTS=20: so many of train.py under torchrun, each resumed, with and without workers."""
+    starts = int(os.environ.get("STARTS", 0))
+    if starts == 0:
+        pytest.skip("STARTS=20 runs it, for half an hour")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               f"{ROOT}/train.py", f"{ROOT}/config/dinov2.py", *SHRUNK, f"--dataset_path={npz}",
+               f"--out_dir={tmp_path}/run", f"--cache_dir={tmp_path}/cache",
+               f"--distribution={how}", "--resume_from=auto"]
+    failed = []
+    for i in range(starts):
+        for iterations in (3, 5):
+            argv = [*command, f"--max_iterations={iterations}", f"--num_workers={i % 2}"]
+            done = subprocess.run(argv, capture_output=True, text=True)
+            if done.returncode != 0 or "Done: " not in done.stdout:
+                failed.append((i, iterations, done.returncode, done.stderr[-3000:]))
+        shutil.rmtree(f"{tmp_path}/run")
+    assert failed == []

@@ -92,15 +92,66 @@ def test_sinkhorn_without_rows():
     assert sinkhorn_knopp(torch.empty(0, 7), 0.04).shape == (0, 7)
 
 
-def test_sinkhorn_does_not_overflow():
+def sinkhorn_logs(logits, temp, n_iterations=3):
+    """The docstring on logarithms, in double precision: exact for any range."""
+    log_q = logits.double() / temp
+    for _ in range(n_iterations):
+        log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
+    return log_q.exp()
+
+
+def far_apart(spread, temp, n=40, k=30):
+    """Logits that span `spread` temperatures: a confident row, and a row, a column, and an entry
+    far below and above the others."""
+    logits = 3 * temp * normal(n, k)
+    logits[3, 5] += spread * temp
+    logits[7] -= spread / 2 * temp
+    logits[:, 9] -= spread / 2 * temp
+    logits[11, 13] += spread / 3 * temp
+    return logits
+
+
+@pytest.mark.parametrize("spread", [0, 30, 60, 100, 300, 1000])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_is_exact_over_a_thousand_temperatures(spread, iterations):
+    """Relative, too: a small target is right as well. The error grows with the range."""
+    for temp in (0.04, 0.07):
+        for logits in (far_apart(spread, temp), spread * temp * normal(40, 30).sigmoid()):
+            probs = sinkhorn_knopp(logits, temp, iterations).double()
+            expected = sinkhorn_logs(logits, temp, iterations)
+            largest = (30 + spread) * 3e-7
+            assert ((probs - expected).abs() <= largest * expected + 1e-30).all()
+
+
+def test_one_confident_row_leaves_the_targets_of_the_others():
+    """Once the other targets became uniform without a word: entropy 4.14, ln 64 = 4.16."""
+    logits = 0.6 * torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) - 0.3
+    logits[3, 5] = 3.0
+
+    def entropy(probs):
+        others = torch.cat([probs[:3], probs[4:]])
+        return float(-(others * others.clamp_min(1e-30).log()).sum(dim=1).mean())
+    expected = entropy(sinkhorn_logs(logits, 0.04))
+    assert entropy(sinkhorn_knopp(logits, 0.04)) == pytest.approx(expected, rel=1e-5)
+    assert expected < 2.6
+
+
+def test_sinkhorn_at_any_scale():
     logits = 0.5 * normal(12, 6)
     shifted = sinkhorn_knopp(logits + 1000, 0.04)  # exp(1000 / 0.04) is inf
     assert_close(shifted.sum(dim=1), torch.ones(12))
     unshifted = sinkhorn_knopp(logits, 0.04)
     assert_close(shifted, unshifted, rtol=1e-2, atol=1e-3)  # adding 1000 costs digits in fp32
-    for scale in (1e3, 1e6):  # whole rows and columns vanish
+    for scale in (1e3, 1e6, 1e30):
         probs = sinkhorn_knopp(scale * logits, 0.04)
-        assert probs.isfinite().all() and (probs >= 0).all()
+        assert_close(probs.sum(dim=1), torch.ones(12))
+
+
+def test_targets_have_no_gradient():
+    logits = normal(4, 6).requires_grad_()
+    assert not sinkhorn_knopp(logits, 0.04).requires_grad
+    assert not softmax_center(logits, normal(1, 6), 0.04).requires_grad
 
 
 # ---- DINO ----
@@ -190,19 +241,22 @@ def test_ibot_loss_of_a_uniform_student_with_half_of_the_crops_masked():
 
 # ---- KoLeo ----
 
-def koleo_loop(features, eps=1e-8):
+def koleo_loop(features, eps=1e-8, group_size=0):
     x, total = [row / row.norm() for row in features], 0
+    size = group_size or len(x)
     for i in range(len(x)):
-        others = [j for j in range(len(x)) if j != i]
+        first = i // size * size
+        others = [j for j in range(first, first + size) if j != i]
         j = max(others, key=lambda j: (x[i] @ x[j]).item())
         total -= ((x[i] - x[j] + eps).norm() + eps).log()
     return total / len(x)
 
 
-def test_koleo_loss_and_gradient_are_its_loop():
-    a, b = (normal(7, 5).requires_grad_() for _ in range(2))
-    loss = koleo_loss(a)
-    loop = koleo_loop(b)
+@pytest.mark.parametrize("group_size", [0, 2, 4, 12, 99])
+def test_koleo_loss_and_gradient_are_its_loop(group_size):
+    a, b = (normal(12, 5).requires_grad_() for _ in range(2))
+    loss = koleo_loss(a, group_size=group_size)
+    loop = koleo_loop(b, group_size=min(12, group_size))
     loss.backward()
     loop.backward()
     assert_close(loss.detach(), loop.detach())
@@ -223,9 +277,21 @@ def test_koleo_of_two_identical_images_is_finite():
     assert loss.isfinite() and features.grad.isfinite().all()
 
 
-def test_koleo_refuses_a_batch_of_one():
-    with pytest.raises(ValueError, match="needs 2 images"):
-        koleo_loss(normal(1, 5))
+def test_koleo_of_opposite_features():
+    """No row is its own neighbour, not even if all others are opposite."""
+    assert_close(koleo_loss(torch.tensor([[0.0, 1.0], [0.0, -1.0]])), -math.log(2))
+    line = torch.tensor([[0.3, -0.7, 0.2]])
+    for _ in range(20):
+        line = F.normalize(line + 0.1 * normal(1, 3))
+        assert_close(koleo_loss(torch.cat([line, -3 * line])), -math.log(2))
+
+
+def test_koleo_refuses_a_row_without_neighbour():
+    for features, group_size in ((normal(1, 5), 0), (normal(6, 5), 1)):
+        with pytest.raises(ValueError, match="needs 2 images to compare, there is 1 in a group"):
+            koleo_loss(features, group_size=group_size)
+    with pytest.raises(ValueError, match="koleo_group_size=4 does not divide the 6 images"):
+        koleo_loss(normal(6, 5), group_size=4)
 
 
 def test_koleo_chooses_its_neighbours_in_fp32_under_autocast():
@@ -302,13 +368,6 @@ def test_nothing_changes_its_arguments(function, args):
     before = [tensor.clone() for tensor in tensors]
     function(*args)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
-
-
-def test_sinkhorn_row_far_below_the_others_keeps_a_target():
-    logits = torch.randn(6, 8)
-    logits[2] -= 50  # possible with DINOv3's unnormalised prototypes
-    row_sums = sinkhorn_knopp(logits, 0.04).sum(dim=1)
-    assert torch.allclose(row_sums, torch.ones(6), atol=1e-4)
 
 
 # ---- distillation ----

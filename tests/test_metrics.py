@@ -72,6 +72,27 @@ def test_knn_knows_length_chunks_and_gaps():
     assert torch.equal(knn_classify(train.bfloat16(), labels, train.bfloat16(), k=1), labels)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_shares_of_unanimous_votes_are_tied(multi_label):
+    """All neighbours are of one class, at different distances: the shares are 1, not 1 +- 1e-7,
+    whose order would be an AUC."""
+    rng = torch.Generator().manual_seed(0)
+    train = torch.randn(300, 4, generator=rng)
+    test = torch.randn(200, 4, generator=rng)
+    labels = torch.ones(300, dtype=torch.int64)
+    labels[0] = 0
+    train[0] = -1e3 * train[1:].sum(dim=0)  # the only image of its class: far from some only
+    if multi_label:
+        labels = torch.stack([1 - labels, labels], dim=1)
+    _, shares = knn_vote(train, labels, test, k=20, temperature=0.07)
+    unanimous = shares[:, 0] == 0
+    assert 20 < unanimous.sum() < 200
+    assert torch.equal(shares[unanimous, 1], torch.ones(int(unanimous.sum())))
+    truth = np.arange(int(unanimous.sum())) % 2
+    chance = classification_metrics(shares[unanimous].numpy(), truth)["auc"]
+    assert chance == 0.5
+
+
 def test_shares_are_those_of_the_votes():
     train, test, labels = randn(40, 6), randn(9, 6, seed=1), torch.arange(40) % 3
     for k, temperature in ((5, None), (10, 0.07), (100, 0.07)):

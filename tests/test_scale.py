@@ -1,8 +1,6 @@
 """One switch: train.py alone, under DDP and under FSDP has the same losses, weights and exports.
 Checkpoints go from any to any. What goes wrong on one rank stops all of them. Ranks are forks that
 talk over gloo.
-
-KoLeo is off throughout: it looks for neighbours on its own rank, by definition.
 """
 import contextlib
 import errno
@@ -25,8 +23,8 @@ from configurator import UserError, override
 from tests_support import ROOT, SHRUNK, assert_same, load_train, log, losses, state
 
 COMMON = [
-    *SHRUNK, "--koleo_loss_weight=0", "--saveckp_freq=8", "--eval_interval=10",
-    "--eval_max_images=12", "--generate_samples=false", "--warmup_iterations=2",
+    *SHRUNK, "--saveckp_freq=8", "--eval_interval=10", "--eval_max_images=12",
+    "--generate_samples=false", "--warmup_iterations=2",
     "--freeze_last_layer=5", "--image_mean=0.5", "--image_std=0.25", "--model_type=dinov2",
     "--drop_path_rate=0", "--lora_dropout=0"]
 MODES = {  # everything at once, three times: what one leaves out, another has
