@@ -150,7 +150,7 @@ def test_all_that_can_fail_fails_before_the_earlier_run_is_moved(tmp_path, npz, 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     best = f"{out}/checkpoints/best/hf"
     for flag, words in (("--wandb_log=true", "Weights & Biases does not start .'api_key not"),
-                        ("--dino_head_out_dim=0", "must be above 0"),
+                        ("--dino_head_out_dim=0", "must be in 2.."),
                         (f"--model_type={best}", "lies in the folder of this run")):
         with pytest.raises(UserError, match=words):
             run(out, *flags, flag)
