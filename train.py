@@ -161,8 +161,8 @@ from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
 from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap, world_size,
-                         wrap)
+                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap,
+                         world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)

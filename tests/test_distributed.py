@@ -339,7 +339,7 @@ def test_sinkhorn_is_that_of_the_joined_batch(ranks, alone, split):
 def test_koleo_looks_for_neighbours_on_all_ranks(ranks, alone, size):
     """Its gradients are right after DDP has averaged them."""
     loss, grads = alone["koleo", size]
-    assert size == 8 or not torch.equal(loss, alone["koleo", 8][0]) or size == 0
+    assert torch.equal(loss, alone["koleo", 0][0]) == (size in (0, 8))
     for found in ranks:
         ours, our_grads = found["koleo", size]
         torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
@@ -350,13 +350,14 @@ def test_koleo_looks_for_neighbours_on_all_ranks(ranks, alone, size):
 
 @pytest.mark.parametrize("recipe, family, how", RECIPES)
 def test_a_recipe_on_two_ranks_is_that_of_one(ranks, alone, recipe, family, how):
-    """Each term of the loss in three iterations, KoLeo included, and the first gradients."""
+    """Each term of the loss, KoLeo included, and the first gradients. AdamW divides by the size of
+    a gradient, so rounding grows with each update."""
     ours, expected = ranks[0][recipe, family, how], alone[recipe, family]
-    for terms, wanted in zip(ours["losses"], expected["losses"]):
+    for i, (terms, wanted) in enumerate(zip(ours["losses"], expected["losses"])):
         for name, value in wanted.items():
             difference = abs(terms[name] - value) / wanted["loss"]
-            print(f"{recipe} {family} {how} {name}: {difference:.1e}")
-            assert difference <= 1e-6, name
+            print(f"{recipe} {family} {how} {i} {name}: {difference:.1e}")
+            assert difference <= (1e-6, 1e-6, 5e-6)[i], name
         assert (wanted["koleo_loss"] != 0) == (recipe != "dinov1")
     largest = max(float(grad.abs().max()) for grad in expected["gradients"][0].values())
     assert ours["gradients"][0].keys() == expected["gradients"][0].keys()
