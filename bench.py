@@ -17,7 +17,7 @@ tables compare time with the number of multiplications, and memory with the sum 
 """
 from types import SimpleNamespace
 
-from configurator import UserError, list_keys, one_line_errors, read_command_line
+from configurator import list_keys, one_line_errors, read_command_line
 
 # ==== config ====
 what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'all'
@@ -67,6 +67,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dino
 import train
 from augment import MultiCrop, Photometrics
+from checks import Checks
 from data import Dataset, load_dataset
 from distributed import autocast_for, loader_workers, memory_gb, setup
 from loader import CropDataset, make_loader
@@ -687,6 +688,9 @@ def main(config):
     """Measure what a config of read_config asks for."""
     benches = dict(strategy=bench_strategies, augment=bench_augment, step=bench_step,
                    data=bench_data, growth=bench_growth)
+    check = Checks(config)
+    check.network(FAMILIES)
+    check.report()
     for name in benches if config.what == "all" else [config.what]:
         alone(benches[name], config)
         if config.what == "all" and name == "step":

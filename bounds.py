@@ -123,7 +123,8 @@ def problem(key, value, script=""):
         numbered = re.sub("[0-9]+$", "N", value)  # head0 -> headN
         if value in bounds and not value.endswith("N") or numbered in bounds and numbered != value:
             return ""
-        return f"{key}={shown(value)}: choose one of {', '.join(bounds)}"
+        where = "; N is 0, 1, ..." if bounds[-1].endswith("N") else ""
+        return f"{key}={shown(value)}: choose one of {', '.join(bounds)}{where}"
     low, high = bounds
     numbers = value if isinstance(value, tuple) else (value,)
     if not all(low <= number <= high for number in numbers):

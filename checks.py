@@ -45,6 +45,16 @@ class Checks:
         if condition:
             self.notes.append(message)
 
+    def network(self, families):
+        """The width of a network from scratch divides by its heads. families: model.FAMILIES."""
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+        family = self.config.model_type
+        self.need(family not in families or width % heads == 0,
+                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        self.need(family != "dinov3_vit" or width % (4 * heads) == 0,
+                  f"hidden_size={width} with num_attention_heads={heads}: a head of dinov3_vit has "
+                  "a multiple of 4 dimensions, for its rotary positions")
+
     def training(self, n_ranks, families, changed=()):
         """What train.py and distill.py ask alike: the batch divides by ranks and micro-batches, the
         width by heads, several ranks need ddp or fsdp. Notes on keys without effect.
@@ -72,9 +82,7 @@ class Checks:
                   f"divide the {per_rank} images of a rank")
         self.need(n_ranks == 1 or config.distribution != "none",
                   f"distribution='none' with {n_ranks} processes: use ddp, or start one")
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.need(config.model_type not in families or width % heads == 0,
-                  f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        self.network(families)
         self.need(config.pos_embed_rescale == 0 or config.pos_embed_rescale >= 1,
                   f"pos_embed_rescale={config.pos_embed_rescale}: positions are scaled by up to "
                   "this, so it is 1 at least, or 0 = off")

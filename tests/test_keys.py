@@ -309,8 +309,9 @@ def first_step(script, argv, monkeypatch, capsys):
             seen["groups"].update(dict.fromkeys(group["names"], settings))
         for part in student.modules():
             seen["modules"].append(getattr(part, "gradient_checkpointing", False))
-        seen["trained"] = [name for name, param in student.named_parameters() if param.requires_grad]
-        seen["weights"] = {name: param.clone() for name, param in student.named_parameters()}
+        params = dict(student.named_parameters())
+        seen["trained"] = [name for name, param in params.items() if param.requires_grad]
+        seen["weights"] = {name: param.clone() for name, param in params.items()}
         seen["ema"] = {name: value.clone() for name, value in ema.values.items()}
         if script == "distill":
             raise Stop
@@ -393,7 +394,8 @@ CHANGED = dict(
     label_guided_classes=("9", "pixels"), horizontal_flip=("1", "pixels"),
     vertical_flip=("1", "pixels"), blur_probability=("0,0,0", "pixels"),
     window_jitter=("0.3", "pixels"), min_foreground=("0.9", "pixels"),
-    slab_mm=("5", "has no slices with positions"), model_type=("dinov2", "is .* in the checkpoint, .* now"),
+    slab_mm=("5", "has no slices with positions"),
+    model_type=("dinov2", "is .* in the checkpoint, .* now"),
     use_pretrained=("true", "is a family and has no weights"), hidden_size=("48", SHAPE),
     num_hidden_layers=("3", SHAPE), num_attention_heads=("4", "losses"),
     patch_size=("16", SHAPE), num_register_tokens=("3", SHAPE), drop_path_rate=("0.5", "losses"),
