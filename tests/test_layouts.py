@@ -120,15 +120,18 @@ def test_classes_behind_patients_and_behind_a_single_folder(layout):
 
 
 def test_patients_in_class_folders(layout):
-    root = layout(*(f"{name}/PAT{i}/{j}.png" for name in ("benign", "tumour") for i in range(4)
-                    for j in range(3)))
+    files = []
+    for patient in range(8):
+        name = ("benign", "tumour")[patient // 4]
+        files += [f"{name}/PAT{patient}/{i}.png" for i in range(3)]
+    root = layout(*files)
     train, val = load(root), load(root, "val")
     assert train.class_names == ["benign", "tumour"] and len(train) + len(val) == 24
     assert not set(train.groups) & set(val.groups) and len(val) >= 3
 
 
 def test_numbers_as_names_keep_the_order_of_torchvision_which_is_said(layout):
-    root = layout(*(f"{name}/{i}.png" for name in ("0", "1", "2", "10") for i in (1, 2, 3)))
+    root = layout(*(f"{i % 3 if i < 9 else 10}/{i}.png" for i in range(12)))
     dataset = load(root)
     assert dataset.class_names == ["0", "1", "10", "2"]
     assert "4 classes in train: 0 " in describe_source(dataset)
@@ -190,13 +193,12 @@ def test_masks_by_any_name(layout, images, masks):
 
 def test_masks_of_two_classes(layout):
     """COVID-19 Radiography: CLASS/images and CLASS/masks, with equal names in both classes."""
-    files = []
-    for name in ("COVID", "Normal"):
-        files += [f"{name}/{kind}/{i}.png" for kind in ("images", "masks") for i in range(3)]
-    root = layout(*files)
-    found = {**content(root), **content(root, "val")}
-    assert found == {f"{name}/images/{i}.png": (name, f"{name}/masks/{i}.png")
-                     for name in ("COVID", "Normal") for i in range(3)}
+    expected = {}
+    for i in range(6):
+        name = ("COVID", "Normal")[i % 2]
+        expected[f"{name}/images/{i // 2}.png"] = name, f"{name}/masks/{i // 2}.png"
+    root = layout(*expected, *(mask for _, mask in expected.values()))
+    assert {**content(root), **content(root, "val")} == expected
 
 
 def test_several_masks_of_one_image_are_joined_and_others_are_counted(tmp_path):
