@@ -68,16 +68,18 @@ from tqdm import tqdm
 import pictures
 from augment import Photometrics, is_labelled, resize
 from checks import Checks
-from data import Dataset, describe_source, load_dataset
+from data import Dataset, cache_of, describe_source, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
                        scaled)
 from distributed import setup
 from features import find_networks, load_network
-from images import EXTENSIONS, ImageFiles, load_image
+from images import ImageFiles
+from layouts import is_system_name, stem_of
 from loader import reading_keys
 from model import blocks, embed, forward_features, run_blocks
 from run_folder import make_folder
 from tables import jsonable, markdown
+from volumes import list_images
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)  # of val patches: what heat may count as 1
 SIDE = 200  # pixels of a picture on a sheet
@@ -380,8 +382,9 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         label = None if mask is None else is_labelled(mask, classes)
         picture = pictures.to_picture(image, inputs["intensity_range"])
         name = f"{dataset.split}-{i:04d}"
-        if isinstance(dataset.images, ImageFiles):
-            name = Path(dataset.path(i)).stem
+        is_slice = dataset.volume is not None and dataset.volume[i] >= 0
+        if isinstance(dataset.images, ImageFiles) and dataset.groups is None and not is_slice:
+            name = Path(dataset.path(i)).stem  # else it may be the name of a patient
         sheet.append(sheet_row(picture, name, label, maps, color, network))
         tiles = sheet[-1][:1]
         for n, head in enumerate(maps["attention"]):
@@ -406,35 +409,43 @@ def draw(network, backbone, inputs, dataset, classes, folder):
 
 # ---- the script ----
 
-def list_images(path):
-    """The image files at a path: the file itself, or those in a folder, sorted."""
+def files_at(path):
+    """The files at a path: the file itself, or those in a folder that may be images, sorted."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         return [path]
-    names = [name for name in os.listdir(path) if name.lower().endswith(EXTENSIONS)]
-    return [os.path.join(path, name) for name in sorted(names)]
+    files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+    return [file for file in files if not is_system_name(os.path.basename(file))]
 
 
-def open_images(num_channels):
-    """The data set of the keys images and masks. num_channels: 0 = as the first image."""
-    files = list_images(images)
-    if not files:
-        endings = ", ".join(EXTENSIONS)
-        raise UserError(f"images={images!r}: no image; looked for files ending in {endings}")
+def open_images(num_channels, reading):
+    """The data set of the keys images and masks. num_channels: 0 = as the first image; reading: of
+    loader.reading_keys."""
+    listing = list_images("", files_at(images), reading)
+    names = [os.fsdecode(name) for name in listing.names]
+    left_out = ", ".join(f"{n} {reason}" for reason, n in listing.left_out.items())
+    if not names:
+        raise UserError(f"images={images!r}: no image; left out: {left_out or 'nothing'}")
+    said = [f"images: {len(names)}", f"left out: {left_out or 'nothing'}", *listing.notes]
+    print("; ".join(said), flush=True)
+    files = ImageFiles("", names, num_channels, numbers=listing.numbers, volumes=listing.volume,
+                       cache_dir=cache_of(cache_dir), volume_axis=reading["volume_axis"],
+                       max_image_pixels=reading["max_image_pixels"])
+    files.num_channels = num_channels or files[0].shape[2]
     mask_images = None
     if masks:
-        by_name = {Path(file).stem: file for file in list_images(masks)}
-        mask_files = [by_name.get(Path(file).stem, "") for file in files]
-        if os.path.isfile(masks) and len(files) == 1:
-            mask_files = [masks]
+        by_name = {stem_of(os.path.basename(file)): file for file in files_at(masks)}
+        stems = [stem_of(os.path.basename(name)) for name in names]
+        mask_files = [by_name.get(stem, "") for stem in stems]
+        if os.path.isfile(masks) and len(set(names)) == 1:
+            mask_files = [masks] * len(names)
         if not any(mask_files):
             raise UserError(f"masks={masks!r}: no file is named like an image in {images!r}; the "
                             "mask of a.jpg is a.png or a.npy")
-        mask_images = ImageFiles("", mask_files, as_mask=True)
-    num_channels = num_channels or load_image(files[0]).shape[2]
-    return Dataset(ImageFiles("", files, num_channels), None, mask_images, name=images,
-                   split="images")
+        mask_images = ImageFiles("", mask_files, as_mask=True, numbers=listing.numbers)
+    return Dataset(files, None, mask_images, name=images, split="images", volume=listing.volume,
+                   scaling=reading["intensity_scaling"])
 
 
 def open_data(config, network):
@@ -454,7 +465,7 @@ def open_data(config, network):
         path = os.path.join(network["settings_path"], "config.json")
         if config and os.path.isfile(path):
             num_channels = json.load(open(path))["num_channels"]
-        dataset = open_images(num_channels)
+        dataset = open_images(num_channels, reading)
     else:
         dataset = open_split(split)
         print(describe_source(dataset), flush=True)

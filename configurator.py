@@ -47,7 +47,8 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        sys.exit(f"error: {error}")
+        keys = getattr(sys.modules["__main__"], "config_keys", None)
+        sys.exit(f"error: {own_advice(str(error), keys)}")
     except OSError as error:
         file = error.filename or "a log file"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -62,6 +63,14 @@ def one_line_errors():
             raise
         sys.exit(f"error: out of memory: {words[:200]}. Smaller batches, crops or networks need "
                  "less; the last checkpoint is good")
+
+
+def own_advice(message, keys):
+    """A message without the advice to set a key that the script does not have, as the readers of
+    images give it to all scripts. keys: of list_keys, None = leave the message as it is."""
+    def kept(match):
+        return match[0] if keys is None or match[1] in keys else ""
+    return re.sub(r"(?:, or|;) (?:(?!, or )[^;])*?--(\w+)[^;]*", kept, message)
 
 
 def read_command_line(namespace, keys):

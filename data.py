@@ -185,9 +185,7 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     Returns: Dataset. Raises UserError: what is missing or wrong, and what to do.
     """
     settings = SimpleNamespace(**{**READING, **reading})
-    if not cache_dir:
-        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx")
-    settings.cache_dir, settings.num_channels = os.path.expanduser(cache_dir), num_channels
+    settings.cache_dir, settings.num_channels = cache_of(cache_dir), num_channels
     source = _open_source(dataset_path, size, download_url, settings)
     splits, split = list(source.labels), split_word(split) or split
     val_is_cut = split in ("train", "val") and "val" not in splits and "train" in splits
@@ -219,6 +217,13 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     rest, tenth, how = cut_val(dataset, seed)
     dataset.notes.append(how)
     return dataset.subset(tenth if split == "val" else rest, split)
+
+
+def cache_of(cache_dir):
+    """The folder that the key cache_dir means."""
+    if not cache_dir:
+        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "dino-mx")
+    return os.path.expanduser(cache_dir)
 
 
 def cut_val(dataset, seed):

@@ -246,7 +246,7 @@ def list_folder(root, settings, file=""):
 
 def _list_masks(split, names, masks, mask_splits):
     """The arrays of masks of a split's images; see list_folder. names: [N] of bytes."""
-    own = [masks.get(os.fsdecode(name), []) for name in names]
+    own = [masks.get(os.fsdecode(name), []) for name in names if masks]
     if not any(own):
         return {f"{split}_masks": np.zeros(0, "S1")} if split in mask_splits else {}
     first = [os.fsencode(paths[0]) if paths else b"" for paths in own]

@@ -264,11 +264,11 @@ def find_groups(names, rows_of, rest_of, table, patient_at, listings):
     texts, known, n_volumes = {}, set(), 0
     for split, rows in rows_of.items():
         listing, own = listings[split], np.full(len(rows), "", dtype=object)
-        for i in np.flatnonzero(listing.volume >= 0):
-            own[i] = str(listing.groups[listing.volume[i]])
-        for i, rest in enumerate(rest_of[split]):
-            if patient_at is not None and patient_at < len(rest):
-                own[i] = os.sep.join(rest[:patient_at + 1])
+        in_volume = listing.volume >= 0
+        own[in_volume] = listing.groups.astype(object)[listing.volume[in_volume]]
+        if patient_at is not None:
+            for i, rest in enumerate(rest_of[split]):
+                own[i] = os.sep.join(rest[:patient_at + 1]) or own[i]
         if table.group is not None:
             own = np.where(table.group[rows] == "", own, table.group[rows])
         texts[split] = own
@@ -280,11 +280,18 @@ def find_groups(names, rows_of, rest_of, table, patient_at, listings):
     groups, by_volume = {}, n_volumes > 1 and len(known) < 2  # anonymous: all have one name
     for split, rows in rows_of.items():
         volume, own = listings[split].volume, texts[split]
-        for i in np.flatnonzero(volume >= 0):
-            if by_volume or not own[i]:
-                own[i] = f"volume {volume[i]} of {split}, {names[0]} to {names[-1]}"
+        alone = (volume >= 0) & ((own == "") | by_volume)
+        about = f"of {split}, {names[0]} to {names[-1]}"
+        by_number = [f"volume {number} {about}" for number in range(volume.max() + 1)]
+        own[alone] = np.array(by_number, dtype=object)[volume[alone]]
         groups[split] = group_numbers(own.astype(str), [names[row] for row in rows])
     return groups
+
+
+def n_pairs(first, second):
+    """How many different pairs there are of the numbers in two lists of arrays of equal lengths."""
+    _, codes = np.unique(np.concatenate(second), return_inverse=True)
+    return len(np.unique(np.concatenate(first) * len(codes) + codes))
 
 
 def find_labels(index, rows_of, rest_of, table, class_at, why, groups):
@@ -297,24 +304,30 @@ def find_labels(index, rows_of, rest_of, table, class_at, why, groups):
         return []
     if class_at is None:
         return [f"no labels: {why}"] if why else []
-    units, patients, classes = {}, {}, {}  # of a class: its volumes or pictures; its patients
+    texts = {}
     for split, rests in rest_of.items():
-        own = classes[split] = [rest[class_at] for rest in rests]
-        volume = index.get(f"{split}_volume", np.full(len(own), -1))
-        for i, name in enumerate(own):
-            unit = f"volume {volume[i]}" if volume[i] >= 0 else i
-            units.setdefault(name, set()).add((split, unit))
-            if groups:
-                patients.setdefault(name, set()).add(groups[split][i])
-    if all(len(own) == 1 for own in units.values()):
-        return ["no labels: each folder has one image or volume only, so folders are no classes"]
-    n_patients = len(set().union(*patients.values()))
-    is_one_patient = [len(own) == 1 for own in patients.values()]
-    if n_patients == len(units) and all(is_one_patient):
-        return ["no labels: each folder is one patient"]
-    names = sorted(units)
+        texts[split] = [rest[class_at] for rest in rests]
+    names = sorted(set().union(*texts.values()))
     numbers = {name: number for number, name in enumerate(names)}
-    for split, own in classes.items():
+    labels, units, n_before = [], [], 0
+    for split, own in texts.items():
         index[f"{split}_labels"] = np.array([numbers[name] for name in own], np.int64)
+        labels.append(index[f"{split}_labels"])
+        alone = n_before + len(own) + np.arange(len(own))  # a picture is a unit by itself
+        volume = index.get(f"{split}_volume", np.full(len(own), -1))
+        units.append(np.where(volume >= 0, n_before + volume, alone))
+        n_before += 2 * len(own)
+    reason = ""
+    if n_pairs(labels, units) == len(names):
+        reason = "no labels: each folder has one image or volume only, so folders are no classes"
+    elif groups:
+        members = list(groups.values())
+        n_groups = len(np.unique(np.concatenate(members)))
+        if n_pairs(labels, members) == n_groups == len(names):
+            reason = "no labels: each folder is one patient"
+    if reason:
+        for split in texts:
+            del index[f"{split}_labels"]
+        return [reason]
     index["class_names"] = np.array(names, dtype=str)
     return []

@@ -1,13 +1,15 @@
 """layouts.py, folders.py, annotations.py: what names of folders and files, and tables, mean. Every
 layout that labs have is written with tiny pictures and read back."""
+import io
+import json
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from configurator import UserError
-from data import describe_source, load_dataset
+from configurator import UserError, override
+from data import Dataset, check_groups, describe_source, load_dataset
 from images import Rows
 from labels import cut_tenth, find_classes, folder_words, group_numbers
 from layouts import PATIENT
@@ -120,15 +122,18 @@ def test_classes_behind_patients_and_behind_a_single_folder(layout):
 
 
 def test_patients_in_class_folders(layout):
-    root = layout(*(f"{name}/PAT{i}/{j}.png" for name in ("benign", "tumour") for i in range(4)
-                    for j in range(3)))
+    files = []
+    for patient in range(8):
+        name = ("benign", "tumour")[patient // 4]
+        files += [f"{name}/PAT{patient}/{i}.png" for i in range(3)]
+    root = layout(*files)
     train, val = load(root), load(root, "val")
     assert train.class_names == ["benign", "tumour"] and len(train) + len(val) == 24
     assert not set(train.groups) & set(val.groups) and len(val) >= 3
 
 
 def test_numbers_as_names_keep_the_order_of_torchvision_which_is_said(layout):
-    root = layout(*(f"{name}/{i}.png" for name in ("0", "1", "2", "10") for i in (1, 2, 3)))
+    root = layout(*(f"{i % 3 if i < 9 else 10}/{i}.png" for i in range(12)))
     dataset = load(root)
     assert dataset.class_names == ["0", "1", "10", "2"]
     assert "4 classes in train: 0 " in describe_source(dataset)
@@ -190,13 +195,12 @@ def test_masks_by_any_name(layout, images, masks):
 
 def test_masks_of_two_classes(layout):
     """COVID-19 Radiography: CLASS/images and CLASS/masks, with equal names in both classes."""
-    files = []
-    for name in ("COVID", "Normal"):
-        files += [f"{name}/{kind}/{i}.png" for kind in ("images", "masks") for i in range(3)]
-    root = layout(*files)
-    found = {**content(root), **content(root, "val")}
-    assert found == {f"{name}/images/{i}.png": (name, f"{name}/masks/{i}.png")
-                     for name in ("COVID", "Normal") for i in range(3)}
+    expected = {}
+    for i in range(6):
+        name = ("COVID", "Normal")[i % 2]
+        expected[f"{name}/images/{i // 2}.png"] = name, f"{name}/masks/{i // 2}.png"
+    root = layout(*expected, *(mask for _, mask in expected.values()))
+    assert {**content(root), **content(root, "val")} == expected
 
 
 def test_several_masks_of_one_image_are_joined_and_others_are_counted(tmp_path):
@@ -251,3 +255,240 @@ def test_nnunet_and_bids(tmp_path):
     assert bids.labels is None and len(np.unique(bids.groups)) == 2 and len(bids) == 12
     groups = {os.path.relpath(bids.path(i), tmp_path)[5:11]: bids.groups[i] for i in range(12)}
     assert len(groups) == 2 and len(set(groups.values())) == 2
+
+
+# ---- tables, parquet, one file ----
+
+def table(root, *lines, name="labels.csv", separator=","):
+    (root / name).write_text("\n".join(separator.join(line) for line in lines) + "\n")
+
+
+@pytest.mark.parametrize("header, separator", [
+    (("file", "label", "group"), ","), (("Label", "File_Name", "Patient ID"), ";"),
+    (("image_id", "patient", "diagnosis"), "\t")])
+def test_a_table_gives_labels_and_groups(layout, header, separator):
+    root = layout(*(f"images/{i}.png" for i in range(6)))
+    cells = [("0.png", "2", "p1"), ("images/1.png", "10", "p1"), ("2", "2", "p2"),
+             ("3.png", "10", "p2"), ("4.png", "", "p3"), ("gone.png", "2", "p3")]
+    order = {"file": (0, 1, 2), "Label": (1, 0, 2), "image_id": (0, 2, 1)}[header[0]]
+    table(root, header, *([row[k] for k in order] for row in cells), separator=separator)
+    train, val = load(root), load(root, "val")
+    assert train.class_names == ["2", "10"]  # by value, not by letter
+    assert not set(train.groups) & set(val.groups)
+    found = {}
+    for part in (train, val):
+        found.update({os.path.basename(part.path(i)): int(part.labels[i])
+                      for i in range(len(part))})
+    assert found == {"0.png": 0, "1.png": 1, "2.png": 0, "3.png": 1, "4.png": -1, "5.png": -1}
+    assert (val.labels >= 0).all() or len(val.labelled()) > 0
+    line = describe_source(train)
+    assert "1 line(s) name no image, 1 image(s) have no line" in line
+    assert "2 label(s) unknown" in line
+
+
+def test_a_table_gives_splits(layout):
+    root = layout(*(f"{i}.png" for i in range(6)))
+    rows = [(f"{i}.png", "ab"[i % 2], split) for i, split in enumerate(
+        ("train", "Training", "valid", "dev", "testing", ""))]
+    table(root, ("file", "label", "split"), *rows, name="metadata.csv")
+    assert [len(load(root, split)) for split in ("train", "val", "test")] == [2, 2, 1]
+    assert "1 image(s) in no split" in describe_source(load(root))
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([("a", "b"), ("0.png", "x")], "its first line is 'a, b'; needs a column 'file'"),
+    ([("file", "label"), ("x.png", "b")], "none of its 1 files is there, like 'x.png'"),
+    ([("file", "label"), ("0.png", "b"), ("0.png", "c")], "line 3: '0.png' has two values"),
+    ([("file", "split"), ("0.png", "fold 3")], "line 2: split 'fold 3'; use train, val or test"),
+    ([("file", "label"), ("0.png",)], "line 2: 1 values for 2 columns"),
+    ([("file", "label"), ("same.png", "b")], "line 2: several files are named 'same.png'")])
+def test_a_wrong_table_is_one_line(layout, lines, message):
+    root = layout("0.png", "a/same.png", "b/same.png")
+    table(root, *lines)
+    with pytest.raises(UserError, match=message) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_labels_folders_and_fractions_are_a_regression(layout):
+    root = layout("s1/1.png", "s1/2.png", "s2/1.png", "s3/1.png")
+    table(root, ("file", "label"), ("s1", "x"), ("s2", "y"), ("s3/1.png", "y"))
+    assert load(root).class_names == ["x", "y"]
+    table(root, ("file", "label"), ("s1", "0.5"), ("s2", "1.5"), ("s3", "2"))
+    dataset = load(root)
+    assert dataset.labels is None and "fractions from 0.5 to 2, a regression" in dataset.notes[-1]
+
+
+def test_parquet_with_pictures(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, n in (("train", 5), ("validation", 2)):
+        images = []
+        for i in range(n):
+            file = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(file, "PNG")
+            images.append(dict(bytes=file.getvalue(), path=f"{i}.png"))
+        rows = pa.table(dict(file_name=[f"{i}.png" for i in range(n)], image=pa.array(images),
+                             label=[i % 2 for i in range(n)], patient=["Mueller"] * n))
+        features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+        rows = rows.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+        pa.parquet.write_table(rows, tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    train, val = load(tmp_path / "set"), load(tmp_path / "set", "val")
+    assert train.class_names == ["cat", "dog"] and train.labels.tolist() == [0, 1, 0, 1, 0]
+    assert [int(train[i][0].max()) for i in range(5)] == [0, 1, 2, 3, 4] and len(val) == 2
+    assert len(set(train.groups)) == 1 and written_texts(tmp_path / "set-cache", ["Mueller"]) == []
+
+
+def written_texts(folder, texts):
+    """[(text, path)] of each text that a file, or the name of a file, below a folder contains."""
+    found = []
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for text in texts:
+            if text.encode() in content or text in os.path.relpath(path, folder):
+                found.append((text, str(path)))
+    return found
+
+
+def test_one_file_is_a_data_set_of_its_slices(tmp_path):
+    volume = np.arange(5 * 20 * 21, dtype=np.int16).reshape(5, 20, 21)
+    np.save(tmp_path / "v.npy", volume)
+    dataset = load_dataset(str(tmp_path / "v.npy"), cache_dir=str(tmp_path / "cache"))
+    assert len(dataset) == 5 and (dataset[3][0][..., 0] == volume[3]).all()
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "a.txt").write_text("x")
+    for name, message in (("a.zip", "is an archive; unpack it"), ("a.txt", "is no data set")):
+        with pytest.raises(UserError, match=message):
+            load_dataset(str(tmp_path / name))
+
+
+def test_coco_is_said_not_to_be_read(layout):
+    root = layout("1.png", "2.png")
+    (root / "annotations.json").write_text('{"images": [{"id": 1, "file_name": "1.png"}]}')
+    assert "annotations.json looks like COCO and is not read" in describe_source(load(root))
+
+
+# ---- labels ----
+
+@pytest.mark.parametrize("train, test, names, labels, said", [
+    ([110, 20250101, 110], [7], ["7", "110", "20250101"], [1, 2, 1], ""),
+    (["dog", "cat", ""], ["dog"], ["cat", "dog"], [1, 0, -1], "1 label(s) unknown"),
+    ([0.0, 1.0, np.nan], [0.0], ["0", "1"], [0, 1, -1], "1 label(s) unknown"),
+    ([0, -1, 3], [3], ["0", "3"], [0, -1, 1], "1 label(s) unknown"),
+    ([-1, 1, -1], [1], ["-1", "1"], [0, 1, 0], ""),
+    ([True, False, True], [True], ["0", "1"], [1, 0, 1], ""),
+    (["10", "2", "-1"], ["2"], ["2", "10"], [1, 0, -1], "1 label(s) unknown"),
+    ([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], [[1, 0]], ["0", "1"], [1, 0, 1], "rows with one 1"),
+    ([[2], [1], [2]], [[1]], ["1", "2"], [1, 0, 1], "")])
+def test_labels_of_any_kind_are_classes_of_all_splits(train, test, names, labels, said):
+    raw = dict(train=np.array(train), test=np.array(test), val=None)
+    found, class_names, notes = find_classes(raw)
+    assert class_names == names and found["val"] is None
+    assert found["train"].tolist() == labels and found["train"].dtype == np.int64
+    expected = int(np.argmax(test[0])) if isinstance(test[0], list) and len(test[0]) > 1 else None
+    assert expected is None or found["test"].tolist() == [expected]
+    assert said in " ".join(notes) and bool(said) == bool(notes)
+
+
+@pytest.mark.parametrize("labels, why", [
+    ([0.06, 0.99, 0.5], "fractions from 0.06 to 0.99, a regression target"),
+    ([3, 3, 3], "all known labels are '3'"), ([-1, -1], "none is known"),
+    ([[0.2, 0.8], [0.1, 3.2]], "2 numbers per image from 0.1 to 3.2 are a regression target"),
+    ([[0, 5], [1, 7]], "neither 0 and 1 nor one class per image")])
+def test_labels_that_are_no_classes_are_named(labels, why):
+    found, names, notes = find_classes(dict(train=np.array(labels)))
+    assert found["train"] is None and names == [] and why in notes[0] and "no labels" in notes[0]
+
+
+def test_names_of_classes():
+    def names_of(labels, names):
+        found, result, notes = find_classes(dict(train=np.array(labels)), names)
+        return found["train"].tolist(), result, len(notes)
+    assert names_of([0, 2, 0], ["a", "b", "c"]) == ([0, 2, 0], ["a", "b", "c"], 0)  # b is kept
+    assert names_of([1, 2, 3], ["a", "b", "c"]) == ([0, 1, 2], ["a", "b", "c"], 2)  # and is said
+    assert names_of([0, 1, 5, 5], ["a", "b"]) == ([0, 1, 2, 2], ["a", "b", "5"], 1)
+    assert names_of(["b", "a", "b"], ["b", "a"]) == ([0, 1, 0], ["b", "a"], 0)
+    many = np.array([[1, 1, 0], [0, 0, 0], [0, 1, -1]])
+    found, names, notes = find_classes(dict(train=many))
+    assert found["train"].tolist() == [[1, 1, 0], [0, 0, 0], [-1, -1, -1]] and len(notes) == 1
+    with pytest.raises(UserError, match="the labels of the splits differ in kind"):
+        find_classes(dict(train=np.arange(3), test=np.array(["a", "b"])))
+
+
+# ---- groups ----
+
+def test_groups_are_hashes_and_equal_over_splits_and_types():
+    a = group_numbers(np.array([3, 5, -1, -1]), "abcd")
+    b = group_numbers(np.array(["3", "5 ", "", "nan"]), "abxy")
+    c = group_numbers(np.array([[3.0], [5.0]]), "ab")
+    assert a[:2].tolist() == b[:2].tolist() == c.tolist() and (a >= 0).all()
+    assert len(set(a) | set(b)) == 6  # whose group is unknown is alone
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_val_is_cut_by_group(seed):
+    groups = np.random.default_rng(0).integers(0, 12, 120)
+    rest, tenth = cut_tenth(120, seed, groups)
+    assert not set(groups[rest]) & set(groups[tenth]) and len(rest) + len(tenth) == 120
+    assert 12 <= len(tenth) <= 35
+    assert (cut_tenth(120, seed, groups)[1] == tenth).all()
+    assert len(cut_tenth(120, seed, np.zeros(120))[1]) == 12  # one group: image by image
+
+
+def test_groups_of_an_npz(tmp_path):
+    images = np.zeros((20, 8, 8), np.uint8)
+    for key in ("train_groups", "train_patients", "groups", "patients"):
+        np.savez(tmp_path / "s.npz", train_images=images, train_labels=np.arange(20) % 2,
+                 **{key: np.repeat(np.arange(5), 4)})
+        parts = [load_dataset(str(tmp_path / "s.npz"), split, cache_dir=str(tmp_path / "cache"))
+                 for split in ("train", "val")]
+        assert [len(np.unique(part.groups)) for part in parts] == [4, 1], key
+        assert "val: a tenth of train by group" in describe_source(parts[0])
+
+
+def test_a_test_patient_who_is_also_in_train_is_refused(layout):
+    def dataset(groups, split):
+        return Dataset(np.zeros((len(groups), 4, 4), np.uint8), groups=np.array(groups),
+                       split=split)
+    train, test = dataset([1, 1, 2], "train"), dataset([2, 3, 3, 4], "test")
+    with pytest.raises(UserError, match=r"1 of 3 groups \(patients or volumes\) of test are also in"
+                                        ".*allow_shared_groups=true"):
+        check_groups(train, dict(test=test), allowed=False)
+    assert "!!!!" in check_groups(train, dict(test=test), allowed=True)[1]
+    assert len(check_groups(train, dict(test=dataset([3], "test")), allowed=False)) == 1
+
+
+# ---- nothing of a patient is written ----
+
+def test_no_name_and_no_path_of_a_patient_leaves_the_folder(tmp_path):
+    """Groups by folders and by a table, an unreadable image, a whole run: neither its folder nor
+    the cache contains names, in text or in file names."""
+    from tests_support import load_script, run
+    root, out = tmp_path / "set", tmp_path / "out"
+    for split, patients in (("train", ("MUELLER_ANNA", "SMITH_JOHN")), ("test", ("DOE_JANE",))):
+        for patient in patients:
+            for name, value in (("benign", 50), ("tumour", 150)):
+                for i in range(4):
+                    path = root / split / patient / name / f"{patient[:3]}scan{i}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    noise = np.random.default_rng(i).integers(0, 50, (40, 40))
+                    Image.fromarray((noise + value).astype(np.uint8)).save(path)
+    (root / "train" / "SMITH_JOHN" / "tumour" / "SMIscan3.png").write_bytes(b"damaged")
+    os.utime(root, (1, 1))
+    run(str(out), f"--dataset_path={root}", "--group_level=1", "--on_bad_image=skip")
+    secrets = ["MUELLER", "ANNA", "SMITH", "JOHN", "DOE_J", "JANE", "MUEscan", "SMIscan", "DOEscan"]
+    log = (out / "logs" / "train.log").read_text()
+    assert "1 image(s) could not be read" in log and "cannot be read" in log
+    assert "2 group(s) in train" in log or "1 group(s) in train" in log
+    evaluate = load_script("evaluate")
+    sources = override(vars(evaluate), evaluate.config_keys, [
+        f"--run={out}", "--bootstrap=10", "--num_workers=0", "--device=cpu",
+        f"--cache_dir={out}-cache", "--mixed_precision=no", "--on_bad_image=skip"])
+    evaluate.main(sources)
+    attention = load_script("attention")
+    attention.main(override(vars(attention), attention.config_keys, [
+        f"--run={out}", f"--cache_dir={out}-cache", "--n_images=2", "--device=cpu"]))
+    assert written_texts(out, secrets) == []
+    cache = tmp_path / "out-cache"
+    assert not cache.exists() or written_texts(cache, secrets) == []
