@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from configurator import UserError
+from card import adapter_card, edit_json, model_card, processor_config, write_text
+from configurator import HERE, UserError
 from distributed import gather_objects, shard_like
 from model import core
 from run_folder import free_name, remove, truncate_log
@@ -304,31 +305,6 @@ def config_changes(state, config):
 
 # ---- export: what users load ----
 
-def model_card(name, iteration, knn, config, config_text):
-    """README.md of an export: where the weights come from, what was measured, how to load them.
-
-    knn: {what: number}; config: dict of all keys.
-    """
-    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items())
-    numbers = numbers or "- no labels, not measured\n"
-    start = f"random weights ({config['model_type']})"
-    if config["use_pretrained"]:
-        start = config["model_type"]
-    if teacher := config.get("distilled_model_type"):
-        start += f", distilled from the frozen teacher {teacher}"
-    return ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n"
-            f"tags: [dino-mx, self-supervised]\n---\n\n# {name}\n\n"
-            f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} "
-            f"iterations on {config['dataset_path']}, started from {start}. "
-            "For research on methods only, not for clinical use.\n\n"
-            f"5-NN accuracy of the CLS token:\n\n{numbers}\n"
-            "    from transformers import AutoModel\n"
-            "    model = AutoModel.from_pretrained('<this folder>')\n\n"
-            "preprocessor_config.json holds size, intensity range, mean and std of the input. "
-            "A ViT's pooler is not trained: use last_hidden_state[:, 0].\n\n"
-            f"Config:\n\n```python\n{config_text}```\n")
-
-
 def merge_lora(backbone, weights):
     """Turn the state dict of a peft wrapper into that of the model in it, with the adapters merged:
     W + (alpha / r) B A."""
@@ -359,48 +335,27 @@ def resample_positions(positions, grid):
     return torch.cat([cls, patches], dim=1)
 
 
-def edit_json(path, **values):
-    """Set keys of a JSON file, in place."""
-    with open(path) as file:
-        content = json.load(file) | values
-    with open(path, "w") as file:
-        json.dump(content, file, indent=2)
-
-
-def processor_config(size, intensity_range, mean, std, intensity_scaling="set"):
-    """preprocessor_config.json of an export, as a dict.
-
-    A processor computes (pixel * factor - mean) / std. So the lower end of the range goes into its
-    mean. intensity_range is kept beside it, for model.pretrained_input, and intensity_scaling if
-    each image has to be scaled by itself before (data.scale_image), which no processor does.
-    """
-    low, high = intensity_range
-    factor = 1 / (high - low)
-    return dict(image_processor_type="BitImageProcessor", do_resize=True,
-                size={"shortest_edge": size}, resample=3, do_center_crop=True,
-                crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=factor,
-                do_normalize=True, image_mean=[m + low * factor for m in mean],
-                image_std=list(std), do_convert_rgb=False, intensity_range=[low, high],
-                **({} if intensity_scaling == "set" else dict(intensity_scaling=intensity_scaling)))
-
-
 def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=None,
-              intensity_scaling="set"):
-    """Write an AutoModel folder: config.json, model.safetensors, preprocessor_config.json, README.
+              intensity_scaling="set", window=None):
+    """Write an AutoModel folder: config.json, model.safetensors, README.md, and how to make the
+    input, preprocessor_config.json and preprocess.py.
 
     LoRA is merged into the weights, and adapter/ has the adapter alone. A ViT's mask token is left
     out, because its HF config cannot say that it is there. A ViT's positions are resampled to
     `size`, because AutoModel takes no other size than that of the config.
     Args: size: pixels of a global crop; intensity_range, mean, std: of the input; card: text of the
     model card; weights: the whole state dict to write (distributed.gather_full), None = the
-    backbone's own; intensity_scaling: of the run.
+    backbone's own; intensity_scaling, window: of card.processor_config.
     """
     temporary = folder + ".part"
     shutil.rmtree(temporary, ignore_errors=True)
     with _beside(temporary):
         weights = weights or backbone.state_dict()
         if hasattr(backbone, "peft_config"):
-            backbone.save_pretrained(os.path.join(temporary, "adapter"), state_dict=weights)
+            adapter = os.path.join(temporary, "adapter")
+            backbone.save_pretrained(adapter, state_dict=weights)
+            text = adapter_card(backbone, size, intensity_range, mean, std, card)
+            write_text(os.path.join(adapter, "README.md"), text)
             weights = merge_lora(backbone, weights)
         network, trained_at = core(backbone), {}
         if network.config.model_type == "vit":
@@ -412,11 +367,12 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         with quiet_transformers():
             network.save_pretrained(temporary, state_dict=weights)
         edit_json(os.path.join(temporary, "config.json"), **trained_at)
-        with open(os.path.join(temporary, "preprocessor_config.json"), "w") as file:
-            settings = processor_config(size, intensity_range, mean, std, intensity_scaling)
-            json.dump(settings, file, indent=2)
-        with open(os.path.join(temporary, "README.md"), "w") as file:
-            file.write(card)
+        settings = processor_config(size, intensity_range, mean, std, window, intensity_scaling)
+        write_text(os.path.join(temporary, "preprocessor_config.json"),
+                   json.dumps(settings, indent=2))
+        shutil.copyfile(os.path.join(HERE, "preprocess.py"),
+                        os.path.join(temporary, "preprocess.py"))
+        write_text(os.path.join(temporary, "README.md"), card)
         _replace_folder(temporary, folder)
 
 

@@ -65,7 +65,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
                         f"({first_line(error)})") from None
     backbone.patch_embed_inflated = config.num_channels != num_channels  # trained with the heads
     if backbone.patch_embed_inflated:
-        _set_channels(backbone, num_channels)
+        set_channels(backbone, num_channels)
     for part in blocks(backbone).modules():
         if isinstance(part, nn.LayerNorm):
             part.register_forward_hook(round_once)
@@ -92,7 +92,7 @@ def inflate_patch_embed(weight, num_channels):
     return mean.repeat(1, num_channels, 1, 1) * (given / num_channels)
 
 
-def _set_channels(backbone, num_channels):
+def set_channels(backbone, num_channels):
     """Inflate the patch embedding in place, and tell the HF config, so that exports reload."""
     for parent in backbone.modules():
         for name, conv in parent.named_children():
@@ -135,16 +135,22 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
         for name, param in backbone.named_parameters():
             if "mask_token" in name:
                 param.requires_grad_(False)
-    thaws = getattr(config, "freeze_backbone_until", 0) > 0
-    if config.use_lora:  # no adapters in blocks that stay frozen
-        skip_blocks = 0 if thaws else config.freeze_backbone_layers
-        backbone = add_lora(backbone, config.lora_r, config.lora_alpha, config.lora_dropout,
-                            config.lora_targets, skip_blocks)
-    if not thaws:
+    backbone = add_adapters(backbone, config)
+    if getattr(config, "freeze_backbone_until", 0) == 0:
         freeze_layers(backbone, config.freeze_backbone_layers)
     if config.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     return backbone
+
+
+def add_adapters(backbone, config):
+    """The backbone with the LoRA adapters that a run's config (a namespace) asks for, if any."""
+    if not config.use_lora:
+        return backbone
+    thaws = getattr(config, "freeze_backbone_until", 0) > 0
+    skip_blocks = 0 if thaws else config.freeze_backbone_layers  # none in blocks that stay frozen
+    return add_lora(backbone, config.lora_r, config.lora_alpha, config.lora_dropout,
+                    config.lora_targets, skip_blocks)
 
 
 def check_memory(config, num_channels, device, say):

@@ -29,7 +29,7 @@ from checkpoint import (export_hf, find_state, link_state, load_optimizer, model
 from configurator import UserError, config_text
 from distributed import (all_reduce_mean, any_rank, gather_full, gather_objects, is_main,
                          main_writes, rank, stop_together, unwrap, world_size)
-from model import EMATeacher
+from model import EMATeacher, core
 from run_folder import RunFolder, is_inside, read_log, remove, truncate_log, write_whole
 from signals import catch_signals
 
@@ -207,7 +207,9 @@ class Run:
     def save(self):
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
         All ranks call it, because it gathers sharded tensors."""
-        parts = dict(self.more, config=vars(self.config), knn=self.knn)
+        network = core(unwrap(self.state.student).backbone)
+        parts = dict(self.more, config=vars(self.config), knn=self.knn, inputs=self.inputs,
+                     architecture=network.config.to_dict())  # all that export.py needs
         parts = gather_full(state_dict(self.state) | parts)
 
         def write():
@@ -229,7 +231,7 @@ class Run:
             exports.append("best")
         if iteration == config.max_iterations:
             exports.append("last")
-        weights = None
+        weights, backbone = None, unwrap(state.student).backbone
         if exports:
             with state.ema.teacher_weights(state.student) as network:
                 weights = gather_full(network.backbone.state_dict())
@@ -238,9 +240,11 @@ class Run:
             for name in links:
                 link_state(f"{checkpoints}/last", f"{checkpoints}/{name}")
             card = model_card(config.model_name, iteration, self.knn, vars(config),
-                              config_text(config))
+                              config_text(config), backbone.config.num_channels,
+                              self.inputs["intensity_range"],
+                              intensity_scaling=config.intensity_scaling)
             for name in exports:
-                export_hf(f"{checkpoints}/{name}/hf", unwrap(state.student).backbone,
+                export_hf(f"{checkpoints}/{name}/hf", backbone,
                           config.global_crops_size, card=card, weights=weights,
                           intensity_scaling=config.intensity_scaling, **self.inputs)
         main_writes(write)

@@ -1,0 +1,210 @@
+"""A kept checkpoint of a run as a folder for AutoModel, as ONNX, or on the Hugging Face hub.
+
+    python export.py out/phantom --output=phantom-hf                      # best, else last
+    python export.py out/phantom/checkpoints/0000250 --output=phantom-250
+    python export.py out/phantom --output=phantom-rgb --rgb=true          # for pipelines
+    python export.py out/phantom --output=phantom-hf --onnx=true --push_to_hub=me/phantom
+
+It needs the run's state.pt and nothing else: neither the start's weights nor the data, and the run
+may have been interrupted. The weights are those of the EMA.
+"""
+import os
+import sys
+from types import SimpleNamespace
+
+from configurator import (UserError, config_text, describe, list_keys, one_line_errors,
+                          read_command_line)
+
+# ==== config ====
+model = ''                       # a run's folder, or one of its checkpoints; may stand without a key
+output = ''                      # the folder to make
+overwrite = False                # replace an earlier export in output
+rgb = False                      # one channel -> three equal ones, which pipelines can load
+onnx = False                     # also write model.onnx, checked with onnxruntime
+push_to_hub = ''                 # also upload the folder as this repository, like me/phantom
+config_keys = list_keys(globals())
+if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
+    for i, word in enumerate(sys.argv[1:], 1):
+        if not word.startswith("-") and not word.endswith(".py"):
+            sys.argv[i] = f"--model={word}"
+    sources = read_command_line(globals(), config_keys)
+
+import tempfile
+
+import torch
+import transformers
+from torch import nn
+
+from card import model_card
+from checkpoint import export_hf, load_state
+from loader import input_settings, open_splits
+from model import (add_adapters, backbone_from_config, build_backbone, forward_features,
+                   pretrained_input, set_channels)
+from weights import constructor_arguments, first_line
+
+
+def find_checkpoint(path):
+    """The folder with the state.pt that `model` means: best, else last, of a run. UserError if
+    there is none."""
+    checkpoints = os.path.join(path, "checkpoints")
+    for folder in (path, os.path.join(checkpoints, "best"), os.path.join(checkpoints, "last")):
+        if os.path.isfile(os.path.join(folder, "state.pt")):
+            return folder
+    parent = checkpoints if os.path.isdir(checkpoints) else os.path.dirname(path.rstrip("/"))
+    kept = []
+    if os.path.isdir(parent):
+        kept = [name for name in sorted(os.listdir(parent))
+                if os.path.isfile(os.path.join(parent, name, "state.pt"))]
+    found = f"{parent} has {', '.join(kept) or 'none'}"
+    raise UserError(f"model={path!r} has no state.pt; give a run or one of its checkpoints "
+                    f"({found})")
+
+
+def load_backbone(state):
+    """The EMA backbone of a checkpoint, on the CPU, and the settings of its input. Checkpoints that
+    do not hold the architecture and the input take them from the start and from the data."""
+    config, prefix = SimpleNamespace(**state["config"]), "backbone."
+    weights = {**state["student"], **state["ema"]}
+    weights = {name.removeprefix(prefix): value for name, value in weights.items()
+               if name.startswith(prefix)}
+    channels = next(value.shape[1] for value in weights.values() if value.ndim == 4)
+    if "architecture" in state:
+        shape = dict(state["architecture"])
+        shape = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
+        arguments = constructor_arguments(shape)
+        backbone = transformers.AutoModel.from_config(shape, **arguments).float()
+    elif config.use_pretrained:
+        backbone = build_backbone(config.model_type, False, channels)
+    else:
+        backbone = backbone_from_config(vars(config), channels)
+    backbone.config.name_or_path = config.model_type if config.use_pretrained else ""
+    backbone = add_adapters(backbone, config)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"model={model!r}: its weights do not fit {config.model_type} "
+                        f"({first_line(error)})") from None
+    inputs = state.get("inputs")
+    if not inputs:
+        expected = pretrained_input(config.model_type) if config.use_pretrained else {}
+        inputs, _ = input_settings(open_splits(config)[0], expected, config.intensity_range,
+                                   config.image_mean, config.image_std, config.seed,
+                                   config.on_bad_image)
+    return backbone.eval(), dict(inputs)
+
+
+def to_rgb(backbone, inputs):
+    """A network of three equal channels for one of one channel: its features of a grey picture in
+    RGB are the same. Pipelines load 8-bit pictures, so intensities (CT) have to be shown in them:
+    0..255 is then the network's window. Returns: backbone, with LoRA merged; settings of input."""
+    if backbone.config.num_channels != 1:
+        raise UserError(f"rgb=true is for networks of one channel, and {model} has "
+                        f"{backbone.config.num_channels}")
+    if hasattr(backbone, "merge_and_unload"):
+        backbone = backbone.merge_and_unload()
+    set_channels(backbone, 3)
+    rgb_inputs = dict(intensity_range=(0, 255), mean=inputs["mean"] * 3, std=inputs["std"] * 3)
+    if tuple(inputs["intensity_range"]) != (0, 255):
+        rgb_inputs["window"] = inputs["intensity_range"]
+    return backbone, rgb_inputs
+
+
+class CLSAndPatches(nn.Module):
+    """pixel_values [B,C,S,S] -> CLS [B,D] and patches [B,P,D], for ONNX."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values):
+        return forward_features(self.network, pixel_values)
+
+
+def write_onnx(folder, size):
+    """Write model.onnx of the export in a folder, for batches of any length. Returns how far its
+    features of two random images are from the network's. UserError if they differ by 1e-3, or if a
+    package is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("onnx=true needs more packages; pip install onnx onnxscript onnxruntime"
+                        ) from None
+    network = CLSAndPatches(build_backbone(folder, num_channels=0)).eval()
+    pixels = torch.randn(2, network.network.config.num_channels, size, size)
+    path = os.path.join(folder, "model.onnx")
+    with torch.no_grad():
+        torch.onnx.export(network, (pixels,), path, input_names=["pixel_values"], dynamo=True,
+                          output_names=["cls", "patches"], external_data=False, verbose=False,
+                          dynamic_shapes=dict(pixel_values={0: torch.export.Dim("batch")}))
+        expected = network(pixels)
+    found = onnxruntime.InferenceSession(path).run(None, dict(pixel_values=pixels.numpy()))
+    distance = max(abs(ours.numpy() - theirs).max() for ours, theirs in zip(expected, found))
+    if not distance < 1e-3:
+        raise UserError(f"onnx=true: the graph differs from the network by {distance:.1e}")
+    return distance
+
+
+def upload(folder, name):
+    """Upload a folder as a repository of the hub. UserError in one line, without the token."""
+    import huggingface_hub
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(name, exist_ok=True)
+        commit = hub.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the hub's client, its server and the network raise a dozen kinds
+        words = f"{type(error).__name__}: {first_line(error)}"
+        if token := huggingface_hub.get_token():
+            words = words.replace(token, "(token)")
+        raise UserError(f"push_to_hub={name!r}: {words}; log in with `hf auth login` and a token "
+                        f"that may write. The folder {folder} is complete") from None
+    return commit.commit_url
+
+
+def main(sources):
+    """Export what the config in this module's globals names. sources: of configurator.override."""
+    print(describe(globals(), config_keys, sources) + "\n")
+    if not model or not output:
+        raise UserError(f"model={model!r}, output={output!r}: give both, as in export.py out/NAME "
+                        "--output=NAME-hf")
+    is_export = os.path.isfile(os.path.join(output, "preprocessor_config.json"))
+    if os.path.exists(output) and not (overwrite and is_export):
+        advice = "--overwrite=true replaces it" if is_export else "it is no export: name another"
+        raise UserError(f"output={output!r} exists; {advice}")
+    checkpoint = find_checkpoint(model)
+    try:
+        state = load_state(checkpoint)
+    except UserError as error:
+        raise UserError(str(error).replace("resume_from=", "model=")) from None
+    backbone, inputs = load_backbone(state)
+    config, size = state["config"], state["config"]["global_crops_size"]
+    scaling = config.get("intensity_scaling", "set")
+    if rgb:
+        backbone, inputs = to_rgb(backbone, inputs)
+        scaling = "set"  # of pictures
+    card = model_card(config["model_name"], state["iteration"], state["knn"], config,
+                      config_text(SimpleNamespace(**config)), backbone.config.num_channels,
+                      inputs["intensity_range"], inputs.get("window"), scaling)
+
+    # ---- beside its place, then to its place: an earlier export stays until this one is whole ----
+    parent = os.path.dirname(os.path.abspath(output))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as beside:
+        folder = os.path.join(beside, "hf")
+        export_hf(folder, backbone, size, card=card, intensity_scaling=scaling, **inputs)
+        distance = write_onnx(folder, size) if onnx else 0.0
+        if os.path.exists(output):
+            os.rename(output, os.path.join(beside, "old"))
+        os.rename(folder, output)
+    print(f"iteration {state['iteration']} of {checkpoint} is in {output}; README.md there says "
+          "how to get features")
+    if onnx:
+        print(f"{output}/model.onnx gives the same features to {distance:.0e}")
+    if push_to_hub:
+        print(f"uploaded: {upload(output, push_to_hub)}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sources)
