@@ -6,8 +6,8 @@ import json
 import os
 import re
 
-CANNOT_CLIP = ("AutoImageProcessor cannot make this input: use preprocess.py of this folder, as the "
-               "README says")
+CANNOT_CLIP = ("AutoImageProcessor cannot make this input: use preprocess.py of this folder, as "
+               "the README says")
 SNIPPET = '''import sys
 
 import torch
@@ -52,7 +52,7 @@ def processor_config(size, intensity_range, mean, std, window=None, intensity_sc
     mean. intensity_range is kept beside it, for preprocess.py and weights.pretrained_input. If
     AutoImageProcessor cannot make the input, it stops at `size`, and prints the text there.
     window: of the one-channel network whose window the 8-bit pictures show (export.to_rgb);
-    intensity_scaling: the key.
+    intensity_scaling: the key of train.py.
     """
     low, high = intensity_range
     factor = 1 / (high - low)
@@ -66,7 +66,7 @@ def processor_config(size, intensity_range, mean, std, window=None, intensity_sc
     if window:
         config["window"] = list(window)
     if intensity_scaling != "set":
-        config["intensity_scaling"] = scaling
+        config["intensity_scaling"] = intensity_scaling
     return config
 
 
@@ -96,15 +96,15 @@ def usage(num_channels, intensity_range, window=None, intensity_scaling="set"):
         text += (f"Intensities are clipped to {low}..{high}, which AutoImageProcessor cannot do: "
                  "it refuses to be loaded. 8-bit pictures have lost their intensities.\n\n")
     if is_picture and num_channels == 3:
-        text += (f"Or, for 8-bit pictures:\n\n```python\n{PIPELINE}```\n\nA pipeline resizes before "
-                 "it cuts the centre square, so the features of pictures that are no squares differ "
-                 "a little.\n\n")
+        text += (f"Or, for 8-bit pictures:\n\n```python\n{PIPELINE}```\n\nA pipeline resizes "
+                 "before it cuts the centre square, so the features of pictures that are no "
+                 "squares differ a little.\n\n")
     elif num_channels == 1:
         text += ("A pipeline loads RGB and cannot take one channel; export.py --rgb=true makes a "
                  "network of three equal channels, for pipelines.\n\n")
-    return text + ("A ViT's pooler is not trained: use last_hidden_state[:, 0], or the mean of the "
-                   "patches. timm has no converter for these files: load them with transformers, as "
-                   "above.\n")
+    return text + ("A ViT's pooler is not trained: use last_hidden_state[:, 0], or the mean of "
+                   "the patches. timm has no converter for these files: load them with "
+                   "transformers, as above.\n")
 
 
 def model_card(name, iteration, knn, config, config_text, num_channels=3,
@@ -149,8 +149,8 @@ def adapter_card(backbone, size, intensity_range, mean, std, card):
             f"are averaged over its channels, copied, and multiplied by that number / {channels}\n"
             f"- input: {size} x {size} pixels, intensities {tuple(intensity_range)} to 0..1, then "
             f"mean {tuple(mean)}, std {tuple(std)}\n\n"
-            "The folder above has the merged network, which needs no base, and preprocess.py, which "
-            f"makes its input.\n\n{numbers}")
+            "The folder above has the merged network, which needs no base, and preprocess.py, "
+            f"which makes its input.\n\n{numbers}")
 
 
 def write_text(path, text):

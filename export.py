@@ -9,6 +9,7 @@ It needs the run's state.pt and nothing else: neither the start's weights nor th
 may have been interrupted. The weights are those of the EMA.
 """
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from configurator import (UserError, config_text, describe, list_keys, one_line_
                           read_command_line)
 
 # ==== config ====
-model = ''                       # a run's folder, or one of its checkpoints; may stand without a key
+model = ''                       # a run, or one of its checkpoints; may stand without a key
 output = ''                      # the folder to make
 overwrite = False                # replace an earlier export in output
 rgb = False                      # one channel -> three equal ones, which pipelines can load
@@ -24,11 +25,12 @@ onnx = False                     # also write model.onnx, checked with onnxrunti
 push_to_hub = ''                 # also upload the folder as this repository, like me/phantom
 config_keys = list_keys(globals())
 if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
-    for i, word in enumerate(sys.argv[1:], 1):
-        if not word.startswith("-") and not word.endswith(".py"):
+    for i, word in enumerate(sys.argv):
+        if i > 0 and not re.match("-|.*[.]py$", word):  # no key and no config file
             sys.argv[i] = f"--model={word}"
     sources = read_command_line(globals(), config_keys)
 
+import glob
 import tempfile
 
 import torch
@@ -36,8 +38,7 @@ import transformers
 from torch import nn
 
 from card import model_card
-from checkpoint import export_hf, load_state
-from loader import input_settings, open_splits
+from checkpoint import export_hf, load_state, saved_states
 from model import (add_adapters, backbone_from_config, build_backbone, forward_features,
                    pretrained_input, set_channels)
 from weights import constructor_arguments, first_line
@@ -47,36 +48,37 @@ def find_checkpoint(path):
     """The folder with the state.pt that `model` means: best, else last, of a run. UserError if
     there is none."""
     checkpoints = os.path.join(path, "checkpoints")
-    for folder in (path, os.path.join(checkpoints, "best"), os.path.join(checkpoints, "last")):
-        if os.path.isfile(os.path.join(folder, "state.pt")):
+    for folder in (path, f"{checkpoints}/best", f"{checkpoints}/last"):
+        if os.path.isfile(f"{folder}/state.pt"):
             return folder
-    parent = checkpoints if os.path.isdir(checkpoints) else os.path.dirname(path.rstrip("/"))
-    kept = []
-    if os.path.isdir(parent):
-        kept = [name for name in sorted(os.listdir(parent))
-                if os.path.isfile(os.path.join(parent, name, "state.pt"))]
-    found = f"{parent} has {', '.join(kept) or 'none'}"
+    run = path if os.path.isdir(checkpoints) else re.split("/checkpoints(?:/|$)", path)[0]
+    kept = [file.split(os.sep)[-2] for file in saved_states(run)]
     raise UserError(f"model={path!r} has no state.pt; give a run or one of its checkpoints "
-                    f"({found})")
+                    f"({run} has {', '.join(kept) or 'none'})")
 
 
-def load_backbone(state):
-    """The EMA backbone of a checkpoint, on the CPU, and the settings of its input. Checkpoints that
-    do not hold the architecture and the input take them from the start and from the data."""
-    config, prefix = SimpleNamespace(**state["config"]), "backbone."
-    weights = {**state["student"], **state["ema"]}
-    weights = {name.removeprefix(prefix): value for name, value in weights.items()
-               if name.startswith(prefix)}
-    channels = next(value.shape[1] for value in weights.values() if value.ndim == 4)
+def load_checkpoint(folder):
+    """(state, backbone, inputs) of a checkpoint: the EMA backbone on the CPU, or its peft wrapper;
+    dict of intensity_range, mean, std. States of before held neither the network's config, which
+    is then taken from the start, nor the input, taken from an export of the run."""
+    try:
+        state = load_state(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("resume_from=", "model=")) from None
+    config, weights, prefix = SimpleNamespace(**state["config"]), {}, "backbone."
+    for name, value in (*state["student"].items(), *state["ema"].items()):  # the EMA's wins
+        if name.startswith(prefix):
+            weights[name.removeprefix(prefix)] = value
+    filters = next(value for value in weights.values() if value.ndim == 4)  # [D,C,p,p]
     if "architecture" in state:
         shape = dict(state["architecture"])
         shape = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
         arguments = constructor_arguments(shape)
         backbone = transformers.AutoModel.from_config(shape, **arguments).float()
     elif config.use_pretrained:
-        backbone = build_backbone(config.model_type, False, channels)
+        backbone = build_backbone(config.model_type, False, filters.shape[1])
     else:
-        backbone = backbone_from_config(vars(config), channels)
+        backbone = backbone_from_config(vars(config), filters.shape[1])
     backbone.config.name_or_path = config.model_type if config.use_pretrained else ""
     backbone = add_adapters(backbone, config)
     try:
@@ -86,11 +88,13 @@ def load_backbone(state):
                         f"({first_line(error)})") from None
     inputs = state.get("inputs")
     if not inputs:
-        expected = pretrained_input(config.model_type) if config.use_pretrained else {}
-        inputs, _ = input_settings(open_splits(config)[0], expected, config.intensity_range,
-                                   config.image_mean, config.image_std, config.seed,
-                                   config.on_bad_image)
-    return backbone.eval(), dict(inputs)
+        beside = glob.glob(f"{glob.escape(os.path.dirname(folder))}/*/hf")
+        expected = pretrained_input(beside[0]) if beside else {}
+        if not expected:
+            raise UserError(f"model={model!r}: this state of an older version does not hold its "
+                            "input, and the run has no export; resume the run to make one")
+        inputs = {key: expected[key] for key in ("intensity_range", "mean", "std")}
+    return state, backbone.eval(), inputs
 
 
 def to_rgb(backbone, inputs):
@@ -103,7 +107,8 @@ def to_rgb(backbone, inputs):
     if hasattr(backbone, "merge_and_unload"):
         backbone = backbone.merge_and_unload()
     set_channels(backbone, 3)
-    rgb_inputs = dict(intensity_range=(0, 255), mean=inputs["mean"] * 3, std=inputs["std"] * 3)
+    mean, std = tuple(inputs["mean"]) * 3, tuple(inputs["std"]) * 3
+    rgb_inputs = dict(intensity_range=(0, 255), mean=mean, std=std)
     if tuple(inputs["intensity_range"]) != (0, 255):
         rgb_inputs["window"] = inputs["intensity_range"]
     return backbone, rgb_inputs
@@ -122,8 +127,8 @@ class CLSAndPatches(nn.Module):
 
 def write_onnx(folder, size):
     """Write model.onnx of the export in a folder, for batches of any length. Returns how far its
-    features of two random images are from the network's. UserError if they differ by 1e-3, or if a
-    package is missing."""
+    features of two random images are from the network's; UserError if by 1e-3, or if a package is
+    missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -136,11 +141,14 @@ def write_onnx(folder, size):
     path = os.path.join(folder, "model.onnx")
     with torch.no_grad():
         torch.onnx.export(network, (pixels,), path, input_names=["pixel_values"], dynamo=True,
-                          output_names=["cls", "patches"], external_data=False, verbose=False,
+                          output_names=["cls", "patches"], verbose=False,
+                          external_data=sum(p.numel() for p in network.parameters()) > 4e8,
                           dynamic_shapes=dict(pixel_values={0: torch.export.Dim("batch")}))
         expected = network(pixels)
-    found = onnxruntime.InferenceSession(path).run(None, dict(pixel_values=pixels.numpy()))
-    distance = max(abs(ours.numpy() - theirs).max() for ours, theirs in zip(expected, found))
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(None, dict(pixel_values=pixels.numpy()))
+    pairs = zip(expected, found)
+    distance = max(abs(ours.numpy() - theirs).max() for ours, theirs in pairs)
     if not distance < 1e-3:
         raise UserError(f"onnx=true: the graph differs from the network by {distance:.1e}")
     return distance
@@ -172,12 +180,8 @@ def main(sources):
     if os.path.exists(output) and not (overwrite and is_export):
         advice = "--overwrite=true replaces it" if is_export else "it is no export: name another"
         raise UserError(f"output={output!r} exists; {advice}")
-    checkpoint = find_checkpoint(model)
-    try:
-        state = load_state(checkpoint)
-    except UserError as error:
-        raise UserError(str(error).replace("resume_from=", "model=")) from None
-    backbone, inputs = load_backbone(state)
+    checkpoint = find_checkpoint(os.path.normpath(model))
+    state, backbone, inputs = load_checkpoint(checkpoint)
     config, size = state["config"], state["config"]["global_crops_size"]
     scaling = config.get("intensity_scaling", "set")
     if rgb:
@@ -197,8 +201,7 @@ def main(sources):
         if os.path.exists(output):
             os.rename(output, os.path.join(beside, "old"))
         os.rename(folder, output)
-    print(f"iteration {state['iteration']} of {checkpoint} is in {output}; README.md there says "
-          "how to get features")
+    print(f"iteration {state['iteration']} of {checkpoint} is in {output}, with a README.md")
     if onnx:
         print(f"{output}/model.onnx gives the same features to {distance:.0e}")
     if push_to_hub:

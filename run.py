@@ -208,8 +208,8 @@ class Run:
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
         All ranks call it, because it gathers sharded tensors."""
         network = core(unwrap(self.state.student).backbone)
-        parts = dict(self.more, config=vars(self.config), knn=self.knn, inputs=self.inputs,
-                     architecture=network.config.to_dict())  # all that export.py needs
+        parts = dict(self.more, config=vars(self.config), knn=self.knn)
+        parts.update(inputs=self.inputs, architecture=network.config.to_dict())  # for export.py
         parts = gather_full(state_dict(self.state) | parts)
 
         def write():

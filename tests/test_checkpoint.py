@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModel
 
 from augment import Photometrics
+from card import CANNOT_CLIP
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer,
                         load_state, model_card, save_state)
 from configurator import UserError
-from model import (FAMILIES, EMATeacher, Student, add_lora, build_backbone,
-                   forward_features)
+from model import FAMILIES, EMATeacher, Student, add_lora, build_backbone, forward_features
 from optim import param_groups
 
 
@@ -253,7 +253,7 @@ def test_export_is_what_the_teacher_computes(tiny_student, tmp_path, family):
         assert torch.equal(model(pixel_values=pixels()).last_hidden_state, tokens)
         assert not torch.equal(forward_features(student.eval().backbone, pixels())[0], cls)
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors",
-                                          "preprocessor_config.json"]
+                                          "preprocess.py", "preprocessor_config.json"]
     assert read(folder, "README.md") == "# a card\n" and os.listdir(tmp_path / "best") == ["hf"]
 
 
@@ -324,23 +324,24 @@ def test_preprocessor_config_has_the_range_in_its_mean(tiny_backbone, tmp_path):
     # -200 / 500 is the lower end of the range
     assert settings["image_mean"] == pytest.approx([0.25 - 0.4, 0.5 - 0.4])
     assert settings["image_std"] == [0.1, 0.2]
-    assert settings["size"] == {"shortest_edge": 28}
+    assert settings["size"] == CANNOT_CLIP  # AutoImageProcessor stops there
     assert settings["crop_size"] == {"height": 28, "width": 28}
     assert settings["do_convert_rgb"] is False
     assert settings["intensity_range"] == [-200.0, 300.0]
 
 
-@pytest.mark.parametrize("dtype, value_range", [(np.int16, (-1000.0, 1000.0)),
-                                                (np.uint8, (0.0, 255.0))])
+@pytest.mark.parametrize("value_range", [(-1000.0, 1000.0), (0.0, 255.0)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_processor_of_the_export_makes_our_pixels(tiny_backbone, tmp_path, dtype, value_range,
-                                                      channels):
-    pytest.importorskip("torchvision")  # the processors of transformers 5 need it
+def test_the_processor_of_the_export_makes_our_pixels_or_refuses(tiny_backbone, tmp_path,
+                                                                 value_range, channels):
     from transformers import AutoImageProcessor
     mean, std, folder = (0.3, 0.4, 0.5)[:channels], (0.2, 0.1, 0.3)[:channels], str(tmp_path / "hf")
     export_hf(folder, tiny_backbone("dinov2", channels), 32, value_range, mean, std, "")
-    low, high = (int(end) for end in value_range)
-    image = np.random.default_rng(0).integers(low, high, (32, 32, channels)).astype(dtype)
+    if value_range != (0, 255):  # it cannot clip
+        with pytest.raises(ValueError, match=CANNOT_CLIP):
+            AutoImageProcessor.from_pretrained(folder)
+        return
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, channels)).astype(np.uint8)
     theirs = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
     photometrics = Photometrics("medical", value_range, mean, std)
     ours = photometrics.plain(torch.from_numpy(image).permute(2, 0, 1)[None])
