@@ -25,9 +25,11 @@ import glob
 import math
 import os
 import re
+import signal
 import sys
 
 from bounds import problem, range_text, shown
+from signals import end_by
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -43,9 +45,12 @@ class UserError(ValueError):
 def one_line_errors():
     """Around a whole program: it ends with one line and exit status 1, without a traceback, after
     a UserError, if a file or folder refuses what is asked of it, and if memory or the disk is full.
-    Bugs keep their traceback."""
+    Bugs keep their traceback. Ctrl-C ends it by SIGINT, as a shell's loop needs it."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; what was written before stays as it is", file=sys.stderr)
+        end_by(signal.SIGINT)
     except UserError as error:
         keys = getattr(sys.modules["__main__"], "config_keys", None)
         sys.exit(f"error: {own_advice(str(error), keys)}")

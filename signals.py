@@ -8,8 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-
-from distributed import is_main
+import threading
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,7 +18,7 @@ def catch_signals(caught, at_end):
     gives the former handlers back."""
     def note(number, _):
         caught.append(number)
-        if len(caught) == 1 and is_main():
+        if len(caught) == 1 and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # print could be interrupted by itself
                 os.write(2, f"{name}: finishing this step, then saving\n".encode())
@@ -30,11 +29,21 @@ def catch_signals(caught, at_end):
 
 def ignore_signals(_):
     """worker_init_fn of a loader. Ctrl-C and a lost terminal reach every process of the terminal,
-    SIGTERM often every process of a job. The main process decides when to stop. It ends a worker
-    that hangs with a SIGTERM of its own, so only the first one is ignored."""
+    SIGTERM often every process of a job. The main process decides when to stop. So only its own
+    SIGTERM ends a worker, which it sends to one that hangs."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who has sent a signal
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        return
+    main_process = os.getppid()
+
+    def wait_for_main():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main_process:
+            pass
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # of all threads that begin later
+    threading.Thread(target=wait_for_main, daemon=True).start()
 
 
 def end_by(number):

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import export_hf, link_state, load_state, save_state, saved_states
 from configurator import UserError, one_line_errors, override
-from signals import end_by
+from signals import end_by, ignore_signals
 from tests_support import ROOT, SHRUNK, assert_same, load_train, log, losses, run, state
 
 QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "--image_std=0.25",
@@ -338,3 +338,35 @@ def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path, npz):
         run(out, f"--dataset_path={npz}", *QUICK)
     assert os.waitpid(in_fork(train), 0)[1] == 0
     assert state(out)["iteration"] == 3
+
+
+def test_ctrl_c_before_the_loop_is_one_line(capfd):
+    """Nothing catches it while weights and data are read: no page of traceback, but status 130."""
+    def prepare():
+        with one_line_errors():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            prepare()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
+    assert capfd.readouterr().err == "interrupted; what was written before stays as it is\n"
+
+
+def test_the_main_process_can_end_a_worker_that_hangs():
+    """Others cannot, not even by asking twice (test_distributed.py)."""
+    def hang():
+        ignore_signals(0)
+        time.sleep(60)
+    pid = in_fork(hang)
+    time.sleep(0.3)
+    subprocess.run(["kill", "-TERM", str(pid)], check=True)
+    subprocess.run(["kill", "-INT", str(pid)], check=True)
+    time.sleep(0.3)
+    os.kill(pid, 0)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0)[1] == 0

@@ -109,8 +109,10 @@ def test_the_resume_command_names_all_machines(start, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "world_size", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     start()
-    command = f"torchrun --nnodes=2 --nproc_per_node=4 {start.script}.py"
-    assert command in capsys.readouterr().out
+    explained, stopped, command = capsys.readouterr().out.splitlines()[-3:]
+    assert explained.startswith("torchrun ends with status 1 and a traceback")
+    assert "stopped by a signal" in stopped  # in the last two lines: README's Slurm script
+    assert f"torchrun --nnodes=2 --nproc_per_node=4 {start.script}.py" in command
 
 
 @pytest.mark.parametrize("flag, words", [
