@@ -105,8 +105,8 @@ def make_train_config(config, name):
     use_lora, freezes, _ = STRATEGIES[name]
     values = {key: getattr(config, key, getattr(train, key)) for key in train.config_keys}
     values.update(global_batch_size=config.batch_size, ibot_out_dim=config.dino_head_out_dim,
-                  use_lora=use_lora, warmup_iterations=0, freeze_last_layer=0,
-                  freeze_backbone_iterations=0)
+                  gradient_accumulation_steps=1, use_lora=use_lora, warmup_iterations=0,
+                  freeze_last_layer=0, freeze_backbone_iterations=0)
     if not freezes:
         values["freeze_backbone_layers"] = 0
     if config.ibot:

@@ -43,7 +43,7 @@ BOUNDS = dict(
     horizontal_flip=SHARE, vertical_flip=SHARE, blur_probability=SHARE, window_jitter=(0, 0.4),
     min_foreground=SHARE, slab_mm=(0, 10**4), fixed_views=(0, 10**6),
     # ---- the frozen teacher of distill.py ----
-    distilled_crops_size=PIXELS_OR_0, distilled_statistics_views=COUNT,
+    distilled_crops_size=PIXELS_OR_0, distilled_statistics_views=(2, 10**9),
     # ---- backbone ----
     hidden_size=WIDTH, num_hidden_layers=(1, 1000), num_attention_heads=(1, 1024),
     patch_size=(1, 1024), num_register_tokens=(0, 1024), drop_path_rate=DROP,

@@ -17,6 +17,7 @@ UNUSED = (
     ("ibot_loss_weight", (0.0,), (
         "ibot_separate_head", "ibot_out_dim", "ibot_mask_sample_probability",
         "ibot_mask_ratio_min_max", "ibot_mask_exact")),
+    ("ibot_mask_sample_probability", (0.0,), ("ibot_loss_weight",)),  # no crop gets a mask
     ("ibot_separate_head", (False,), ("ibot_norm_last_layer",)),
     ("warmup_teacher_temp_iterations", (0,), ("warmup_teacher_temp",)),
     ("koleo_loss_weight", (0.0,), ("koleo_group_size",)),
@@ -27,6 +28,9 @@ UNUSED = (
     ("objective", ("prototype",), (
         "feature_loss_kind", "feature_whitening", "feature_cls_weight", "feature_patch_weight")),
 )
+
+# How folders and single files are read; MedMNIST, phantoms and .npz files have none of it
+FILE_KEYS = ("series", "volume_index", "slice_step_mm", "group_level", "max_image_pixels")
 
 
 class Checks:
@@ -69,10 +73,13 @@ class Checks:
         n_small = config.local_crops_number + getattr(config, "label_guided_crops_number", 0)
         self.note(n_small == 0 and "local_crops_size" in changed, "local_crops_size="
                   f"{config.local_crops_size} has no effect: there are no local crops")
-        is_path = os.path.exists(config.dataset_path)
-        for key in ("dataset_size", "download_url"):
-            self.note(is_path and key in changed, f"{key}={getattr(config, key)!r} has no effect: "
-                      f"dataset_path={config.dataset_path!r} is a file or a folder")
+        path = os.path.expanduser(config.dataset_path)
+        not_read = ("dataset_size", "download_url") if os.path.exists(path) else FILE_KEYS
+        if path.endswith(".npz"):
+            not_read += FILE_KEYS
+        for key in changed:
+            self.note(key in not_read, f"{key}={getattr(config, key)!r} has no effect on "
+                      f"dataset_path={config.dataset_path!r}")
         size, steps = config.global_batch_size, config.gradient_accumulation_steps
         per_rank = size // n_ranks
         self.need(size % n_ranks == 0,

@@ -169,11 +169,8 @@ from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_
 
 
 def check_config(config, changed=()):
-    """Check what depends on several keys, before anything is read; configurator.override has
-    checked each key by itself. changed: keys that differ from their default.
-
-    Raises UserError with all mistakes at once; returns notes on what is allowed but has no effect.
-    """
+    """Check what depends on several keys: UserError with all mistakes at once. Returns notes on
+    what has no effect. changed: keys that differ from their default."""
     check = Checks(config)
     check.training(world_size(), FAMILIES, changed)
     check.need(objective == "feature" or global_crops_number + local_crops_number >= 2,
@@ -185,6 +182,9 @@ def check_config(config, changed=()):
                "set 0, or use prototypes")
     check.need(objective == "prototype" or feature_cls_weight > 0, f"feature_cls_weight="
                f"{feature_cls_weight}: the CLS token would not learn; a positive number")
+    check.need(objective == "feature" or prototype_loss_weight > 0,
+               "prototype_loss_weight=0: the head would not learn; a positive number, or "
+               "objective='feature'")
     check.need(not teacher_cache or fixed_views > 0,
                f"teacher_cache={teacher_cache!r} with fixed_views=0: views that never come back "
                "need no cache; set fixed_views, like 8")

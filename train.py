@@ -179,19 +179,18 @@ from signals import end_by
 
 
 def check_config(config, changed=()):
-    """Check what depends on several keys, before anything is read; configurator.override has
-    checked each key by itself. changed: keys that differ from their default.
-
-    Raises UserError with all mistakes at once; returns notes on what is allowed but has no effect.
-    """
+    """Check what depends on several keys: UserError with all mistakes at once. Returns notes on
+    what has no effect. changed: keys that differ from their default."""
     check = Checks(config)
     check.training(world_size(), FAMILIES, changed)
+    weights = dino_head_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight
+    check.need(any(weights) or label_guided_loss_weight > 0,
+               "the weights of all losses are 0: nothing would be learned; set one")
     check.need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim,
                f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim={dino_head_out_dim}: a shared head "
                "has one size; make them equal or set --ibot_separate_head=true")
-    check.need(freeze_backbone_until == 0 or freeze_backbone_layers > 0,
-               f"freeze_backbone_until={freeze_backbone_until} with freeze_backbone_layers=0: "
-               "nothing is frozen that could thaw; set both")
+    check.need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, "freeze_backbone_until="
+               f"{freeze_backbone_until} with freeze_backbone_layers=0: nothing is frozen; set both")
     check.need(label_guided_loss_weight == 0 or label_guided_crops_number > 0,
                f"label_guided_loss_weight={label_guided_loss_weight} with "
                "label_guided_crops_number=0: there is no guided crop; use 4")

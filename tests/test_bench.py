@@ -233,3 +233,10 @@ def test_torchvision_is_distributed_like_the_stored_numbers():
     for kind, pipeline in module.torchvision_crops(config).items():
         crops = torch.stack([pipeline(picture) for picture in pictures])
         assert (distance(crop_statistics(crops), kind) < TOLERANCE * 1.5).all(), kind
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused():
+    """A step of bench.py takes its batch at once."""
+    module, config = bench(**TINY | dict(batch_size=10**6))
+    with pytest.raises(UserError, match=r"training needs at least .* for 1000000 image\(s\)"):
+        module.build_student(module.make_train_config(config, "standard"), torch.device("cpu"))

@@ -341,6 +341,8 @@ def test_evaluate_takes_a_timm_teacher(tmp_path, npz, monkeypatch):
     (["--objective=cls"], r"objective='cls': choose one of feature, prototype, both"),
     (["--local_crops_number=2"],
      r"local_crops_number=2 with objective='feature': the teacher does not see them"),
+    (["--objective=both", "--global_crops_number=2", "--prototype_loss_weight=0"],
+     r"prototype_loss_weight=0: the head would not learn"),
     (["--objective=prototype", "--global_crops_number=1"],
      r"the student learns from another view; use two at least"),
     (["--teacher_cache=somewhere"],
