@@ -212,7 +212,8 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
         return dataset
     if dataset.labels is None or is_known(dataset.labels).sum() < 2:
         if split == "val":
-            raise UserError(f"{where}: no val, and no labels to measure with")
+            why = [note for note in dataset.notes if note.startswith("no labels: ")]
+            raise UserError("; ".join([f"{where}: no val, and no labels to measure with", *why]))
         return dataset
     rest, tenth, how = cut_val(dataset, seed)
     dataset.notes.append(how)
@@ -277,11 +278,12 @@ def check_groups(train, tests, allowed):
     for split, dataset in tests.items():
         if dataset.groups is None:
             continue
-        notes.append(f"{split}: {len(np.unique(dataset.groups))} groups (patients or volumes); "
-                     "intervals resample groups")
+        n_groups = len(np.unique(dataset.groups))
+        notes.append(f"{split}: {n_groups} group(s), patients or volumes; intervals resample them"
+                     + (", so few that they say little" if n_groups < 10 else ""))
         if n_shared := n_shared_groups(train, dataset):
-            text = (f"{n_shared} of {len(np.unique(dataset.groups))} groups (patients or volumes) "
-                    f"of {split} are also in train")
+            text = (f"{n_shared} of {n_groups} groups (patients or volumes) of {split} are also "
+                    "in train")
             if not allowed:
                 raise UserError(f"{text}: what is measured would be memory; split by patient, or "
                                 "set --allow_shared_groups=true")

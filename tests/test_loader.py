@@ -264,6 +264,8 @@ def test_intervals_resample_groups():
     assert by_group["accuracy"] == pytest.approx(0.7)
     assert (low, high) == pytest.approx((0.4, 1.0), abs=0.11)
     assert high - low > 3 * (by_image[1] - by_image[0])
+    alone = classification_metrics(predictions, labels, bootstrap=20, groups=np.zeros(200, int))
+    assert np.isnan(alone["accuracy_ci"]).all()  # of one patient nothing is known
 
 
 def test_metrics_of_codes_need_no_memory_for_the_largest():
