@@ -82,12 +82,14 @@ class Dataset(Sendable, torch.utils.data.Dataset):
             return images.path(index)
         return f"{self.name}, {self.split} image {index}"
 
+    def shown_name(self, i):
+        """The name of image i as it may be written into a run's folder: its path; with groups its
+        number in the split, because paths name patients."""
+        return self.path(i) if self.groups is None else f"{self.split} image {i}"
+
     def without_path(self, text, i):
-        """A message about image i as it may be written into a run's folder: with its number in
-        place of its path, if images have groups, since paths name patients."""
-        if self.groups is None:
-            return text
-        return text.replace(self.path(i), f"{self.split} image {i}")
+        """A message about image i as it may be written into a run's folder: see shown_name."""
+        return text.replace(self.path(i), self.shown_name(i))
 
     def limited(self, n, seed):
         """At most n of the images, drawn by seed, in their order; n = 0: all."""

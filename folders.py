@@ -195,7 +195,7 @@ def list_folder(root, settings, file=""):
     found = one_file(file) if file else walk(root)
     note_coco(root, found)
     places = place_folders(found)
-    masks, mask_splits = find_masks(found, places)
+    masks, mask_splits = find_masks(root, found, places)
     names, folders = [], []
     for folder, files in found.images.items():
         names += [os.fsencode(os.path.join(folder, file)) for file in files]

@@ -516,3 +516,16 @@ def test_headers_of_volumes_are_read_once_and_no_name_is_kept(layout, monkeypatc
     np.save(root / "SMITH" / "d.npy", np.full((5, 20, 20), 9, np.uint8))
     assert values()[0] == first[0] + [9] * 5 and len(calls) == 3
     assert written_texts(root.parent / "set-cache", ["MUELLER", "SMITH"]) == []
+
+
+def test_an_npz_of_one_case_has_its_mask(tmp_path):
+    (tmp_path / "set").mkdir()
+    masks = np.random.default_rng(0).integers(0, 2, (3, 5, 20, 21)).astype(np.uint8)
+    for i, mask in enumerate(masks):
+        np.savez_compressed(tmp_path / "set" / f"{i}.npz", image=mask.astype(np.int16) * 7,
+                            label=mask)
+    dataset = load(tmp_path / "set")
+    assert len(dataset) == 15 and dataset.volume.tolist() == np.repeat(np.arange(3), 5).tolist()
+    for i in range(15):
+        image, mask = dataset[i]
+        assert (mask == masks[i // 5, i % 5]).all() and (image[..., 0] == mask * 7).all()
