@@ -225,7 +225,8 @@ def masks_inside(root, found, places, masks):
                     key = next(key for key in MASK_KEYS if key in case.files)
                     if fits is None:
                         image = next(case[key] for key in IMAGE_KEYS if key in case.files)
-                        fits = case[key].ndim > 1 and case[key].shape[:2] == image.shape[:2]
+                        mask = case[key]
+                        fits = mask.ndim > 1 and mask.shape[:2] == image.shape[:2]
                     if fits:
                         masks.setdefault(path, [path])
 

@@ -402,7 +402,7 @@ def test_an_index_is_used_until_a_directory_changes(load, tmp_path, settled, mon
     root, walks, walk = tmp_path / "set", [], folders.list_folder
     images, masks = root / "images", root / "masks"
     monkeypatch.setattr(folders, "list_folder",
-                        lambda root, settings: walks.append(root) or walk(root, settings))
+                        lambda root, *more: walks.append(root) or walk(root, *more))
     for name in ("images/a/deep/1", "images/b/1", "images/b/2", "images/b/3", "masks/a/deep/1"):
         save(root / f"{name}.png", np.zeros((4, 4), np.uint8))
 
