@@ -9,6 +9,7 @@ columns, in any order and case; only the first of these is needed:
 A file is named as below the table's folder, or below images/, with or without its ending, or by a
 name that no other file has. A folder or the file of a volume stands for all images in it.
 """
+import contextlib
 import csv
 import os
 import re
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from configurator import UserError
+from formats import IMAGE_KEYS, MASK_KEYS
 from images import Sendable
 from labels import COLUMNS, NO_VALUE, split_word
 from layouts import stem_of
@@ -165,12 +167,13 @@ def _finder(folder, names, places):
 
 # ---- masks ----
 
-def find_masks(found, places):
+def find_masks(root, found, places):
     """{image: list of its masks}, names below the root; and the splits that have a folder of masks.
     Files that are masks are taken out of found.images.
 
     A mask lies beside its image as NAME_mask, NAME_seg, NAME_segmentation, NAME_mask_1, ..., or in
-    the folder of masks under the name of the image, with or without such an ending.
+    the folder of masks under the name of the image, with or without such an ending, or in the .npz
+    of the image.
     """
     masks = {}
     for folder, here in places.items():
@@ -182,6 +185,7 @@ def find_masks(found, places):
             if here.role != "masks":
                 found.images[folder] = [name for name in names if not mask_parts(name)[1]]
                 found.left_out["mask(s) without an image"] += len(names) - len(found.images[folder])
+    masks_inside(root, found, places, masks)
     folders = [folder for folder, here in places.items() if here.role == "masks"]
     others = [folder for folder, here in places.items() if here.role != "masks"]
     if not any(found.images[folder] for folder in others):
@@ -208,6 +212,23 @@ def find_masks(found, places):
         found.left_out["mask(s) without an image"] += len(own - used)
         found.images[folder] = []
     return masks, {places[folder].split for folder in folders}
+
+
+def masks_inside(root, found, places, masks):
+    """Put the masks of .npz files of one case, which have image and mask, into `masks`."""
+    for folder in places:
+        names = [name for name in found.images[folder] if name.lower().endswith(".npz")]
+        fits = None  # the first case of a folder says if `label` is a mask or a class
+        for path in [os.path.join(folder, name) for name in names]:
+            with contextlib.suppress(Exception):  # of a damaged file: reading it raises again
+                with np.load(os.path.join(root, path)) as case:
+                    key = next(key for key in MASK_KEYS if key in case.files)
+                    if fits is None:
+                        image = next(case[key] for key in IMAGE_KEYS if key in case.files)
+                        mask = case[key]
+                        fits = mask.ndim > 1 and mask.shape[:2] == image.shape[:2]
+                    if fits:
+                        masks.setdefault(path, [path])
 
 
 def mask_parts(name):

@@ -69,7 +69,7 @@ def make_folder(folder, fill):
         return folder
     remove_dead_parts(cache_dir)
     temporary = part_of(folder)
-    os.mkdir(temporary)
+    os.makedirs(temporary, exist_ok=True)  # a process that had the same number left it unfinished
     try:
         fill(temporary)
         for file in os.listdir(temporary):  # a power failure must not leave the name without data

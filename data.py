@@ -82,12 +82,14 @@ class Dataset(Sendable, torch.utils.data.Dataset):
             return images.path(index)
         return f"{self.name}, {self.split} image {index}"
 
+    def shown_name(self, i):
+        """The name of image i as it may be written into a run's folder: its path; with groups its
+        number in the split, because paths name patients."""
+        return self.path(i) if self.groups is None else f"{self.split} image {i}"
+
     def without_path(self, text, i):
-        """A message about image i as it may be written into a run's folder: with its number in
-        place of its path, if images have groups, since paths name patients."""
-        if self.groups is None:
-            return text
-        return text.replace(self.path(i), f"{self.split} image {i}")
+        """A message about image i as it may be written into a run's folder: see shown_name."""
+        return text.replace(self.path(i), self.shown_name(i))
 
     def limited(self, n, seed):
         """At most n of the images, drawn by seed, in their order; n = 0: all."""
@@ -212,7 +214,8 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
         return dataset
     if dataset.labels is None or is_known(dataset.labels).sum() < 2:
         if split == "val":
-            raise UserError(f"{where}: no val, and no labels to measure with")
+            why = [note for note in dataset.notes if note.startswith("no labels: ")]
+            raise UserError("; ".join([f"{where}: no val, and no labels to measure with", *why]))
         return dataset
     rest, tenth, how = cut_val(dataset, seed)
     dataset.notes.append(how)
@@ -277,11 +280,12 @@ def check_groups(train, tests, allowed):
     for split, dataset in tests.items():
         if dataset.groups is None:
             continue
-        notes.append(f"{split}: {len(np.unique(dataset.groups))} groups (patients or volumes); "
-                     "intervals resample groups")
+        n_groups = len(np.unique(dataset.groups))
+        notes.append(f"{split}: {n_groups} group(s), patients or volumes; intervals resample them"
+                     + (", so few that they say little" if n_groups < 10 else ""))
         if n_shared := n_shared_groups(train, dataset):
-            text = (f"{n_shared} of {len(np.unique(dataset.groups))} groups (patients or volumes) "
-                    f"of {split} are also in train")
+            text = (f"{n_shared} of {n_groups} groups (patients or volumes) of {split} are also "
+                    "in train")
             if not allowed:
                 raise UserError(f"{text}: what is measured would be memory; split by patient, or "
                                 "set --allow_shared_groups=true")

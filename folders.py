@@ -195,7 +195,7 @@ def list_folder(root, settings, file=""):
     found = one_file(file) if file else walk(root)
     note_coco(root, found)
     places = place_folders(found)
-    masks, mask_splits = find_masks(found, places)
+    masks, mask_splits = find_masks(root, found, places)
     names, folders = [], []
     for folder, files in found.images.items():
         names += [os.fsencode(os.path.join(folder, file)) for file in files]
@@ -220,7 +220,7 @@ def list_folder(root, settings, file=""):
     for split in [split for split in SPLITS if (split_of == split).any()] or ["train"]:
         rows = np.flatnonzero(split_of == split)
         own_names = np.array([names[i] for i in rows], dtype=bytes)
-        listing = listings[split] = list_images(root, own_names, settings)
+        listing = listings[split] = list_once(root, own_names, settings, index["directories"])
         rows_of[split] = rows[np.searchsorted(own_names, listing.names)]  # names are sorted
         tops = {places[folders[i]].top for i in rows_of[split]}
         index.update({f"{split}_images": listing.names, f"{split}_numbers": listing.numbers,
@@ -242,6 +242,37 @@ def list_folder(root, settings, file=""):
     index["notes"] = np.array(json.dumps(
         _describe(found, listings) + table.notes + reasons))
     return index
+
+
+LISTING_PARTS = ("numbers", "volume", "position_mm", "spacing_mm", "groups")
+
+
+def list_once(root, names, settings, directories):
+    """The Listing of volumes.list_images, for volumes from the cache as long as no directory
+    changes: it has read the headers of all files. names: [N] of bytes, sorted. The cache holds
+    their numbers in place of them, as they may be names of patients."""
+    times, began = _times(directories), time.time_ns()
+    keys = ("series", "volume_axis", "volume_index", "slice_step_mm")
+    values = [getattr(settings, key) for key in keys]
+    state = f"{os.path.abspath(root)} {values} {times.tolist()}"
+    state = os.fsencode(state) + b"\0".join(names.tolist())
+    folder = os.path.join(settings.cache_dir, f"volumes-{short_hash(state)}")
+    if os.path.isdir(folder):
+        parts = map_folder(folder)
+        counts = json.loads(str(parts["counts"]))
+        left_out, kinds = Counter(counts["left_out"]), Counter(counts["kinds"])
+        return SimpleNamespace(**{key: parts[key] for key in LISTING_PARTS}, left_out=left_out,
+                               names=names[parts["rows"]], kinds=kinds, notes=counts["notes"])
+    listing = list_images(root, names, settings)
+    is_settled = times.max() < began - 2 * 10**9  # see folder_index
+    if is_settled and (listing.volume >= 0).any():
+        parts = {key: getattr(listing, key) for key in LISTING_PARTS}
+        counts = dict(left_out=listing.left_out, kinds=listing.kinds, notes=listing.notes)
+        parts["rows"] = np.searchsorted(names, listing.names)
+        parts["counts"] = json.dumps(counts)
+        with contextlib.suppress(OSError):
+            make_folder(folder, lambda temporary: save_arrays(temporary, parts))
+    return listing
 
 
 def _list_masks(split, names, masks, mask_splits):

@@ -11,7 +11,7 @@ import numpy as np
 from configurator import UserError
 
 UNKNOWN = -1  # the label of an image whose class nobody knows
-NO_VALUE = ("", "nan", "NaN", "none", "None", "NA", "n/a", "<NA>", "null")  # texts that say it
+NO_VALUE = ("", "nan", "NaN", "NA", "n/a", "<NA>")  # texts that say it
 
 COLUMNS = dict(# of tables beside images: what their names may be
     file=("file", "file_name", "filename", "image", "image_name", "image_id", "path"),

@@ -280,7 +280,7 @@ def classification_metrics(probabilities_or_predictions, labels, predictions=Non
         values = np.concatenate([draw[name] for draw in draws])
         values = values[np.isfinite(values)]
         interval = (math.nan, math.nan)
-        if len(values):
+        if len(values) and n_units > 1:  # of one patient nothing is known
             interval = tuple(np.percentile(values, (2.5, 97.5)))
         result[f"{name}_ci"] = interval
     return result

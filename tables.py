@@ -92,7 +92,7 @@ def _cell(results, probe, metric):
     """
     if metric == "accuracy_ci":
         ends = [result[probe].get(metric) for result in results]
-        if None in ends:  # without a bootstrap
+        if None in ends or np.isnan(ends).any():  # without a bootstrap, or of one patient
             return "-"
         low, high = np.mean(ends, axis=0)
         return f"{low:.2f}-{high:.2f}"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import folders
 from configurator import UserError, override
 from data import Dataset, check_groups, describe_source, load_dataset
 from images import Rows
@@ -373,6 +374,7 @@ def test_coco_is_said_not_to_be_read(layout):
 
 @pytest.mark.parametrize("train, test, names, labels, said", [
     ([110, 20250101, 110], [7], ["7", "110", "20250101"], [1, 2, 1], ""),
+    (["none", "mild", "nan"], ["none"], ["mild", "none"], [1, 0, -1], "1 label(s) unknown"),
     (["dog", "cat", ""], ["dog"], ["cat", "dog"], [1, 0, -1], "1 label(s) unknown"),
     ([0.0, 1.0, np.nan], [0.0], ["0", "1"], [0, 1, -1], "1 label(s) unknown"),
     ([0, -1, 3], [3], ["0", "3"], [0, -1, 1], "1 label(s) unknown"),
@@ -492,3 +494,38 @@ def test_no_name_and_no_path_of_a_patient_leaves_the_folder(tmp_path):
     assert written_texts(out, secrets) == []
     cache = tmp_path / "out-cache"
     assert not cache.exists() or written_texts(cache, secrets) == []
+
+
+def test_headers_of_volumes_are_read_once_and_no_name_is_kept(layout, monkeypatch):
+    """The list of volumes comes from the cache until a directory changes."""
+    root = layout("MUELLER/note.txt", "SMITH/note.txt")
+    for number, name in enumerate(("MUELLER/b", "MUELLER/a", "SMITH/c")):
+        np.save(root / f"{name}.npy", np.full((5, 20, 20 + number), number, np.uint8))
+    clock, calls, real = folders.time.time_ns, [], folders.list_images
+    monkeypatch.setattr(folders.time, "time_ns", lambda: clock() + 3600 * 10**9)
+    monkeypatch.setattr(folders, "list_images", lambda *args: calls.append(1) or real(*args))
+
+    def values():
+        dataset = load(root, group_level=1)
+        assert len(set(dataset.groups)) == 2
+        return [int(dataset[i][0].max()) for i in range(len(dataset))], dataset.notes
+    first = values()
+    assert first[0] == [1] * 5 + [0] * 5 + [2] * 5 and values() == first and len(calls) == 1
+    load(root, group_level=1, volume_axis=0)
+    assert len(calls) == 2  # read in another way
+    np.save(root / "SMITH" / "d.npy", np.full((5, 20, 20), 9, np.uint8))
+    assert values()[0] == first[0] + [9] * 5 and len(calls) == 3
+    assert written_texts(root.parent / "set-cache", ["MUELLER", "SMITH"]) == []
+
+
+def test_an_npz_of_one_case_has_its_mask(tmp_path):
+    (tmp_path / "set").mkdir()
+    masks = np.random.default_rng(0).integers(0, 2, (3, 5, 20, 21)).astype(np.uint8)
+    for i, mask in enumerate(masks):
+        np.savez_compressed(tmp_path / "set" / f"{i}.npz", image=mask.astype(np.int16) * 7,
+                            label=mask)
+    dataset = load(tmp_path / "set")
+    assert len(dataset) == 15 and dataset.volume.tolist() == np.repeat(np.arange(3), 5).tolist()
+    for i in range(15):
+        image, mask = dataset[i]
+        assert (mask == masks[i // 5, i % 5]).all() and (image[..., 0] == mask * 7).all()
