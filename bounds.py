@@ -74,7 +74,8 @@ BOUNDS = dict(
     distribution=("ddp", "fsdp", "none"), mixed_precision=("bf16", "fp16", "no"),
     # ---- evaluate.py, attention.py, embed.py ----
     checkpoint=("best", "last"), image_size=PIXELS_OR_0, batch_size=SIZE, knn_k=SIZE,
-    bootstrap=(0, 10**6), n_images=(0, 10**6), neighbours=(1, 1000),
+    bootstrap=(0, 10**6), n_images=(0, 10**6),
+    neighbours=(1, 1000),
     heat=("auto", "mean", "pca", "headN"), low_threshold=SHARE, high_threshold=SHARE, min_iou=SHARE,
     # ---- bench.py ----
     what=("strategy", "augment", "step", "data", "growth", "all"),

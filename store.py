@@ -100,7 +100,8 @@ class Column:
     A memory map would do, but its pages count as memory of this process."""
 
     def __init__(self, path, dtype, shape):
-        self.path, self.dtype, self.shape, self.ndim = path, dtype, shape, len(shape)
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.shape, self.ndim = shape, len(shape)
 
     def __len__(self):
         return self.shape[0]
@@ -222,7 +223,7 @@ class Store:
     def column(self, name):
         """The rows of a column as a Column."""
         dtype, shape = self.columns[name]
-        return Column(self._path(name), np.dtype(dtype), (self.n_rows, *shape))
+        return Column(self._path(name), dtype, (self.n_rows, *shape))
 
     def finish(self, write):
         """Write the output by write(path of a temporary file), rename it, and remove the folder."""
@@ -340,8 +341,8 @@ def write_output(path, rows, parts, settings, about):
     networks.load_probe, whose classes the predictions name, or {}."""
     known = describe_rows(parts, rows.column("index")[:])
     if about:
-        classes = about["classes"]
-        table = probe_rows(known["image"], rows.column("probs")[:], about["multi_label"], classes)
+        classes, probs = about["classes"], rows.column("probs")[:]
+        table = probe_rows(known["image"], probs, about["multi_label"], classes)
         header = ["image", "prediction", "probability", *(f"p_{name}" for name in classes)]
         write_csv(path, header, table)
         return

@@ -273,7 +273,8 @@ def test_a_kept_probe_gives_the_same_probabilities(tmp_path, multi_label):
     y = (x[:, :3] > 0).long() if multi_label else (x[:, 0] > 0).long()
     probe, _ = fit_probe(x[:30], y[:30], x[30:], y[30:])
     about = dict(model="w", model_hash="0", features="cls", blocks=[], size=32, mean=(0.5,),
-                 intensity_range=(0, 255), std=(0.5,), classes=["a", "b"])
+                 intensity_range=(0, 255), intensity_scaling="set", std=(0.5,),
+                 classes=["a", "b"])
     save_probe(str(tmp_path / "probe"), probe, about)
     for name in ("probe", "probe.safetensors", "probe.json"):
         kept, found = load_probe(str(tmp_path / name))
