@@ -72,11 +72,11 @@ from data import Dataset, cache_of, describe_source, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
                        scaled)
 from distributed import setup
-from features import find_networks, load_network
 from images import ImageFiles
 from layouts import is_system_name, stem_of
 from loader import reading_keys
 from model import blocks, embed, forward_features, run_blocks
+from networks import find_networks, find_runs, load_network, split_names
 from run_folder import make_folder
 from tables import jsonable, markdown
 from volumes import list_images
@@ -173,7 +173,7 @@ def network_input(image, backbone, inputs):
 def attention_maps(backbone, dataset, inputs, classes, indices=None):
     """The maps of images, one image at a time, because sizes may differ.
 
-    Args: backbone, inputs: of features.load_network; classes: mask values that are labels, () = all
+    Args: backbone, inputs: of networks.load_network; classes: mask values that are labels, () = all
     except 0; indices: of the images, None = all that have a mask.
     Returns: list of dicts of attention [heads,h,w] on the CPU; labelled [h,w] bool, None without a
     mask; brightest [h,w], the largest pixel of each patch (mean over channels, not clipped): the
@@ -369,7 +369,7 @@ def sheet_row(picture, name, label, maps, color, network):
 def draw(network, backbone, inputs, dataset, classes, folder):
     """The pictures of the first n_images images: a sheet of all of them, every head of each.
 
-    Args: network: dict of name, heat, scale; backbone, inputs: of features.load_network.
+    Args: network: dict of name, heat, scale; backbone, inputs: of networks.load_network.
     """
     indices = range(min(n_images, len(dataset)))
     all_maps = attention_maps(backbone, dataset, inputs, classes, indices)
@@ -495,14 +495,15 @@ def main(sources):
     """Look at what the config in this module's globals names. sources: of configurator.override."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    names = [name for name in map(str.strip, f"{run},{model_type}".split(",")) if name]
+    run_folders = find_runs(split_names(run))
+    names = run_folders + split_names(model_type)
     check_config(config, names)
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
     run_config = next((network["config"] for network in networks if network["config"]), {})
     classes = label_guided_classes or run_config.get("label_guided_classes", ())
     dataset, val = open_data(run_config, networks[-1])
-    is_one_run = names == [run.strip()] and "*" not in run
+    is_one_run = len(names) == len(run_folders) == 1
     folder = out_dir or (f"{names[0]}/results/attention" if is_one_run else "out/attention")
     make_folder(folder)
 

@@ -72,9 +72,10 @@ BOUNDS = dict(
     freeze_backbone_iterations=(-1, 10**9),
     # ---- system ----
     distribution=("ddp", "fsdp", "none"), mixed_precision=("bf16", "fp16", "no"),
-    # ---- evaluate.py, attention.py ----
+    # ---- evaluate.py, attention.py, embed.py ----
     checkpoint=("best", "last"), image_size=PIXELS_OR_0, batch_size=SIZE, knn_k=SIZE,
     bootstrap=(0, 10**6), n_images=(0, 10**6),
+    neighbours=(1, 1000),
     heat=("auto", "mean", "pca", "headN"), low_threshold=SHARE, high_threshold=SHARE, min_iou=SHARE,
     # ---- bench.py ----
     what=("strategy", "augment", "step", "data", "growth", "all"),
@@ -85,6 +86,7 @@ OF_SCRIPT = dict(
     train=dict(global_crops_number=(2, 100)),  # one view teaches the others
     evaluate=dict(dataset_size=PIXELS_OR_0, mixed_precision=("bf16", "no")),  # 0 = that of the run
     attention=dict(dataset_size=PIXELS_OR_0),
+    embed=dict(dataset_size=PIXELS_OR_0, mixed_precision=("bf16", "no")),
     bench=dict(local_crops_number=(1, 100), mixed_precision=("bf16", "no"), n_images=SIZE),
 )
 LOW_HIGH = ("global_crops_scale", "local_crops_scale", "label_guided_crops_scale",

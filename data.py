@@ -6,6 +6,7 @@ read files.
 """
 import copy
 import math
+import mmap
 import os
 from types import SimpleNamespace
 
@@ -113,6 +114,15 @@ class Dataset(Sendable, torch.utils.data.Dataset):
         part.images = at_least(self.images, side)
         return part
 
+    def release(self):
+        """Give the pages of a mapped array back to the system. They return when they are read; else
+        a pass over all images counts as memory of this process."""
+        images = self.images
+        while isinstance(images, Rows):
+            images = images.items
+        if isinstance(images, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            images._mmap.madvise(mmap.MADV_DONTNEED)
+
     def subset(self, indices, split):
         """Some of the images, without a copy, as a Dataset named `split`. indices: [n] int."""
         part = copy.copy(self)
@@ -167,11 +177,11 @@ def as_pixels(image, dataset, i):
 
 
 def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_url="",
-                 num_channels=0, seed=0, **reading):
+                 num_channels=0, seed=0, cut=True, **reading):
     """One split of a data set.
 
     If the source has labels but no val, a tenth of train, drawn by `seed`, is val and train is the
-    rest. Images of one patient are never on both sides.
+    rest, unless `cut` is False. Images of one patient are never on both sides.
     Args: dataset_path: one of
       'phantom', the embedded data set;
       the name of a MedMNIST data set;
@@ -190,7 +200,7 @@ def load_dataset(dataset_path, split="train", size=224, cache_dir="", download_u
     settings.cache_dir, settings.num_channels = cache_of(cache_dir), num_channels
     source = _open_source(dataset_path, size, download_url, settings)
     splits, split = list(source.labels), split_word(split) or split
-    val_is_cut = split in ("train", "val") and "val" not in splits and "train" in splits
+    val_is_cut = cut and split in ("train", "val") and "val" not in splits and "train" in splits
     if split not in splits and not val_is_cut:
         raise UserError(f"dataset_path={dataset_path!r} has no split {split!r}; it has "
                         f"{', '.join(splits) or 'none'}")

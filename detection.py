@@ -1,15 +1,19 @@
-"""Lesions in heatmaps: regions above thresholds, and how well they find what a mask shows (paper
-section 3.2).
+"""What masks show, found in heatmaps and in patch tokens.
 
-Everything is counted in patches, the pixels of a heatmap. The heatmap may come from anywhere.
+Lesions in heatmaps are regions above thresholds, compared with a mask (paper section 3.2). The
+heatmap may come from anywhere. The patch probe finds the masks' classes in patch tokens.
+Everything is counted in patches, the pixels of a heatmap.
 """
 import itertools
 import math
 
 import numpy as np
+import torch
 
-from metrics import average_precision, weighted_auc
+from features import stream_features
+from metrics import average_precision, fit_probe, weighted_auc
 
+PATCHES = 20_000  # number of patches that a patch probe learns from, drawn by seed
 NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=2))  # (dy, dx), with the patch itself
 
 
@@ -169,3 +173,74 @@ def patch_metrics(heatmaps, labelled):
     pointing = float(np.mean(hits)) if hits else math.nan
     return dict(auroc=float(auroc[0]), average_precision=average_precision(heat, labels),
                 pointing=pointing, chance=float(labels.mean()))
+
+
+# ---- the patch probe ----
+
+def patch_probe(backbone, train, val, tests, values, rng, **settings):
+    """How well a linear layer on patch tokens finds what the masks show.
+
+    The probe is a logistic regression from a patch token to the most frequent mask value of its
+    patch. It learns from about PATCHES training patches, every class has the same total weight, and
+    val chooses the penalty (metrics.fit_probe).
+    Args: train, val: Datasets with masks; tests: {name: Dataset}; values [c]: mask values, 0 =
+    background first; rng: draws the patches; settings: of features.stream_features.
+    Returns: {name: list of c Dice over all patches, nan for a class that occurs nowhere}.
+    """
+    def masked_images(dataset):
+        """Yield patch tokens [P,D], on the CPU, and patch classes [P] of each image with a mask."""
+        for batch in stream_features(backbone, dataset, with_masks=True, **settings):
+            grid = math.isqrt(batch["patches"].shape[1])
+            for tokens, mask in zip(batch["patches"].cpu(), batch["masks"]):
+                if mask is not None:
+                    yield tokens, patch_classes(mask, grid, values)
+
+    def sample(dataset):
+        """Tokens [n,D] and classes [n] of equally many patches of every image."""
+        n_per_image = math.ceil(PATCHES / len(dataset))
+        x, y = [], []
+        for tokens, classes in masked_images(dataset):
+            kept = np.sort(rng.permutation(len(tokens))[:n_per_image])
+            x.append(tokens[kept])
+            y.append(classes[kept])
+        return torch.cat(x), torch.from_numpy(np.concatenate(y))
+    probe, _ = fit_probe(*sample(train), *sample(val), balanced=True)
+    result = {}
+    for name, dataset in tests.items():
+        labels, predictions = [], []
+        for tokens, classes in masked_images(dataset):
+            labels.append(classes)
+            predictions.append(probe(tokens).argmax(dim=1).numpy())
+        dice = dice_per_class(np.concatenate(labels), np.concatenate(predictions), len(values))
+        result[name] = dice.tolist()
+    return result
+
+
+def patch_classes(mask, grid, values):
+    """The most frequent class of every patch.
+
+    Args: mask [S,S] of pixel values; grid: patches per side. If the grid does not divide S, the
+    mask is resampled to the next multiple, each pixel from the nearest. values [c]: the pixel
+    values that are classes, sorted. Returns: [grid*grid] int, indices into values.
+    """
+    side = -(-len(mask) // grid) * grid
+    if side != len(mask):  # a teacher resizes its input: it has a grid of its own
+        nearest = (np.arange(side) + 0.5) * len(mask) / side
+        nearest = nearest.astype(int)
+        mask = mask[nearest][:, nearest]
+    indices = np.searchsorted(values, mask)  # [S,S]
+    cells = indices.reshape(grid, len(mask) // grid, grid, -1)  # [g,p,g,p]
+    cells = cells.swapaxes(1, 2).reshape(grid * grid, -1, 1)  # [g*g,p*p,1]
+    counts = (cells == np.arange(len(values))).sum(axis=1)  # [g*g,c]
+    return counts.argmax(axis=1)
+
+
+def dice_per_class(labels, predictions, n_classes):
+    """Dice 2 |A and B| / (|A| + |B|) of every class, [c] float; nan for a class that occurs in
+    neither. labels, predictions: [N] int."""
+    correct = labels[labels == predictions]
+    shared = np.bincount(correct, minlength=n_classes)
+    size = np.bincount(labels, minlength=n_classes)
+    size = size + np.bincount(predictions, minlength=n_classes)
+    undefined = np.full(n_classes, np.nan)
+    return np.divide(2 * shared, size, out=undefined, where=size > 0)

@@ -6,8 +6,9 @@
 
 Every table has the raw pixels and the start of each run, so it shows if a run harms its features.
 Runs that differ by their seed only share a row: mean (standard deviation). The script writes
-results/ in the run's folder: tables as .md and .json, a confusion matrix, maps of the features,
-nearest neighbours and training curves. It runs as one process on one device.
+results/ in the run's folder: tables as .md and .json, the scores of every image as .csv, the linear
+probe of the last network (embed.py --probe applies it to new images), a confusion matrix, maps of
+the features, nearest neighbours and training curves. It runs as one process on one device.
 """
 from types import SimpleNamespace
 
@@ -48,13 +49,14 @@ allow_shared_groups = False      # measure even if a patient of a test split is 
 # ---- measurements ----
 knn_k = 5                        # neighbours of the majority vote; paper: 5
 bootstrap = 1000                 # resamples of the test images for 95 % intervals; 0 = none
+blocks = 'auto'                  # of the row "several blocks": 'auto' = chosen on val | numbers
+                                 # from 0 like 4,6,8,11 | 'last' = no such row
 generate_pictures = True         # confusion matrix, maps, neighbours, curves
 config_keys = list_keys(globals())
 if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
     sources = read_command_line(globals(), config_keys)
 
 import json
-import math
 import os
 
 import numpy as np
@@ -64,136 +66,108 @@ import torch.nn.functional as F
 import features
 import metrics
 import pictures
-from data import check_groups, cut_tenth, describe_source, load_dataset
+from data import MEDMNIST, check_groups, cut_tenth, describe_source, load_dataset
+from detection import patch_probe
 from distributed import autocast_for, loader_workers, setup
-from features import collect_features, find_networks, load_network, stream_features
+from features import block_list, choose_blocks, collect_features, parse_blocks
 from loader import reading_keys
-from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, patch_classes
-from run_folder import make_folder
-from tables import jsonable, tabulate
+from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, nearest_images
+from networks import (find_networks, find_runs, load_network, save_probe, split_names,
+                      weights_hash)
+from run_folder import make_folder, read_log
+from tables import (data_title, find_copies, image_names, jsonable, name_classes, tabulate,
+                    write_medmnist, write_scores)
 
 # checks outside the repository look for these functions here
 extract_features = features.extract_features
 knn_classify, linear_probe = metrics.knn_classify, metrics.linear_probe
 
-PATCHES = 20_000  # number of patches that a patch probe learns from, drawn by seed
 MAP_IMAGES = 1000  # number of images on a map: t-SNE needs memory for its square
 
 
 # ---- measure ----
 
-def patch_probe(backbone, train, val, tests, values, rng, **settings):
-    """How well a linear layer on patch tokens finds what the masks show.
-
-    The probe is a logistic regression from a patch token to the most frequent mask value of its
-    patch. It learns from about PATCHES training patches, every class has the same total weight, and
-    val chooses the penalty (metrics.fit_probe).
-    Args: train, val: Datasets with masks; tests: {name: Dataset}; values [c]: mask values, 0 =
-    background first; rng: draws the patches; settings: of features.stream_features.
-    Returns: {name: list of c Dice over all patches, nan for a class that occurs nowhere}.
-    """
-    def masked_images(dataset):
-        """Yield patch tokens [P,D], on the CPU, and patch classes [P] of each image with a mask."""
-        for batch in stream_features(backbone, dataset, with_masks=True, **settings):
-            grid = math.isqrt(batch["patches"].shape[1])
-            for tokens, mask in zip(batch["patches"].cpu(), batch["masks"]):
-                if mask is not None:
-                    yield tokens, patch_classes(mask, grid, values)
-
-    def sample(dataset):
-        """Tokens [n,D] and classes [n] of equally many patches of every image."""
-        n_per_image = math.ceil(PATCHES / len(dataset))
-        x, y = [], []
-        for tokens, classes in masked_images(dataset):
-            kept = np.sort(rng.permutation(len(tokens))[:n_per_image])
-            x.append(tokens[kept])
-            y.append(classes[kept])
-        return torch.cat(x), torch.from_numpy(np.concatenate(y))
-    probe, _ = fit_probe(*sample(train), *sample(val), balanced=True)
-    result = {}
-    for name, dataset in tests.items():
-        labels, predictions = [], []
-        for tokens, classes in masked_images(dataset):
-            labels.append(classes)
-            predictions.append(probe(tokens).argmax(dim=1).numpy())
-        dice = metrics.dice_per_class(np.concatenate(labels), np.concatenate(predictions),
-                                      len(values))
-        result[name] = dice.tolist()
-    return result
-
-
-def measure(backbone, data, settings, values, patch):
+def measure(backbone, data, settings, values, patch, numbers):
     """All numbers of one network on all test splits.
 
     Args: backbone: None for raw pixels, in patches of `patch` pixels; data: of open_data; settings:
-    of features.stream_features; values: of mask_classes, () = no patch probe.
-    Returns: results, {split: {probe: {metric: value}}}; collected, {split: dict of
-    features.collect_features} where test splits also have probs [N,c] of the linear probe.
+    of features.stream_features; values: of mask_classes, () = no patch probe; numbers: of the
+    blocks for the readout of several blocks, [] = none.
+    Returns: results, {split: {probe: {metric: value}}}; scores, {split: {features: dict}} of
+    tables.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
     """
     is_raw, image_settings, collected = backbone is None, dict(settings), {}
     if is_raw:  # 32 pixels are enough, and there is no CLS token to put the mean patch behind
         image_settings["size"] = min(32, settings["size"])
     for split, dataset in data.items():
-        collected[split] = collect_features(backbone, dataset, not is_raw, **image_settings)
+        collected[split] = collect_features(backbone, dataset, not is_raw, block_numbers=numbers,
+                                            **image_settings)
     train, tune = collected["train"], collected["tune"]
-    D = train["features"].shape[1] // (1 if is_raw else 2)
+    width = train["features"].shape[1] // (1 if is_raw else 2)
+    for part in collected.values():
+        part["cls"] = part["features"][:, :width]
     tests = {split: data[split] for split in data if split not in ("train", "tune")}
-    results = {split: {} for split in tests}
+    results, scores, probes = {}, {}, {}
+    for split in tests:
+        results[split], scores[split] = {}, {}
 
-    def evaluate_probe(name, width):
-        probe, strength = fit_probe(train["features"][:, :width], train["labels"],
-                                    tune["features"][:, :width], tune["labels"])
+    def evaluate_probe(name, key):
+        probe, strength = fit_probe(train[key], train["labels"],
+                                    tune[key], tune["labels"])
+        probes[name] = probe
         for split in tests:
             test = collected[split]
-            probs = probe(test["features"][:, :width])
+            probs = probe(test[key])
             numbers = classification_metrics(probs, test["labels"], None, bootstrap, seed,
                                              test["groups"])
             results[split][name] = dict(C=strength, **numbers)
-            test.setdefault("probs", probs)  # those of the first probe
+            test.setdefault("probs", {})[key] = probs.numpy()
 
-    def evaluate_knn(name, k, temperature):
+    def evaluate_knn(name, key, k, temperature):
         for split in tests:
             test = collected[split]
             groups = dict(train_groups=train["groups"], test_groups=test["groups"])
-            predictions, shares = knn_vote(train["features"][:, :D], train["labels"],
-                                           test["features"][:, :D], k, temperature, **groups)
+            predictions, shares = knn_vote(train[key], train["labels"], test[key], k, temperature,
+                                           **groups)
             results[split][name] = classification_metrics(
                 shares.cpu(), test["labels"], predictions.cpu(), bootstrap, seed,
-                groups=test["groups"])
-    evaluate_probe("linear", D)
-    if not is_raw:
-        evaluate_probe("linear_cls_patch", 2 * D)
-    evaluate_knn("knn", knn_k, None)
+                test["groups"])
+            if temperature is None:
+                _, nearest = nearest_images(train[key], test[key], k, **groups)
+                scores[split][key] = dict(probs=test["probs"][key],
+                                          knn=predictions.cpu().numpy(), nearest=nearest.tolist())
+    evaluate_probe("linear", "cls")
+    evaluate_knn("knn", "cls", knn_k, None)
     for k, temperature in DINO_KNN:
-        evaluate_knn(f"knn_dino_{k}", k, temperature)
+        evaluate_knn(f"knn_dino_{k}", "cls", k, temperature)
+    if numbers:
+        evaluate_probe("linear_blocks", "readout")
+        evaluate_knn("knn_blocks", "readout", knn_k, None)
+    if not is_raw:
+        evaluate_probe("linear_cls_patch", "features")
     if len(values):
         dice = patch_probe(backbone, data["train"], data["tune"], tests, values,
                            np.random.default_rng(seed), **settings, patch=patch)
         for split in tests:
             results[split]["dice"] = dice[split]
-    for part in collected.values():  # the pictures show the CLS features
-        part["features"] = part["features"][:, :D]
-    return results, collected
+    return results, scores, probes, collected
 
 
 # ---- pictures of one test split. Their files begin with `path`, a path without an ending ----
 
-def draw(networks, collected, split, data, value_range, path):
+def draw(networks, collected, split, data, class_names, value_range, path):
     """Maps of all networks; confusion matrix and nearest neighbours of the last one.
 
     Args: networks: dicts of find_networks with map, {split: features [n,D]}; collected: of
     `measure`, of the last network; value_range: pixel values that become black and white.
     """
-    labels, probs = collected[split]["labels"].numpy(), collected[split]["probs"]
+    labels = collected[split]["labels"].numpy()
     if labels.ndim == 2:
         return  # several labels per image: no colour, no confusion
     last, name = networks[-1], os.path.basename(path)
     title = f"{last['model']}, {last['adaptation']}: {name}, {split}"
-    class_names = list(data["train"].class_names)
-    n_classes = max(len(class_names), probs.shape[1], labels.max() + 1)
-    class_names += [str(c) for c in range(len(class_names), n_classes)]
-    confusion = np.zeros((n_classes, n_classes), int)
-    predictions = probs.argmax(dim=1).numpy()
+    predictions = collected[split]["probs"]["cls"].argmax(axis=1)
+    confusion = np.zeros((len(class_names), len(class_names)), int)
     np.add.at(confusion, (labels, predictions), 1)
     pictures.confusion_picture(f"{path}-{split}-confusion.png", confusion, class_names,
                                f"Linear probe of {title}")
@@ -225,26 +199,22 @@ def draw_neighbours(collected, split, data, class_names, value_range, title, pat
     labels, rng = test["labels"].numpy(), np.random.default_rng(seed)
     classes = rng.permutation(np.unique(labels))[:8]
     queries = [int(rng.choice(np.flatnonzero(labels == c))) for c in classes]
-    query_features = F.normalize(test["features"][queries], dim=1)
-    similarity = query_features @ F.normalize(train["features"], dim=1).T
-    nearest = similarity.topk(min(5, len(train["indices"])), dim=1)
-
-    def tile(dataset, index, caption, frame=None):
-        return pictures.to_picture(dataset[index][0], value_range), caption, frame
-    sheet = []
-    for query, values, neighbours in zip(queries, nearest.values, nearest.indices):
+    nearest = nearest_images(train["cls"], test["cls"][queries], 5)
+    rows = []
+    for query, values, neighbours in zip(queries, *map(torch.Tensor.tolist, nearest)):
         label = labels[query]
-        tiles = [tile(data[split], test["indices"][query], class_names[label])]
-        for value, neighbour in zip(values.tolist(), neighbours.tolist()):
-            other = int(train["labels"][neighbour])
-            tiles.append(tile(data["train"], train["indices"][neighbour],
-                              f"{class_names[other]}\n{value:.2f}",
-                              "green" if other == label else "red"))
-        sheet.append(tiles)
-    columns = ["test image", *(f"nearest {i + 1}" for i in range(nearest.values.shape[1]))]
-    pictures.contact_sheet(
-        f"{path}-{split}-neighbours.png", sheet, f"Nearest training images of {title}\ncosine "
-        "similarity of CLS features; green frame = same class, red = another", 160, columns)
+        image, _ = data[split][test["indices"][query]]
+        row = [(image, class_names[label], None)]
+        for value, neighbour in zip(values, neighbours):
+            other = train["labels"][neighbour]
+            image, _ = data["train"][train["indices"][neighbour]]
+            frame = "green" if other == label else "red"
+            row.append((image, f"{class_names[other]}\n{value:.2f}", frame))
+        rows.append(row)
+    pictures.neighbours_picture(
+        f"{path}-{split}-neighbours.png", rows, f"Nearest training images of {title}\ncosine "
+        "similarity of CLS features; green frame = same class, red = another", value_range,
+        "test image")
 
 
 def map_indices(n):
@@ -270,9 +240,15 @@ def open_data(config):
                         "val,test")
 
     def open_split(split):
-        return load_dataset(source, split, dataset_size or config.get("dataset_size", 224),
-                            cache_dir, download_url, config.get("num_channels", 0), seed,
-                            **reading_keys(SimpleNamespace(**globals()), config)).labelled()
+        try:
+            return load_dataset(source, split, dataset_size or config.get("dataset_size", 224),
+                                cache_dir, download_url, config.get("num_channels", 0), seed,
+                                **reading_keys(SimpleNamespace(**globals()), config)).labelled()
+        except UserError as error:
+            if dataset_path:
+                raise
+            raise UserError(f"{error} (the run was trained on it; to measure on other data, or if "
+                            "it has moved, add --dataset_path=...)") from None
     train = open_split("train")
     tests, notes = {split: open_split(split) for split in splits}, [describe_source(train)]
     if train.labels is None:
@@ -308,34 +284,66 @@ def mask_classes(data):
     return values, [names.get(value, f"mask value {value}") for value in values], []
 
 
-def find_copies(collected, data, tests):
-    """Notes on test images that are training images as well: those are remembered, not recognised.
-    collected: of `measure`."""
-    notes = []
-    for split in tests:
-        digests = collected[split]["digests"]
-        for other in ("train", "tune"):
-            known = set(collected[other]["digests"])
-            if n_copies := sum(digest in known for digest in digests):
-                notes.append(f"{n_copies} of {len(digests)} {split} images are also in "
-                             f"{data[other].split}, pixel for pixel")
-    return notes
-
-
 # ---- the script ----
+
+def write_report(measured, data, collected, notes, mask_names, folder, value_range, config):
+    """Tables, scores and pictures of all test splits. measured: dicts of find_networks with results
+    and scores; collected: of `measure`, of the last network; value_range: as in `draw`."""
+    train, tests, class_names = data["train"], list(data)[2:], name_classes(data)
+    path, last = os.path.join(folder, data_title(train.name)), measured[-1]
+    text = f"# {os.path.basename(path)}\n\n" + "".join(f"- {note}\n" for note in notes)
+    train_names = image_names(train, collected["train"]["indices"], True)
+    for split in tests:
+        table = tabulate(measured, split, mask_names)
+        text += f"\n## {split}, {len(data[split])} images\n\n{table}"
+        labels = collected[split]["labels"].numpy()
+        names = image_names(data[split], collected[split]["indices"], True)
+        write_scores(f"{path}-{split}-scores.csv", measured, split, labels, names, train_names,
+                     class_names)
+        if train.name in MEDMNIST:
+            size = data[split].images.shape[1]
+            write_medmnist(f"{folder}/medmnist", train.name, size, split, measured)
+        if generate_pictures:
+            draw(measured, collected, split, data, class_names, value_range, path)
+    print("\n" + text)
+    with open(f"{path}.md", "w") as file:
+        file.write(text)
+    keys = ("name", "model", "adaptation", "size", "blocks", "results")
+    rows = [{key: network[key] for key in keys} for network in measured]
+    report = dict(notes=notes, config=vars(config), networks=rows)
+    with open(f"{path}.json", "w") as file:
+        json.dump(jsonable(report), file, indent=1)
+    records = [record for _, record in read_log(f"{last.get('run')}/log.jsonl")]
+    if generate_pictures and records:  # of a run
+        pictures.curves_picture(f"{path}-curves.png", records, f"training of {last['run']}")
+
+
+def keep_probe(path, probes, network, backbone, settings, data):
+    """Keep the linear probe of a network as path.safetensors and path.json: that of the readout, if
+    there is one. embed.py --probe applies it."""
+    name = "linear_blocks" if network["blocks"] else "linear"
+    tests = {split: result[name] for split, result in network["results"].items()}
+    inputs = {key: settings[key] for key in ("size", "intensity_range", "mean", "std")}
+    about = dict(model=network["weights_path"], model_hash=weights_hash(backbone),
+                 features="readout" if network["blocks"] else "cls", blocks=network["blocks"],
+                 **inputs, intensity_scaling=data["train"].scaling,
+                 mixed_precision=mixed_precision, classes=name_classes(data),
+                 dataset=data["train"].name, train_images=len(data["train"]), tests=tests)
+    save_probe(path, probes[name], about)
+
 
 def main(sources):
     """Evaluate with the config in this module's globals. sources: of configurator.override."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    names = [name.strip() for name in f"{run},{model_type},{compare}".split(",")]
-    names = [name for name in names if name]
+    run_folders = find_runs(split_names(run))
+    names = run_folders + split_names(model_type) + split_names(compare)
     if not names:
         raise UserError("nothing to evaluate: give --run=out/NAME, --model_type=ID or "
                         "--compare=ID,out/A,out/B")
     print(describe(globals(), config_keys, sources) + "\n")
     networks = find_networks(names, checkpoint)
-    default = names[0] if run and len(names) == 1 else "out/evaluate"
+    default = names[0] if run_folders and len(names) == 1 else "out/evaluate"
     folder = os.path.join(out_dir or default, "results")
     make_folder(folder)
     first_config = next((network["config"] for network in networks if network["config"]), {})
@@ -351,20 +359,22 @@ def main(sources):
     # ---- every network, one at a time; before the first one the raw pixels, in its patches ----
     measured = []
 
-    def measure_one(network, backbone, settings, patch):
-        network["results"], collected = measure(backbone, data, settings, values, patch)
-        network["size"], network["map"] = settings["size"], {}
+    def measure_one(network, backbone, settings, patch, numbers=()):
+        results, scores, probes, collected = measure(backbone, data, settings, values, patch,
+                                                     numbers)
+        network.update(results=results, scores=scores, size=settings["size"],
+                       blocks=list(numbers), map={})
         for split in tests:
-            cls = collected[split]["features"].cpu()
+            cls = collected[split]["cls"].cpu()
             network["map"][split] = cls[map_indices(len(cls))]
         measured.append(network)
         accuracies = []
-        for split, result in network["results"].items():
+        for split, result in results.items():
             accuracies.append(f"{split} {knn_k}-NN {result['knn']['accuracy']:.4f}, linear probe "
                               f"{result['linear']['accuracy']:.4f}")
         print(f"{network['name']}, {network['adaptation']}, {settings['size']} px: "
               + "; ".join(accuracies), flush=True)
-        return collected
+        return probes, collected
     forward = dict(num_workers=loader_workers(num_workers), batch_size=batch_size,
                    on_bad_image=on_bad_image, autocast=autocast_for(run_device, mixed_precision))
     teacher_dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
@@ -376,34 +386,22 @@ def main(sources):
         patch = getattr(backbone, "patch_size", 0) or backbone.config.patch_size
         if not measured:
             pixels = dict.fromkeys(("name", "model", "group"), "raw pixels")
-            collected = measure_one(dict(pixels, adaptation="-"), None, settings, patch)
-            for note in find_copies(collected, data, tests):
-                notes.append(note)
-                print(note)
-        collected = measure_one(network, backbone, settings, patch)
+            _, collected = measure_one(dict(pixels, adaptation="-"), None, settings, patch)
+            notes += find_copies(collected, data, tests)
+        numbers = []
+        if blocks == "auto":
+            numbers, why = choose_blocks(backbone, train, data["tune"], seed, **settings)
+            notes.append(f"{network['name']}: several blocks = {numbers}; {why}")
+        elif blocks != "last":
+            numbers = parse_blocks(blocks, len(block_list(backbone)))
+        probes, collected = measure_one(network, backbone, settings, patch, numbers)
 
-    # ---- tables and pictures ----
-    file_name = os.path.basename(train.name.rstrip("/"))
-    data_name = os.path.splitext(file_name)[0]
-    path = os.path.join(folder, data_name)
-    if generate_pictures and "start" in network:  # the last network is a run
-        records = [json.loads(line) for line in open(f"{network['name']}/log.jsonl")]
-        pictures.curves_picture(f"{path}-curves.png", records, f"training of {network['name']}")
-    text = f"# {data_name}\n\n" + "".join(f"- {note}\n" for note in notes)
-    for split in tests:
-        table = tabulate(measured, split, mask_names)
-        text += f"\n## {split}, {len(data[split])} images\n\n{table}"
-        if generate_pictures:
-            draw(measured, collected, split, data, settings["intensity_range"], path)
-    print("\n" + text)
-    with open(f"{path}.md", "w") as file:
-        file.write(text)
-    keys = ("name", "model", "adaptation", "size", "results")
-    rows = [{key: network[key] for key in keys} for network in measured]
-    report = dict(notes=notes, config=vars(config), networks=rows)
-    with open(f"{path}.json", "w") as file:
-        json.dump(jsonable(report), file, indent=1)
-    print(f"tables and pictures are in {folder}")
+    # ---- tables, scores, pictures, and the probe of the last network ----
+    path = os.path.join(folder, data_title(train.name))
+    keep_probe(f"{path}-probe", probes, network, backbone, settings, data)
+    write_report(measured, data, collected, notes, mask_names, folder,
+                 settings["intensity_range"], config)
+    print(f"tables, scores, the probe and pictures are in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
-"""Features of a whole data set by any network; which networks there are, and how to load them.
+"""Features of a whole data set by any network, batch by batch or all at once.
 
-train.py and distill.py measure k-NN with these functions. evaluate.py and attention.py load
-networks with them.
+train.py and distill.py measure k-NN with these functions. evaluate.py and embed.py read features
+with them, also those of several blocks.
 """
-import ast
 import contextlib
-import glob
 import hashlib
 import math
-import os
-import re
 
 import numpy as np
 import torch
@@ -22,11 +18,12 @@ from configurator import UserError
 from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
-from loader import input_settings
-from metrics import knn_classify
-from model import backbone_from_config, build_backbone, forward_features, pretrained_input
+from metrics import fit_probe, knn_classify
+from model import blocks, core, forward_features
 from signals import ignore_signals
-from teachers import FrozenTeacher, build_teacher
+from teachers import FrozenTeacher
+
+CHOICE_IMAGES = 1000  # of train and of val, from which choose_blocks chooses
 
 
 # ---- features ----
@@ -38,6 +35,7 @@ class WholeImages(torch.utils.data.Dataset):
 
     def __init__(self, dataset, size, with_masks=False):
         self.dataset, self.size, self.with_masks = dataset.at_least(size), size, with_masks
+        self.n_read = 0
 
     def __len__(self):
         return len(self.dataset)
@@ -51,6 +49,9 @@ class WholeImages(torch.utils.data.Dataset):
     def item(self, i):
         """Item i of an image that can be read."""
         image, mask = self.dataset[i]
+        self.n_read += 1
+        if self.n_read % 1024 == 0:
+            self.dataset.release()
         content = np.ascontiguousarray(image).tobytes()
         item = dict(i=i, pixels=resize_center(image, self.size), mask=None,
                     digest=hashlib.blake2b(content, digest_size=16).digest())
@@ -66,7 +67,7 @@ class WholeImages(torch.utils.data.Dataset):
 def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
                     mean=(0.5,), std=(0.5,), batch_size=64, num_workers=0,
                     autocast=contextlib.nullcontext, on_bad_image="error", patch=0,
-                    with_masks=False):
+                    with_masks=False, block_numbers=()):
     """Features of a data set batch by batch, in its order, with a progress bar.
 
     Args: backbone: in eval mode, on its device; any that forward_features takes; a
@@ -74,9 +75,12 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
     pixels, the baseline that features have to beat. size: pixels, images are resized to a square;
     intensity_range, mean, std: as in training; autocast: makes a context for the forward pass;
     on_bad_image: 'skip' leaves out unreadable images, 'error' raises UserError; patch: pixels, the
-    patch size of the raw pixels, 0 = no patches; with_masks: also yield masks.
-    Yields: dicts of cls [b,D] and patches [b,P,D] (or None), fp32 on the backbone's device; and
-    lists of length b: indices into the data set, digests, masks ([size,size] arrays or None).
+    patch size of the raw pixels, 0 = no patches; with_masks: also yield masks; block_numbers: also
+    yield the readout of these blocks, 0 = the first.
+    Yields: dicts of cls [b,D], patches [b,P,D] (or None) and readout [b,n*D] (or None), the CLS
+    tokens of the n blocks, each after the final norm and at unit length, side by side; all fp32 on
+    the backbone's device; and lists of length b: indices into the data set, digests, masks
+    ([size,size] arrays or None).
     """
     device = torch.device("cpu")
     if backbone is not None:
@@ -96,20 +100,124 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
             continue
         pixels = torch.stack([item["pixels"] for item in items])
         pixels = photometrics.plain(pixels.to(device))  # [b,C,size,size]
+        readout = None
         if backbone is None:
             cls, patches = pixels.flatten(1), None
             if patch:
                 patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2)  # [b,P,C*p*p]
         else:
-            with autocast():
+            with autocast(), cls_of_blocks(backbone, block_numbers) as block_cls:
                 if isinstance(backbone, FrozenTeacher):
                     cls, patches = backbone(pixels)
                 else:
                     cls, patches = forward_features(backbone, pixels)
             cls, patches = cls.float(), patches.float()
-        yield dict(cls=cls, patches=patches, indices=[item["i"] for item in items],
+            if block_cls:
+                readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
+        yield dict(cls=cls, patches=patches, readout=readout,
+                   indices=[item["i"] for item in items],
                    digests=[item["digest"] for item in items],
                    masks=[item["mask"] for item in items])
+
+
+@contextlib.contextmanager
+def cls_of_blocks(backbone, numbers):
+    """Around a forward pass: yields a dict that gets {number: [b,D] fp32}, the CLS token of each of
+    these blocks after the final norm, at unit length. backbone: of stream_features."""
+    found, handles = {}, []
+    if len(numbers):
+        layers, norm = block_list(backbone), _final_norm(backbone)
+
+    def keep(number):
+        def hook(_, inputs, tokens):
+            cls = norm(tokens[:, :1])  # [b,1,D]
+            found[number] = F.normalize(cls[:, 0].float(), dim=1)
+        return hook
+    for number in dict.fromkeys(numbers):
+        handles.append(layers[number].register_forward_hook(keep(number)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_list(backbone):
+    """The transformer blocks of a backbone of stream_features."""
+    return backbone.blocks() if isinstance(backbone, FrozenTeacher) else blocks(backbone)
+
+
+def _final_norm(backbone):
+    """The norm after the last block."""
+    network = backbone
+    if isinstance(backbone, FrozenTeacher):
+        network = backbone.network
+    network = core(network)
+    return network.norm if hasattr(network, "norm") else network.layernorm
+
+
+# ---- readout of several blocks ----
+
+def block_choices(n_blocks):
+    """The short list of readouts, lists of block numbers: the last block; that and the middle one;
+    a third, a half and two thirds of the way with the last (nanopath); the last four (DINOv2)."""
+    last, half = n_blocks - 1, n_blocks // 2
+    thirds = [n_blocks // 3, half, 2 * n_blocks // 3, last]
+    last_four = range(max(0, n_blocks - 4), n_blocks)
+    choices = [[last], [half, last], thirds, last_four]
+    distinct = []
+    for choice in choices:
+        choice = sorted(set(choice))
+        if choice not in distinct:
+            distinct.append(choice)
+    return distinct
+
+
+def parse_blocks(text, n_blocks):
+    """The block numbers of a config key: 'last', or numbers like '4,6,8,11'. UserError if there is
+    no such block."""
+    if text == "last":
+        return [n_blocks - 1]
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or not 0 <= numbers[0] <= numbers[-1] < n_blocks:
+        raise UserError(f"blocks={text!r}: give 'last', 'auto', or numbers from 0 to "
+                        f"{n_blocks - 1}, the last block, like "
+                        f"{','.join(map(str, block_choices(n_blocks)[-1]))}")
+    return numbers
+
+
+def choose_blocks(backbone, train, val, seed, **settings):
+    """The blocks whose readout has the lowest loss on val, of block_choices: a list of numbers, and
+    a text with all losses.
+
+    The loss is that of a linear probe that learns from at most CHOICE_IMAGES of train. It chooses
+    because accuracy is too coarse: val of a small set has some dozen images.
+    Args: train, val: Datasets with labels; settings: of stream_features.
+    """
+    choices = block_choices(len(block_list(backbone)))
+    if len(choices) == 1:
+        return choices[0], "it has one block"
+    numbers, parts = sorted(set(sum(choices, []))), []
+    for dataset in (train, val):
+        part = collect_features(backbone, dataset.limited(CHOICE_IMAGES, seed),
+                                block_numbers=numbers, **settings)
+        by_block = part["readout"].unflatten(1, (len(numbers), -1))  # [N,n,D]
+        parts.append((by_block, part["labels"]))
+    (x, y), (x_val, y_val) = parts
+    losses = []
+    for choice in choices:
+        columns = [numbers.index(number) for number in choice]
+        chosen = x[:, columns].flatten(1)
+        probe, _ = fit_probe(chosen, y, x_val[:, columns].flatten(1), y_val)
+        losses.append(probe.loss)
+    best = losses.index(min(losses))
+    listed = []
+    for choice, loss in zip(choices, losses):
+        listed.append(f"{','.join(map(str, choice))}: {loss:.3f}")
+    return choices[best], f"probe loss on val of blocks {'; '.join(listed)}"
 
 
 def collect_features(backbone, dataset, with_patch_mean=False, **settings):
@@ -117,33 +225,35 @@ def collect_features(backbone, dataset, with_patch_mean=False, **settings):
 
     Args: with_patch_mean: put the mean patch token behind the CLS token, [N,2D]; settings: of
     stream_features.
-    Returns: dict of features [N,D] fp32 on the backbone's device (raw pixels: on the CPU); labels
-    [N] int64, [N,c] for multi-label, or None; groups [N] int64 or None; and lists of N indices and
-    digests. Images that on_bad_image='skip' leaves out are missing from all five. Raises UserError
-    if none can be read.
+    Returns: dict of features [N,D] fp32 on the backbone's device (raw pixels: on the CPU); readout
+    [N,n*D] alike, if block_numbers are given; labels [N] int64, [N,c] for multi-label, or None; and
+    lists of N indices and digests. Images that on_bad_image='skip' leaves out are missing from all
+    of them. groups [N] int64 or None: as labels. Raises UserError if none can be read.
     """
-    features, indices, digests = None, [], []
+    found, indices, digests = {}, [], []
     for batch in stream_features(backbone, dataset, **settings):
         x = batch["cls"]
         if with_patch_mean:
             patch_mean = batch["patches"].mean(dim=1)
             x = torch.cat([x, patch_mean], dim=1)
-        if features is None:
-            features = x.new_empty(len(dataset), x.shape[1])
         n = len(indices)
-        features[n:n + len(x)] = x
+        for name, values in (("features", x), ("readout", batch["readout"])):
+            if values is not None:
+                if name not in found:
+                    found[name] = values.new_empty(len(dataset), values.shape[1])
+                found[name][n:n + len(x)] = values
         indices += batch["indices"]
         digests += batch["digests"]
-    if features is None:
+    if not found:
         raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images can be "
                         "read")
     labels = None
     if dataset.labels is not None:
         labels = np.asarray(dataset.labels)[indices].astype(np.int64)
         labels = torch.from_numpy(labels)
+    found = {name: values[:len(indices)] for name, values in found.items()}
     groups = None if dataset.groups is None else dataset.groups[indices]
-    features = features[:len(indices)]
-    return dict(features=features, labels=labels, groups=groups, indices=indices, digests=digests)
+    return dict(found, labels=labels, groups=groups, indices=indices, digests=digests)
 
 
 def extract_features(backbone, dataset, **settings):
@@ -221,133 +331,3 @@ class KnnMeasure:
         """{split: accuracy} of the raw pixels, at 32 pixels or at the crop size if that is less."""
         size = min(32, self.size)
         return knn_accuracy(None, self.bank, self.splits, size=size, **self.settings)
-
-
-# ---- which networks ----
-
-REPETITION_KEYS = {  # runs that differ in these keys only are repetitions of one experiment
-    "seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log",
-    "cache_dir", "generate_samples", "log_interval", "saveckp_freq", "teacher_cache"}
-
-
-def read_run(folder):
-    """The resolved config of a run, a dict, from its config.py. The file is parsed as literals:
-    nothing in it is executed."""
-    tree = ast.parse(open(os.path.join(folder, "config.py")).read())
-    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
-
-
-def adaptation(config):
-    """What a run trains, in the words of the paper's tables."""
-    words = []
-    if config["use_lora"]:
-        words.append("LoRA")
-    if config["freeze_backbone_layers"] > 0:
-        words.append("layer freezing")
-    if not words:
-        words.append("standard" if config["use_pretrained"] else "from scratch")
-    text = " + ".join(words)
-    teacher = os.path.basename(config.get("distilled_model_type", "").rstrip("/"))
-    if teacher:
-        text += f", distilled from {teacher} ({config['objective']})"
-    return text
-
-
-def short_name(path):
-    """The last part of a hub id or a path; of weights that a run exported, the name of the run."""
-    return os.path.basename(re.sub("/checkpoints/[^/]+/hf/?$", "", path.rstrip("/")))
-
-
-def run_networks(folder, checkpoint, start_inputs):
-    """(start, trained): the networks of a run before and after training, dicts of find_networks.
-
-    start_inputs: {model_type: how the first run that started from it reads images}; this run is
-    added. A run with other inputs gets a start of its own. Raises UserError without the checkpoint.
-    """
-    config = read_run(folder)
-    weights_path = os.path.join(folder, "checkpoints", checkpoint, "hf")
-    if not os.path.isdir(weights_path):
-        raise UserError(f"{folder} has no checkpoints/{checkpoint}/hf; 'best' is there once a run "
-                        "has begun, 'last' when it has finished: train on with --resume_from, or "
-                        "choose the other checkpoint")
-    model_type = config["model_type"]
-    input_keys = ("global_crops_size", "intensity_range", "image_mean", "image_std")
-    inputs = [config[key] for key in input_keys]
-    start_name, kind = f"start of {folder}", "untrained"
-    if config["use_pretrained"]:
-        kind = "pretrained"
-        if start_inputs.setdefault(model_type, inputs) == inputs:
-            start_name = model_type
-    common = dict(model=short_name(model_type), settings_path=weights_path, config=config)
-    start = dict(common, name=start_name, adaptation=kind, weights_path="",
-                 group=repr((kind, model_type, inputs)))
-    settings = {key: value for key, value in config.items() if key not in REPETITION_KEYS}
-    trained = dict(common, name=folder, adaptation=adaptation(config), weights_path=weights_path,
-                   start=start_name, group=repr(settings))
-    return start, trained
-
-
-def find_networks(names, checkpoint):
-    """The networks to measure: released weights first, then every run behind its start.
-
-    Args: names: hub ids, directories of weights, timm:NAME, or folders of runs; in all of them *
-    stands for any text; checkpoint: of the runs, 'best' or 'last'. Runs that started from the same
-    weights and read images alike have one start.
-    Returns: list of dicts with
-    name, model, adaptation: texts.
-    group: a text that is equal for networks that differ by their seed only.
-    weights_path: where its weights are; '' = those that the run of `config` started from.
-    settings_path: where its input settings are.
-    config: of its run, or None.
-    start: only of a trained network, the name of its start.
-    Raises UserError for a run without the checkpoint, and if nothing is found.
-    """
-    paths = []
-    for name in names:
-        paths += sorted(glob.glob(name)) if "*" in name else [name]
-    paths = list(dict.fromkeys(paths))  # each once
-    runs = [path for path in paths if os.path.isfile(f"{path}/config.py")]
-    networks, start_inputs = [], {}
-    for folder in runs:
-        start, trained = run_networks(folder, checkpoint, start_inputs)
-        if all(network["name"] != start["name"] for network in networks):
-            networks.append(start)
-        networks.append(trained)
-    released = []
-    for path in paths:
-        if path not in runs and path not in start_inputs:
-            released.append(dict(name=path, model=short_name(path), adaptation="pretrained",
-                                 group=path, weights_path=path, settings_path=path, config=None))
-    if not released + networks:
-        raise UserError(f"nothing to evaluate: {', '.join(names)!r} matches no folder")
-    return released + networks
-
-
-def load_network(network, config, dataset, run_device, image_size=0, intensity_range=(0.0, 0.0),
-                 seed=0, on_bad_image="error", teacher_dtype=torch.bfloat16):
-    """The weights of one network, ready to measure, and the settings of its input.
-
-    Args: network: of find_networks; config: of its run, or of the first run, or {}; dataset: gives
-    the number of channels, and unknown intensities are measured on it; image_size, intensity_range:
-    what the user asks for, 0 = nothing; teacher_dtype: of the weights of a timm network.
-    Returns: backbone in eval mode on run_device (for timm:NAME a teachers.FrozenTeacher); dict of
-    size, intensity_range, mean, std for stream_features.
-    """
-    torch.manual_seed(config.get("seed", 0))  # a start from scratch: the run's own first weights
-    weights_path = network["weights_path"]
-    if weights_path.startswith("timm:"):  # normalises by itself
-        backbone = build_teacher(weights_path, dtype=teacher_dtype)
-        expected = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-        patch = backbone.patch_size
-    else:
-        expected = pretrained_input(network["settings_path"])
-        if weights_path:
-            backbone = build_backbone(weights_path, True, dataset.num_channels)
-        else:
-            backbone = backbone_from_config(config, dataset.num_channels)
-        patch = backbone.config.patch_size
-    size = image_size or config.get("global_crops_size") or expected.get("size") or 224
-    inputs, _ = input_settings(dataset, expected, intensity_range, seed=seed,
-                               on_bad_image=on_bad_image)
-    return backbone.to(run_device).eval(), dict(inputs, size=size // patch * patch)

@@ -1,10 +1,11 @@
-"""Numbers that say what features are worth: k-NN, linear probe, classification metrics, Dice; and
-numbers that say how a run is doing.
+"""Numbers that say what features are worth: k-NN, linear probe, classification metrics; and numbers
+that say how a run is doing.
 
 Tensors in, numbers out: no files and no networks. features.py and evaluate.py bring features,
 train.py and distill.py bring batches.
 """
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,33 @@ DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted k-NN
 
 
 # ---- k-NN: nothing is trained, so if the accuracy changes, the features have changed ----
+
+@torch.no_grad()
+def nearest_images(train_features, test_features, k=5, chunk=1024, train_groups=None,
+                   test_groups=None):
+    """(similarity [M,k] fp32, indices [M,k] int64): of each of M images, features [M,D], the cosine
+    with its k nearest of N images, features [N,D], nearest first, and which these are; at most N.
+
+    Args: chunk: images at a time, so memory is chunk * N numbers, on the device of train_features;
+    train_groups [N], test_groups [M] int: the similarity with images of the own group is -inf.
+    """
+    train = F.normalize(train_features.float(), dim=1)
+    k = min(k, len(train))
+    queries = F.normalize(test_features.float(), dim=1).to(train.device)
+    has_groups = train_groups is not None and test_groups is not None
+    if has_groups:
+        train_groups = torch.as_tensor(train_groups, device=train.device)
+        test_groups = torch.as_tensor(test_groups, device=train.device).split(chunk)
+    similarities, indices = [], []
+    for part, test in enumerate(queries.split(chunk)):
+        similarity = test @ train.T  # [m,N]
+        if has_groups:
+            similarity[test_groups[part][:, None] == train_groups] = -torch.inf
+        similarity, nearest = similarity.topk(k, dim=1)
+        similarities.append(similarity)
+        indices.append(nearest)
+    return torch.cat(similarities), torch.cat(indices)
+
 
 @torch.no_grad()
 def knn_vote(train_features, train_labels, test_features, k=5, temperature=None, chunk=1024,
@@ -34,20 +62,12 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
     Returns: predictions [M] int64 ([M,c] bool for multi-label); shares [M,c] fp32, the share of
     each class in the votes, which is a probability, to five decimals.
     """
-    train = F.normalize(train_features.float(), dim=1)
-    labels = train_labels.to(train.device).long()
-    n_classes = int(labels.max()) + 1
-    k = min(k, len(train))
+    similarities, indices = nearest_images(train_features, test_features, k, chunk,
+                                           train_groups, test_groups)
+    labels = train_labels.to(indices.device).long()
+    n_classes, k = int(labels.max()) + 1, indices.shape[1]
     predictions, shares = [], []
-    queries = F.normalize(test_features.float(), dim=1).to(train.device)
-    if train_groups is not None and test_groups is not None:
-        train_groups = torch.as_tensor(train_groups, device=train.device)
-        test_groups = torch.as_tensor(test_groups, device=train.device).split(chunk)
-    for part, test in enumerate(queries.split(chunk)):
-        similarity = test @ train.T  # [m,N]
-        if train_groups is not None and test_groups is not None:
-            similarity[test_groups[part][:, None] == train_groups] = -torch.inf
-        similarity, neighbours = similarity.topk(k, dim=1)  # [m,k], nearest first
+    for similarity, neighbours in zip(similarities.split(chunk), indices.split(chunk)):
         classes = labels[neighbours]  # [m,k] or [m,k,c]
         weights = similarity.isfinite().float()  # fewer than k images of other groups
         similarity = similarity.clamp_min(-2)  # cosines are larger; inf - inf is nan
@@ -58,11 +78,11 @@ def knn_vote(train_features, train_labels, test_features, k=5, temperature=None,
             votes = torch.einsum("mk,mkc->mc", weights, classes.float())
             predictions.append(votes > total / 2)
         else:
-            votes = torch.zeros(len(test), n_classes, device=train.device)
+            votes = torch.zeros(len(classes), n_classes, device=classes.device)
             votes.scatter_add_(1, classes, weights)
             score = votes.gather(1, classes)  # [m,k], the votes for the class of each neighbour
             if temperature is None:  # votes are whole numbers: less than 1 only decides ties
-                score = score - torch.arange(k, device=train.device) / (k + 1)
+                score = score - torch.arange(k, device=classes.device) / (k + 1)
             winner = score.argmax(dim=1, keepdim=True)
             predictions.append(classes.gather(1, winner)[:, 0])
         # cosines are right to 1e-7, so shares to 1e-6. An AUC must not rank the rounding of ties
@@ -122,6 +142,26 @@ def probe_loss(logits, y, weights=None):
     return loss.mean()
 
 
+@dataclass
+class Probe:
+    """What fit_probe fitted: probe(features [M,D]) -> probabilities [M,c] fp32 on the CPU. mean,
+    std [D], weight [D,c], bias [c]: fp64; multi_label: each class is an output of its own; loss:
+    on val."""
+    mean: torch.Tensor
+    std: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    multi_label: bool
+    loss: float = math.nan
+
+    def __call__(self, features):
+        x = features.to(self.mean.device).double()
+        x = (x - self.mean) / self.std
+        logits = x @ self.weight + self.bias  # [M,c]
+        probs = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+        return probs.float().cpu()
+
+
 def fit_probe(train_features, train_labels, val_features, val_labels, balanced=False):
     """Fit a linear probe on train, with the strength of STRENGTHS that has the lowest loss on val.
 
@@ -131,15 +171,12 @@ def fit_probe(train_features, train_labels, val_features, val_labels, balanced=F
 
     Args: features [N,D]; labels [N] int64, or [N,c] 0/1 for multi-label; balanced: every class has
     the same total weight.
-    Returns: (probe, strength): probe(features [M,D]) -> probabilities [M,c] fp32 on the CPU.
+    Returns: (Probe, strength).
     """
     device, multi_label = train_features.device, train_labels.ndim == 2
     x = train_features.double()
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
     std = torch.where(std > 1e-8, std, 1.0)  # a constant feature must not divide by 0
-
-    def standardise(features):
-        return (features.to(device).double() - mean) / std
 
     def image_weights(y):
         """[N] with the same sum for every class that occurs, or None."""
@@ -148,7 +185,12 @@ def fit_probe(train_features, train_labels, val_features, val_labels, balanced=F
         per_class = len(y.unique()) * y.bincount().double()
         return len(y) / per_class[y]
 
-    x, x_val = standardise(x), standardise(val_features)
+    x_val = val_features.to(device).double()
+    x, x_val = (x - mean) / std, (x_val - mean) / std
+    axes = None
+    if len(x) < x.shape[1]:  # W lies in the span of the images: fewer unknowns, the same solution
+        axes, _ = torch.linalg.qr(x.T)  # [D,N]
+        x, x_val = x @ axes, x_val @ axes
     y, y_val = train_labels.to(device), val_labels.to(device)
     if multi_label:
         y, y_val, n_outputs = y.double(), y_val.double(), y.shape[1]
@@ -161,15 +203,11 @@ def fit_probe(train_features, train_labels, val_features, val_labels, balanced=F
         loss = float(probe_loss(x_val @ W + b, y_val, image_weights(y_val)))
         if best is None or loss < best[0]:
             best = (loss, float(strength), solution)
-    _, strength, solution = best
+    loss, strength, solution = best
     W, b = fit_linear(x, y, strength, solution, image_weights(y), max_iterations=2000,
                       tolerance=1e-6)
-
-    def probe(features):
-        logits = standardise(features) @ W + b  # [M,c]
-        probs = logits.sigmoid() if multi_label else logits.softmax(dim=1)
-        return probs.float().cpu()
-    return probe, strength
+    W = W if axes is None else axes @ W
+    return Probe(mean, std, W, b, multi_label, loss), strength
 
 
 def linear_probe(train_features, train_labels, val_features, val_labels, test_features):
@@ -328,30 +366,6 @@ def _mean_auc(scores, true, weights, classes):
     total = np.nansum(areas, axis=0)
     n_finite = np.isfinite(areas).sum(axis=0)
     return np.divide(total, n_finite, out=mean, where=n_finite > 0)
-
-
-def patch_classes(mask, grid, values):
-    """The most frequent class of every patch.
-
-    Args: mask [S,S] of pixel values; grid: patches per side; values [c]: the pixel values that are
-    classes, sorted. Returns: [grid*grid] int, indices into values.
-    """
-    indices = np.searchsorted(values, mask)  # [S,S]
-    cells = indices.reshape(grid, len(mask) // grid, grid, -1)  # [g,p,g,p]
-    cells = cells.swapaxes(1, 2).reshape(grid * grid, -1, 1)  # [g*g,p*p,1]
-    counts = (cells == np.arange(len(values))).sum(axis=1)  # [g*g,c]
-    return counts.argmax(axis=1)
-
-
-def dice_per_class(labels, predictions, n_classes):
-    """Dice 2 |A and B| / (|A| + |B|) of every class, [c] float; nan for a class that occurs in
-    neither. labels, predictions: [N] int."""
-    correct = labels[labels == predictions]
-    shared = np.bincount(correct, minlength=n_classes)
-    size = np.bincount(labels, minlength=n_classes)
-    size = size + np.bincount(predictions, minlength=n_classes)
-    undefined = np.full(n_classes, np.nan)
-    return np.divide(2 * shared, size, out=undefined, where=size > 0)
 
 
 # ---- health of a run, without labels ----

@@ -215,6 +215,20 @@ def contact_sheet(path, rows, title, side=112, columns=(), scale=()):
     sheet.save(path)
 
 
+def neighbours_picture(path, rows, title, value_range, first):
+    """Images and their nearest ones, a row each.
+
+    Args: rows: lists of (image [H,W,C], caption, frame) as in contact_sheet, the query in front;
+    value_range: pixel values that become black and white; first: heading of the queries' column.
+    """
+    sheet = []
+    for row in rows:
+        sheet.append([(to_picture(image, value_range), *rest) for image, *rest in row])
+    n_nearest = max(len(row) for row in rows) - 1
+    columns = [first, *(f"nearest {i + 1}" for i in range(n_nearest))]
+    contact_sheet(path, sheet, title, 160, columns)
+
+
 def _draw_scale(sheet, draw, y, low, high, meaning):
     """Draw a bar of heat colours below y, with texts for its two ends and its meaning."""
     x = MARGIN + 8 + write(draw, (MARGIN, y + 12), low, 12, fill=GREY, anchor="lm")

@@ -1,6 +1,8 @@
-"""Tables as text: Markdown that reads well in a terminal, and values that json can write."""
+"""Tables as text: Markdown that reads well in a terminal, .csv, and values that json can write."""
+import csv
 import math
 import os
+import re
 
 import numpy as np
 
@@ -16,6 +18,7 @@ MORE_COLUMNS = [
     ("accuracy 95 %", "linear", "accuracy_ci"), ("CLS+patches", "linear_cls_patch", "accuracy"),
     ("k-NN AUC", "knn", "auc"), ("balanced", "knn", "balanced_accuracy"),
     ("accuracy 95 %", "knn", "accuracy_ci")]
+BLOCKS_SUFFIX = "_blocks"  # of the probes on the readout of several blocks
 MORE_COLUMNS += [(f"k={k}, T={t}", f"knn_dino_{k}", "accuracy") for k, t in DINO_KNN]
 
 
@@ -44,8 +47,9 @@ def tabulate(networks, split, mask_names):
     """All tables of one test split as text. Networks of one group share a row: the mean over them
     (standard deviation).
 
-    Args: networks: dicts of features.find_networks with results, {split: {probe: {metric: value}}}
-    of evaluate.measure; mask_names: names of the mask's classes, the background first.
+    Args: networks: dicts of networks.find_networks with results, {split: {probe: {metric: value}}}
+    of evaluate.measure, and blocks, a list of numbers (with several, the group has a second row);
+    mask_names: names of the mask's classes, the background first.
     """
     groups = {}
     for network in networks:
@@ -55,9 +59,15 @@ def tabulate(networks, split, mask_names):
 
     def table(columns):
         rows = []
-        for group, title in zip(groups, titles):
+        for group, (model, kind) in zip(groups, titles):
             results = [network["results"][split] for network in group]
-            rows.append(title + [_cell(results, probe, metric) for _, probe, metric in columns])
+            lines = [(kind, "")]
+            if any(len(network["blocks"]) > 1 for network in group):
+                lines.append((f"{kind}, several blocks", BLOCKS_SUFFIX))
+            for text, suffix in lines:
+                cells = [_cell(results, probe + suffix, metric) for _, probe, metric in columns]
+                if suffix == "" or set(cells) != {"-"}:
+                    rows.append([model, text, *cells])
         return markdown(["Model", "Adaptation", *(header for header, _, _ in columns)], rows)
 
     text = f"{table(PAPER_COLUMNS)}\n\n{table(MORE_COLUMNS)}\n"
@@ -91,7 +101,7 @@ def _cell(results, probe, metric):
     of a class. An interval (name in _ci) is the mean of the lower and of the upper ends.
     """
     if metric == "accuracy_ci":
-        ends = [result[probe].get(metric) for result in results]
+        ends = [result.get(probe, {}).get(metric) for result in results]
         if None in ends or np.isnan(ends).any():  # without a bootstrap, or of one patient
             return "-"
         low, high = np.mean(ends, axis=0)
@@ -120,3 +130,123 @@ def _changes(networks, split):
             if change < -0.005:
                 text += "  !!!! BELOW THE START !!!!"
     return text
+
+
+# ---- scores of every image ----
+
+def data_title(name):
+    """The name of a data set in titles and file names: the last part of its path."""
+    return os.path.splitext(os.path.basename(name.rstrip("/")))[0]
+
+
+def name_classes(data):
+    """The names of all classes that occur in a split, numbers for those without a name."""
+    names, n_classes = list(data["train"].class_names), 0
+    for dataset in data.values():
+        labels = np.asarray(dataset.labels)
+        here = labels.shape[1] if labels.ndim == 2 else labels.max() + 1
+        n_classes = max(n_classes, here)
+    return names + [str(c) for c in range(len(names), n_classes)]
+
+
+def image_names(dataset, indices, private=False):
+    """What images are called in tables: their files, or their numbers in the source. private: of a
+    data set with groups their numbers in the split, because paths may name patients."""
+    if private and dataset.groups is not None:
+        return [str(i) for i in indices]
+    prefix = f"{dataset.name}, {dataset.split} image "
+    return [dataset.path(i).removeprefix(prefix) for i in indices]
+
+
+def find_copies(collected, data, tests):
+    """Notes on test images that are training images as well: those are remembered, not recognised.
+    collected: {split: dict of features.collect_features}."""
+    notes = []
+    for split in tests:
+        digests = collected[split]["digests"]
+        for other in ("train", "tune"):
+            known = set(collected[other]["digests"])
+            if n_copies := sum(digest in known for digest in digests):
+                notes.append(f"{n_copies} of {len(digests)} {split} images are also in "
+                             f"{data[other].split}, pixel for pixel")
+    return notes
+
+
+def write_csv(path, header, rows):
+    """A table as .csv, beside its place until it is complete."""
+    part = f"{path}.part"
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def class_text(values, names):
+    """A label or a prediction as text: the name of a class, or several joined by |. values: int, or
+    [c] 0/1."""
+    if np.ndim(values) == 0:
+        return names[int(values)]
+    return "|".join(name for name, value in zip(names, values) if value)
+
+
+def probe_rows(names, probs, multi_label, class_names):
+    """A row of each image: its name, the predicted class (several of multi-label sets: those above
+    0.5) and its probability, the probability of every class. probs [N,c]."""
+    rows = []
+    for name, row in zip(names, probs):
+        chosen = row > 0.5 if multi_label else row.argmax()
+        sure = row.max() if multi_label else row[chosen]
+        text = class_text(chosen, class_names)
+        rows.append([name, text, _short(sure), *map(_short, row)])
+    return rows
+
+
+def _short(value):
+    return f"{value:.9g}"
+
+
+def write_scores(path, networks, split, labels, image_names, train_names, class_names):
+    """The scores of every image by every network, a .csv of one row per image and probe: network,
+    features (cls, or the blocks of a readout), image, label, prediction and probability of the
+    linear probe, prediction of k-NN, p_CLASS for every class, and the nearest training images.
+
+    Args: networks: dicts with scores, {split: {features: dict of probs [N,c], knn [N] or [N,c],
+    nearest: [N] lists of indices into train_names}}; labels: [N], or [N,c] for multi-label.
+    """
+    rows, k = [], 0
+    for network in networks:
+        for features, scores in network["scores"][split].items():
+            probed = probe_rows(image_names, scores["probs"], labels.ndim == 2, class_names)
+            for i, (image, chosen, sure, *probs) in enumerate(probed):
+                nearest = [train_names[j] for j in scores["nearest"][i]]
+                k = len(nearest)
+                rows.append([network["name"], features, image, class_text(labels[i], class_names),
+                             chosen, sure, class_text(scores["knn"][i], class_names), *probs,
+                             *nearest])
+    header = ["network", "features", "image", "label", "prediction", "probability",
+              "knn_prediction", *(f"p_{name}" for name in class_names),
+              *(f"nearest_{i + 1}" for i in range(k))]
+    write_csv(path, header, rows)
+
+
+def write_medmnist(folder, name, size, split, networks):
+    """The probabilities of every network as medmnist.Evaluator.parse_and_evaluate reads them: a
+    file for each, NAME_SIZE_SPLIT_[AUC]..._[ACC]...@NETWORK.csv of rows (index, score, ...).
+    name: of a MedMNIST data set; size: its pixels."""
+    os.makedirs(folder, exist_ok=True)
+    flag = name if size == 28 else f"{name}_{size}"
+    for network in networks:
+        for features, scores in network["scores"][split].items():
+            suffix = "" if features == "cls" else BLOCKS_SUFFIX
+            numbers = network["results"][split][f"linear{suffix}"]
+            run = re.sub("[^A-Za-z0-9-]+", "-", network["name"] + suffix).strip("-")
+            file_name = (f"{flag}_{split}_[AUC]{numbers['auc']:.3f}_[ACC]"
+                         f"{numbers['accuracy']:.3f}@{run}.csv")
+            with open(os.path.join(folder, file_name), "w", newline="") as file:
+                for i, row in enumerate(scores["probs"]):
+                    csv.writer(file).writerow([i, *map(_short, row)])

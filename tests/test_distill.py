@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import features
+from networks import find_networks
 from configurator import UserError, override
 from model import FAMILIES, EMATeacher, build_backbone, forward_features
 from teachers import FeatureCache
@@ -324,7 +324,7 @@ def test_evaluate_takes_a_timm_teacher(tmp_path, npz, monkeypatch):
     def without_weights(name, pretrained, **keys):
         return create_model(name, pretrained=False, **keys)
     monkeypatch.setattr(timm, "create_model", without_weights)
-    [found] = features.find_networks([name], "last")
+    [found] = find_networks([name], "last")
     assert found["weights_path"] == name and found["adaptation"] == "pretrained"
     networks = evaluate(f"--model_type={name}", f"--dataset_path={npz}", "--image_size=224",
                         f"--out_dir={tmp_path}/table")

@@ -163,7 +163,8 @@ def test_an_export_remembers_its_intensities(tmp_path, backbone):
 
 def evaluate(*argv):
     module = load_script("evaluate")
-    flags = ["--bootstrap=20", "--num_workers=0", "--device=cpu", "--mixed_precision=no"]
+    flags = ["--bootstrap=20", "--num_workers=0", "--device=cpu", "--mixed_precision=no",
+             "--blocks=last"]  # auto fits four more probes for each network
     module.main(override(vars(module), module.config_keys, [*flags, *argv]))
 
 
@@ -255,7 +256,8 @@ def test_seeds_share_a_row(trained):
     networks = report(f"{folder}/both", "small")
     table = open(f"{folder}/both/results/small.md").read()
     for words in ("from scratch, 2", "untrained, 2"):
-        assert len([line for line in table.splitlines() if words in line]) == 6
+        lines = [line for line in table.splitlines() if words in line]
+        assert len([line for line in lines if "several blocks" not in line]) == 6
     values = []
     for seed in (0, 1):
         result = networks[f"{folder}/run{seed}"]["results"]["test"]
@@ -323,19 +325,102 @@ def test_several_labels_per_image(trained, tmp_path):
     assert not os.path.exists(tmp_path / "out/results/chest-test-confusion.png")
 
 
+def test_the_row_of_several_blocks(trained):
+    """Its numbers are those of the readout by hand: blocks 0 and 1, unit length, side by side."""
+    folder, path = trained
+    evaluate(f"--run={folder}/run0", "--blocks=0,1", f"--out_dir={folder}/blocks",
+             f"--cache_dir={folder}/cache", "--generate_pictures=false")
+    networks = report(f"{folder}/blocks", "small")
+    best = f"{folder}/run0/checkpoints/best/hf"
+    network, expected = build_backbone(best, True, 1).eval(), pretrained_input(best)
+    settings = {key: expected[key] for key in ("intensity_range", "mean", "std")}
+    x, y = {}, {}
+    for split in ("train", "val", "test"):
+        dataset = load_dataset(path, split, cache_dir=f"{folder}/cache")
+        found = collect_features(network, dataset, size=32, block_numbers=[0, 1], **settings)
+        x[split], y[split] = found["readout"], found["labels"]
+    probs = linear_probe(x["train"], y["train"], x["val"], y["val"], x["test"])
+    result = networks[f"{folder}/run0"]["results"]["test"]
+    assert networks[f"{folder}/run0"]["blocks"] == [0, 1]
+    wanted = float((probs.argmax(1) == y["test"]).float().mean())
+    assert result["linear_blocks"]["accuracy"] == pytest.approx(wanted)
+    votes = knn_classify(x["train"], y["train"], x["test"])
+    wanted = float((votes == y["test"]).float().mean())
+    assert result["knn_blocks"]["accuracy"] == pytest.approx(wanted)
+    table = open(f"{folder}/blocks/results/small.md").read()
+    lines = [line for line in table.splitlines() if "from scratch, several blocks" in line]
+    assert len(lines) == 2
+    assert f"{result['linear_blocks']['accuracy']:.3f}" == lines[0].split("|")[3].strip()
+
+
+def test_a_teacher_with_a_grid_of_its_own_meets_masks(trained, monkeypatch):
+    """timm at 32 pixels: the teacher sees 224 and has 14 x 14 patches, the masks have 32 pixels."""
+    timm = pytest.importorskip("timm")
+    folder, path = trained
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **keys: create(
+        name, pretrained=False, img_size=56, **keys))
+    monkeypatch.setattr("teachers.IMAGENET", dict(mean=(0.5,) * 3, std=(0.5,) * 3))
+    evaluate("--model_type=timm:vit_tiny_patch16_224", f"--dataset_path={path}",
+             f"--cache_dir={folder}/cache", "--image_size=32", "--generate_pictures=false",
+             "--blocks=last", f"--out_dir={folder}/timm")
+    result = report(f"{folder}/timm", "small")["timm:vit_tiny_patch16_224"]["results"]["test"]
+    assert len(result["dice"]) == 2
+
+
+def test_a_comma_in_the_name_of_a_run(trained):
+    folder, _ = trained
+    run = shutil.copytree(f"{folder}/run0", f"{folder}/run,5")
+    shutil.rmtree(f"{run}/results")
+    os.remove(f"{run}/log.jsonl")  # then there are no training curves
+    evaluate(f"--run={run}", f"--cache_dir={folder}/cache", "--test_splits=val")
+    assert f"{folder}/run,5" in report(run, "small")
+    assert not os.path.exists(f"{run}/results/small-curves.png")
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_measurements(trained, monkeypatch):
+    folder, _ = trained
+    with open(f"{folder}/file", "w") as file:
+        file.write("mine")
+    with pytest.raises(UserError, match="results cannot be written there .Not a directory.; name "
+                       "another place with --out_dir"):
+        evaluate(f"--run={folder}/run0", f"--out_dir={folder}/file", f"--cache_dir={folder}/cache")
+
+
+def test_data_and_a_start_that_are_gone_are_named_as_the_runs(trained, tmp_path):
+    folder, _ = trained
+    run = str(shutil.copytree(f"{folder}/run0", tmp_path / "run"))
+    config = open(f"{run}/config.py").read()
+
+    def evaluate_with(key, value):
+        lines = [line for line in config.split("\n") if not line.startswith(f"{key} =")]
+        with open(f"{run}/config.py", "w") as file:
+            file.write("\n".join([*lines, f"{key} = {value!r}\n"]))
+        evaluate(f"--run={run}", f"--cache_dir={folder}/cache")
+    with pytest.raises(UserError, match="'./gone.npz' does not exist.*the run was trained on it"):
+        evaluate_with("dataset_path", "./gone.npz")
+    config += "\nmodel_type = './gone'\n"
+    with pytest.raises(UserError, match="run started from './gone'"):
+        evaluate_with("use_pretrained", True)
+
+
 @pytest.mark.parametrize("argv, message", [
     ([], r"nothing to evaluate: give --run"),
+    (["--run=RUNS"], r"run='.*/runs': no such directory, did you mean .*run0"),
+    (["--run=RUN", "--blocks=7"], r"blocks='7': give 'last', 'auto', or numbers from 0 to 1"),
     (["--model_type=vit"], r"dataset_path is not given"),
     (["--run=RUN", "--checkpoint=first"], r"checkpoint='first'"),
     (["--run=RUN", "--test_splits=train"], r"test_splits='train': name splits other than train"),
     (["--run=RUN", "--test_splits=holdout"], r"has no split 'holdout'; it has"),
     (["--compare=nowhere*", "--dataset_path=DATA"], r"'nowhere\*' matches no folder"),
     (["--model_type=./nowhere", "--dataset_path=DATA"],
-     r"model_type='./nowhere': no such directory"),
+     r"'./nowhere': no such directory"),
 ])
 def test_bad_input_is_one_clear_error(trained, argv, message):
     folder, path = trained
-    argv = [arg.replace("RUN", f"{folder}/run0").replace("DATA", path) for arg in argv]
+    words = {"RUNS": f"{folder}/runs", "RUN": f"{folder}/run0", "DATA": path}
+    for word, value in words.items():
+        argv = [arg.replace(word, value) for arg in argv]
     with pytest.raises(UserError, match=message):
         evaluate(*argv, f"--cache_dir={folder}/cache")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metrics import (STRENGTHS, classification_metrics, diagnose, dice_per_class, fit_linear,
-                     fit_probe, knn_classify, knn_vote, linear_probe, monitor, patch_classes,
-                     rankme, weighted_auc)
+from detection import dice_per_class, patch_classes
+from metrics import (STRENGTHS, classification_metrics, diagnose, fit_linear, fit_probe,
+                     knn_classify, knn_vote, linear_probe, monitor, rankme, weighted_auc)
 
 
 def randn(*shape, seed=0):
