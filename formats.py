@@ -245,6 +245,11 @@ def _tiff_meaning(page, image, as_mask):
     if 1 in extra or 2 in extra:
         kinds = [0] * (page.samplesperpixel - len(extra)) + extra
         image = image[..., ~np.isin(kinds, (1, 2))]
+    if photometric == 5 and image.shape[2] == 4 and image.dtype.kind == "u":  # CMYK
+        most, dtype = 2.0**bits - 1, image.dtype
+        light = (most - image) / most
+        image = light[..., :3] * light[..., 3:] * most
+        image = np.rint(image).astype(dtype)
     orientation = page.tags.get(274)
     return turned(image, int(orientation.value) if orientation else 1)
 

@@ -474,6 +474,10 @@ def test_tiff_with_planes_floats_palettes_and_white_as_zero(tmp_path):
     for dtype, most in ((np.uint8, 255), (np.uint16, 65535)):
         tifffile.imwrite(path, color[..., 0].astype(dtype), photometric="miniswhite")
         assert same(load_image(path), most - color[..., 0].astype(dtype))
+    inks = drawn(13, 9, 4, high=65536)
+    tifffile.imwrite(path, inks, photometric="separated")  # as Pillow does for 8 bits
+    expected = (65535.0 - inks[..., :3]) * (65535.0 - inks[..., 3:]) / 65535
+    assert same(load_image(path), np.rint(expected).astype(np.uint16))
     few = drawn(2, 8, 8, dtype=np.uint8, high=2)
     for photometric, value in (("minisblack", 1), ("miniswhite", 0)):  # of one bit
         tifffile.imwrite(path, few.astype(bool), photometric=photometric)
