@@ -13,6 +13,7 @@ import contextlib
 import csv
 import os
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,13 +193,20 @@ def find_masks(root, found, places):
         for folder in folders:  # nothing but masks/: these are the images
             places[folder].role = ""
         return masks, set()
-    by_name, used = masks_by_name(folders, found, places), set()
+    by_name, used, n_stems = masks_by_name(folders, found, places), set(), Counter()
+    for folder in others:
+        split = places[folder].split
+        n_stems.update((split, stem_of(file)) for file in found.images[folder])
     for folder in others:
         here = places[folder]
         for file in found.images[folder]:
             stem = stem_of(file)
-            for name in (stem, re.sub(r"_\d{4}$", "", stem)):  # nnU-Net: case_0000 of case
-                if own := by_name.get((here.split, here.rest, name)):
+            keys = [(here.split, here.rest, stem)]
+            keys.append((here.split, here.rest, re.sub(r"_\d{4}$", "", stem)))  # nnU-Net: case_0000
+            if here.role and n_stems[here.split, stem] == 1:  # images/a/1.png and masks/1.png
+                keys.append((here.split, (), stem))
+            for key in keys:
+                if own := by_name.get(key):
                     masks[os.path.join(folder, file)] = own
                     used.update(own)
                     break

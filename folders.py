@@ -311,6 +311,8 @@ def _describe(found, listings):
     if left_out:
         reasons = [f"{n} {kind}" for kind, n in sorted(left_out.items())]
         said.append("left out: " + ", ".join(reasons))
+    if not found.tables and {".csv", ".tsv"} & set(left_out):
+        notes.append("a table is read if its name is labels.csv, metadata.csv or groups.csv")
     if found.n_links:
         said.append(f"{found.n_links} linked folder(s) followed")
     return said + notes

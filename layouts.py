@@ -308,6 +308,9 @@ def find_labels(index, rows_of, rest_of, table, class_at, why, groups):
     for split, rests in rest_of.items():
         texts[split] = [rest[class_at] for rest in rests]
     names = sorted(set().union(*texts.values()))
+    notes = []
+    if len({name.lower() for name in names}) < len(names):
+        notes.append("names of classes differ by case only, and are different classes")
     numbers = {name: number for number, name in enumerate(names)}
     labels, units, n_before = [], [], 0
     for split, own in texts.items():
@@ -330,4 +333,4 @@ def find_labels(index, rows_of, rest_of, table, class_at, why, groups):
             del index[f"{split}_labels"]
         return [reason]
     index["class_names"] = np.array(names, dtype=str)
-    return []
+    return notes

@@ -186,7 +186,7 @@ def test_everything_left_out_is_said_when_nothing_is_left(layout):
     ("{}.png", "masks/{}.png"), ("{}.png", "{}_mask.png"), ("a/{}.png", "a/{}_mask.png"),
     ("{}.jpg", "{}_Segmentation.png"), ("train/images/{}.png", "train/masks/{}.png"),
     ("images/train/{}.png", "masks/train/{}.png"), ("train_images/{}.png", "train_masks/{}.png"),
-    ("COVID/images/{}.png", "COVID/masks/{}.png")])
+    ("COVID/images/{}.png", "COVID/masks/{}.png"), ("images/a/{}.png", "masks/{}.png")])
 def test_masks_by_any_name(layout, images, masks):
     names = ["scan (1)", "b", "c.d"]
     root = layout(*map(images.format, names), *map(masks.format, names))
@@ -217,6 +217,14 @@ def test_several_masks_of_one_image_are_joined_and_others_are_counted(tmp_path):
     assert len(dataset) == 2 and dataset[0][1] is None  # a.png
     assert (dataset[1][1] == np.maximum(left, right)).all()
     assert "1 mask(s) without an image" in describe_source(dataset)
+
+
+def test_one_mask_is_not_given_to_two_images_of_one_name(layout):
+    root = layout("images/a/1.png", "images/a/2.png", "images/b/1.png", "images/b/3.png",
+                  "masks/1.png", "masks/2.png", "masks/3.png")
+    found = {**content(root), **content(root, "val")}
+    assert {name[7:]: mask for name, (_, mask) in found.items()} == {
+        "a/1.png": None, "b/1.png": None, "a/2.png": "masks/2.png", "b/3.png": "masks/3.png"}
 
 
 def test_classes_called_mask_are_classes(layout):
