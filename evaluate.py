@@ -5,6 +5,7 @@
     python evaluate.py --compare="facebook/dinov2-small,out/a,out/b*" --dataset_path=bloodmnist
 
 Every table has the raw pixels and the start of each run, so it shows if a run harms its features.
+Slices of volumes need no labels: a table says how well the features tell where a slice lies.
 Runs that differ by their seed only share a row: mean (standard deviation). The script writes
 results/ in the run's folder: tables as .md and .json, the scores of every image as .csv, the linear
 probe of the last network (embed.py --probe applies it to new images), a confusion matrix, maps of
@@ -74,9 +75,10 @@ from loader import reading_keys
 from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, nearest_images
 from networks import (find_networks, find_runs, load_network, save_probe, split_names,
                       weights_hash)
+from positions import hold_out_volumes, slice_position
 from run_folder import make_folder, read_log
-from tables import (data_title, find_copies, image_names, jsonable, name_classes, tabulate,
-                    write_medmnist, write_scores)
+from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
+                    tabulate, write_medmnist, write_scores)
 
 # checks outside the repository look for these functions here
 extract_features = features.extract_features
@@ -92,7 +94,8 @@ def measure(backbone, data, settings, values, patch, numbers):
 
     Args: backbone: None for raw pixels, in patches of `patch` pixels; data: of open_data; settings:
     of features.stream_features; values: of mask_classes, () = no patch probe; numbers: of the
-    blocks for the readout of several blocks, [] = none.
+    blocks for the readout of several blocks, [] = none. Without labels only the places of slices
+    are measured.
     Returns: results, {split: {probe: {metric: value}}}; scores, {split: {features: dict}} of
     tables.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
     """
@@ -110,6 +113,10 @@ def measure(backbone, data, settings, values, patch, numbers):
     results, scores, probes = {}, {}, {}
     for split in tests:
         results[split], scores[split] = {}, {}
+        if place := slice_position(train, data["train"], collected[split], data[split]):
+            results[split]["position"] = place
+    if train["labels"] is None:
+        return results, scores, probes, collected
 
     def evaluate_probe(name, key):
         probe, strength = fit_probe(train[key], train["labels"],
@@ -250,11 +257,17 @@ def open_data(config):
             raise UserError(f"{error} (the run was trained on it; to measure on other data, or if "
                             "it has moved, add --dataset_path=...)") from None
     train = open_split("train")
-    tests, notes = {split: open_split(split) for split in splits}, [describe_source(train)]
-    if train.labels is None:
+    notes = [describe_source(train)]
+    if train.labels is None and train.volume is None:
         raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a "
                         f"sub-folder per class. {describe_source(train)}")
-    if "val" in splits:
+    tests = {}
+    if train.labels is not None:
+        tests = {split: open_split(split) for split in splits}
+    if train.labels is None:
+        train, tune, tests, reasons = hold_out_volumes(train, splits, open_split, seed)
+        notes += reasons
+    elif "val" in splits:
         rest, tenth = cut_tenth(len(train), seed, train.groups)
         train, tune = train.subset(rest, "train"), train.subset(tenth, "train")
         notes.append(f"val is measured, so {len(tune)} images of train (seed {seed}) pick the "
@@ -296,6 +309,8 @@ def write_report(measured, data, collected, notes, mask_names, folder, value_ran
     for split in tests:
         table = tabulate(measured, split, mask_names)
         text += f"\n## {split}, {len(data[split])} images\n\n{table}"
+        if train.labels is None:
+            continue
         labels = collected[split]["labels"].numpy()
         names = image_names(data[split], collected[split]["indices"], True)
         write_scores(f"{path}-{split}-scores.csv", measured, split, labels, names, train_names,
@@ -368,12 +383,8 @@ def main(sources):
             cls = collected[split]["cls"].cpu()
             network["map"][split] = cls[map_indices(len(cls))]
         measured.append(network)
-        accuracies = []
-        for split, result in results.items():
-            accuracies.append(f"{split} {knn_k}-NN {result['knn']['accuracy']:.4f}, linear probe "
-                              f"{result['linear']['accuracy']:.4f}")
         print(f"{network['name']}, {network['adaptation']}, {settings['size']} px: "
-              + "; ".join(accuracies), flush=True)
+              + in_words(results, knn_k), flush=True)
         return probes, collected
     forward = dict(num_workers=loader_workers(num_workers), batch_size=batch_size,
                    on_bad_image=on_bad_image, autocast=autocast_for(run_device, mixed_precision))
@@ -389,16 +400,17 @@ def main(sources):
             _, collected = measure_one(dict(pixels, adaptation="-"), None, settings, patch)
             notes += find_copies(collected, data, tests)
         numbers = []
-        if blocks == "auto":
+        if blocks == "auto" and train.labels is not None:
             numbers, why = choose_blocks(backbone, train, data["tune"], seed, **settings)
             notes.append(f"{network['name']}: several blocks = {numbers}; {why}")
-        elif blocks != "last":
+        elif blocks not in ("auto", "last"):
             numbers = parse_blocks(blocks, len(block_list(backbone)))
         probes, collected = measure_one(network, backbone, settings, patch, numbers)
 
     # ---- tables, scores, pictures, and the probe of the last network ----
     path = os.path.join(folder, data_title(train.name))
-    keep_probe(f"{path}-probe", probes, network, backbone, settings, data)
+    if probes:
+        keep_probe(f"{path}-probe", probes, network, backbone, settings, data)
     write_report(measured, data, collected, notes, mask_names, folder,
                  settings["intensity_range"], config)
     print(f"tables, scores, the probe and pictures are in {folder}")

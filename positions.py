@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from configurator import UserError
+from labels import cut_tenth
 
 PENALTIES = np.logspace(-5, 2, 15)  # of fit_positions, per slice
 
@@ -50,6 +51,29 @@ def slabs_of(dataset, slab_mm):
         raise UserError(f"slab_mm={slab_mm}: no slice of {dataset.name} has another one so near; "
                         "give more than the distance of two slices, or 0")
     return order, first, last
+
+
+def hold_out_volumes(train, splits, open_split, seed):
+    """The splits of volumes without labels, whose places alone are measured.
+
+    A split that is missing is a tenth of train, by patient. Args: train: Dataset; splits: names of
+    test splits; open_split(name) -> Dataset. Returns: train, another tenth of it, {split: Dataset},
+    sentences for the log.
+    """
+    tests, notes = {}, ["no labels: only the places of slices are measured"]
+
+    def cut(split):
+        rest, tenth = cut_tenth(len(train), seed, train.groups)
+        return train.subset(rest, "train"), train.subset(tenth, split)
+    for split in splits:
+        if split in train.splits:
+            tests[split] = open_split(split)
+        else:
+            train, tests[split] = cut(split)
+            notes.append(f"no {split} split: a tenth of train by patient, {len(tests[split])} "
+                         f"slices, seed {seed}; a run that has trained on them has seen them")
+    train, tenth = cut("train")
+    return train, tenth, tests, notes
 
 
 # ---- the place of a slice from its features ----

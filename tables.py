@@ -21,6 +21,9 @@ MORE_COLUMNS = [
 BLOCKS_SUFFIX = "_blocks"  # of the probes on the readout of several blocks
 MORE_COLUMNS += [(f"k={k}, T={t}", f"knn_dino_{k}", "accuracy") for k, t in DINO_KNN]
 
+POSITION_COLUMNS = [("R2 of slice position", "position", "r2"),
+                    ("tau of slice order", "position", "tau")]
+
 
 def markdown(header, rows):
     """A table in Markdown, from lists of cells; columns are padded to equal width."""
@@ -41,6 +44,17 @@ def jsonable(value):
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def in_words(results, k):
+    """The main numbers of a network as one line. results: of evaluate.measure; k: of its k-NN."""
+    columns = [(f"{k}-NN", "knn", "accuracy"), ("linear probe", "linear", "accuracy")]
+    said = []
+    for split, result in results.items():
+        for title, probe, metric in columns + POSITION_COLUMNS:
+            if probe in result:
+                said.append(f"{split} {title} {result[probe][metric]:.4f}")
+    return ", ".join(said)
 
 
 def tabulate(networks, split, mask_names):
@@ -70,8 +84,15 @@ def tabulate(networks, split, mask_names):
                     rows.append([model, text, *cells])
         return markdown(["Model", "Adaptation", *(header for header, _, _ in columns)], rows)
 
-    text = f"{table(PAPER_COLUMNS)}\n\n{table(MORE_COLUMNS)}\n"
-    if "dice" in networks[0]["results"][split]:
+    text, measured = "", networks[0]["results"][split]
+    if "linear" in measured:
+        text = f"{table(PAPER_COLUMNS)}\n\n{table(MORE_COLUMNS)}\n"
+    if "position" in measured:
+        n = measured["position"]["n_volumes"]
+        text += (f"\n{table(POSITION_COLUMNS)}\nPlace of a slice in its volume, 0 to 1, by ridge "
+                 f"regression from CLS, on {n} other volumes; Kendall's tau of the order of the "
+                 "slices in a volume.\n")
+    if "dice" in measured:
         classes = list(enumerate(mask_names))[1:]
         columns = [(f"Dice of {name}", "dice", c) for c, name in classes]
         text += (f"\n{table(columns)}\nDice over patches, each of the class that most of its "
@@ -124,6 +145,8 @@ def _changes(networks, split):
         if "start" not in network:
             continue
         for probe, title in (("linear", "linear probe"), ("knn", "k-NN")):
+            if probe not in network["results"][split]:
+                continue
             before = by_name[network["start"]][probe]["accuracy"]
             change = network["results"][split][probe]["accuracy"] - before
             text += f"\n- {network['name']}: {title} {change:+.3f} against its start"
@@ -142,6 +165,8 @@ def data_title(name):
 def name_classes(data):
     """The names of all classes that occur in a split, numbers for those without a name."""
     names, n_classes = list(data["train"].class_names), 0
+    if data["train"].labels is None:
+        return []
     for dataset in data.values():
         labels = np.asarray(dataset.labels)
         here = labels.shape[1] if labels.ndim == 2 else labels.max() + 1

@@ -1,4 +1,5 @@
 """Slice position from features: ridge regression, its penalty, R2 and Kendall's tau."""
+import json
 import math
 import types
 
@@ -6,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import UserError, override
+from model import build_backbone
+from phantom import make_phantom_volumes
 from positions import (PENALTIES, fit_positions, kendall_tau, position_r2, r_squared,
                        relative_positions, rows_of_volumes, slice_position)
+from tests_support import load_script
 
 
 def make_slices(n_volumes, n_slices=8, width=6, noise=0.3, seed=0):
@@ -136,3 +141,64 @@ def test_places_are_those_of_the_whole_volume_when_slices_could_not_be_read():
     truth = np.tile(np.linspace(0, 1, 8), 2)[kept]
     expected = position_r2(x, positions, volume, part["cls"].numpy(), truth)
     assert slice_position(*train, part, dataset)["r2"] == pytest.approx(expected)
+
+
+# ---- evaluate.py ----
+
+def evaluated(tmp_path, monkeypatch, arrays):
+    """evaluate.py on an .npz of such arrays, by a network that is built from scratch: the text of
+    its tables, and their numbers {name of the network: {split: {probe: {metric: value}}}}."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, weights = tmp_path / "volumes.npz", tmp_path / "weights"
+    np.savez(path, **arrays)
+    torch.manual_seed(0)
+    build_backbone("vit", False, 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                   patch_size=8, image_size=32).save_pretrained(weights)
+    script = load_script("evaluate")
+    script.main(override(vars(script), script.config_keys, [
+        f"--model_type={weights}", f"--dataset_path={path}", f"--out_dir={tmp_path}",
+        "--image_size=32", "--intensity_range=-200,600", "--num_workers=0", "--bootstrap=0",
+        "--generate_pictures=false", "--device=cpu", "--mixed_precision=no"]))
+    report = json.loads((tmp_path / "results" / "volumes.json").read_text())
+    text = (tmp_path / "results" / "volumes.md").read_text()
+    return text, {network["model"]: network["results"] for network in report["networks"]}
+
+
+def drawn_volumes(splits, without=()):
+    arrays = {}
+    for seed, split in enumerate(splits):
+        for key, value in make_phantom_volumes(4, 32, seed, n_slices=6).items():
+            if key not in without:
+                arrays[f"{split}_{key}"] = value
+    return arrays
+
+
+def test_evaluate_measures_places_beside_the_labels(tmp_path, monkeypatch):
+    arrays = drawn_volumes(("train", "val", "test"), ("masks",))
+    text, results = evaluated(tmp_path, monkeypatch, arrays)
+    assert "R2 of slice position" in text and "on 4 other volumes" in text
+    raw = results["raw pixels"]["test"]
+    assert {"knn", "linear", "position"} <= set(raw)
+    place, volume = np.tile(np.linspace(0, 1, 6), 4), np.repeat(np.arange(4), 6)
+    pixels = {split: np.clip(arrays[f"{split}_images"].reshape(24, -1), -200, 600)
+              for split in ("train", "test")}
+    expected = position_r2(pixels["train"], place, volume, pixels["test"], place)
+    assert raw["position"]["r2"] == pytest.approx(expected, abs=1e-4)
+    assert raw["position"]["n_volumes"] == 4
+    assert set(results["weights"]["test"]["position"]) == set(raw["position"])
+
+
+def test_evaluate_needs_no_labels_for_places(tmp_path, monkeypatch):
+    """Volumes without labels and without a test split: a tenth by patient is held out."""
+    arrays = drawn_volumes(("train",), ("labels", "masks"))
+    text, results = evaluated(tmp_path, monkeypatch, arrays)
+    assert "no labels: only the places of slices are measured" in text
+    assert "no test split: a tenth of train by patient, 6 slices" in text
+    assert set(results["raw pixels"]["test"]) == set(results["weights"]["test"]) == {"position"}
+    assert results["weights"]["test"]["position"]["n_volumes"] == 1
+
+
+def test_evaluate_without_labels_and_volumes_is_refused(tmp_path, monkeypatch):
+    images = make_phantom_volumes(1, 32, n_slices=6)["images"]
+    with pytest.raises(UserError, match="has no labels to measure with"):
+        evaluated(tmp_path, monkeypatch, dict(train_images=images, test_images=images))
