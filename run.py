@@ -210,6 +210,7 @@ class Run:
         network = core(unwrap(self.state.student).backbone)
         parts = dict(self.more, config=vars(self.config), knn=self.knn)
         parts.update(inputs=self.inputs, architecture=network.config.to_dict())  # for export.py
+        parts["architecture"].update(architectures=None, dtype=None)  # which an export sets
         parts = gather_full(state_dict(self.state) | parts)
 
         def write():
