@@ -27,7 +27,7 @@ from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_ra
                          gather_full, gather_objects, local_shard, lost_ranks, main_first,
                          main_writes, memory_gb, move_or_shard, no_sync, quick_exit, shard_like,
                          stop_together, unwrap, workers_that_fit, wrap)
-from loader import make_loader
+from loader import make_loader, within_micro_batch
 from losses import (dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center,
                     update_center)
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, add_lora, blocks,
@@ -388,6 +388,18 @@ def test_ranks_have_the_same_gradients_bitwise(ranks):
         # nothing is sent before the last micro-batch
         first, second = (found["not yet shared", centering] for found in ranks)
         assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("keys, losses", [
+    (dict(centering="sinkhorn_knopp", koleo_loss_weight=0.1), "Sinkhorn-Knopp and KoLeo"),
+    (dict(centering="centering", koleo_loss_weight=0.1), "KoLeo"),
+    (dict(centering="centering", koleo_loss_weight=0.1, koleo_group_size=9), "KoLeo"),
+    (dict(centering="centering", koleo_loss_weight=0.1, koleo_group_size=4), ""),
+    (dict(centering="centering", koleo_loss_weight=0.0), ""),
+    (dict(centering="sinkhorn_knopp", objective="feature"), ""),  # distill.py without prototypes
+    (dict(centering="sinkhorn_knopp", objective="both"), "Sinkhorn-Knopp")])
+def test_the_log_names_the_losses_that_see_a_micro_batch_only(keys, losses):
+    assert within_micro_batch(SimpleNamespace(**keys), 8) == losses
 
 
 # ---- FSDP: one rank builds, all get their share ----

@@ -308,7 +308,8 @@ def test_checkpoint_and_export_are_whole(trained, mode, how):
 
 def test_saved_under_fsdp_on_two_goes_on_alone_and_back(trained):
     for there in ((1, "from fsdp"), (2, "fsdp", "from 1")):
-        assert assert_close_runs(trained("lora", *there), trained("lora", 1, "none")) == 4
+        # its log begins with that of the run that it resumes
+        assert assert_close_runs(trained("lora", *there), trained("lora", 1, "none")) == 12
     text = printed(trained("lora", 1, "from fsdp"), 0)
     assert "changed since: distribution: 'fsdp' -> 'none'" in text
 
@@ -321,8 +322,7 @@ def test_resuming_is_exact(trained, how):
     assert_same(state(resumed), state(whole) | dict(config=state(resumed)["config"]))
     assert_same(exported(resumed, "last")[0], exported(whole, "last")[0])
     parts = [record for record in log(resumed) if "loss" in record]
-    assert torch.equal(losses(parts), losses(log(whole))[-len(parts):])
-    assert len(parts) == dict(ddp=12, fsdp=20)[how]
+    assert torch.equal(losses(parts), losses(log(whole))) and len(parts) == 20
 
 
 def test_a_signal_to_one_rank_stops_all(trained):
@@ -366,5 +366,6 @@ def test_an_unreadable_image_on_one_rank(trained):
     assert first == second and "images/5.png: cannot be read" in first[0]
     folder = trained("fault", "skipped")
     text = printed(folder, 0)
-    assert text.count("images/5.png") == 1 and "1 image(s) could not be read" in text
+    assert text.count("images/5.png: cannot be read") == 1
+    assert "1 image(s) could not be read" in text
     assert last_lines(folder)[1] == []
