@@ -350,4 +350,7 @@ def load_network(network, config, dataset, run_device, image_size=0, intensity_r
     size = image_size or config.get("global_crops_size") or expected.get("size") or 224
     inputs, _ = input_settings(dataset, expected, intensity_range, seed=seed,
                                on_bad_image=on_bad_image)
+    if size < patch:
+        raise UserError(f"image_size={size}: {network['name']} has patches of {patch} pixels; give "
+                        "a multiple, or 0 for the size of its training")
     return backbone.to(run_device).eval(), dict(inputs, size=size // patch * patch)

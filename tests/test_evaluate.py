@@ -327,6 +327,7 @@ def test_several_labels_per_image(trained, tmp_path):
     ([], r"nothing to evaluate: give --run"),
     (["--model_type=vit"], r"dataset_path is not given"),
     (["--run=RUN", "--checkpoint=first"], r"checkpoint='first'"),
+    (["--run=RUN", "--image_size=3"], r"image_size=3: .* has patches of 8 pixels"),
     (["--run=RUN", "--test_splits=train"], r"test_splits='train': name splits other than train"),
     (["--run=RUN", "--test_splits=holdout"], r"has no split 'holdout'; it has"),
     (["--compare=nowhere*", "--dataset_path=DATA"], r"'nowhere\*' matches no folder"),
