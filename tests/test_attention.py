@@ -342,7 +342,7 @@ def test_pictures_of_files_of_any_size(trained, tmp_path):
     (["--run={root}/lg0", "--heat=head3"], "has 3 heads, head0 to head2"),
     (["--run={root}/lg0", "--images={root}/no"], "no: no such file or folder"),
     (["--run={root}/lg0", "--low_threshold=0.8"], "0 <= low <= high <= 1"),
-    (["--run={root}/lg0", "--images={root}/lg0"], "no image; looked for files ending in"),
+    (["--run={root}/lg0", "--images={root}/lg0"], "no image; left out"),
     (["--run={root}/lg0", "--split=nowhere"], "has no split 'nowhere'"),
     (["--model_type=timm:vit_tiny"], "a timm network does not show its attention"),
     (["--model_type={root}/lg0/checkpoints/last/hf"], "add --images=... or --dataset_path")])

@@ -410,6 +410,7 @@ def test_data_and_a_start_that_are_gone_are_named_as_the_runs(trained, tmp_path)
     (["--run=RUN", "--blocks=7"], r"blocks='7': give 'last', 'auto', or numbers from 0 to 1"),
     (["--model_type=vit"], r"dataset_path is not given"),
     (["--run=RUN", "--checkpoint=first"], r"checkpoint='first'"),
+    (["--run=RUN", "--image_size=3"], r"image_size=3: .* has patches of 8 pixels"),
     (["--run=RUN", "--test_splits=train"], r"test_splits='train': name splits other than train"),
     (["--run=RUN", "--test_splits=holdout"], r"has no split 'holdout'; it has"),
     (["--compare=nowhere*", "--dataset_path=DATA"], r"'nowhere\*' matches no folder"),
