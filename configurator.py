@@ -22,7 +22,6 @@ import contextlib
 import difflib
 import errno
 import glob
-import math
 import os
 import re
 import signal

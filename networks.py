@@ -310,7 +310,10 @@ def load_network(network, config, dataset, run_device, image_size=0, intensity_r
     size = image_size or config.get("global_crops_size") or expected.get("size") or 224
     inputs, _ = input_settings(dataset, expected, intensity_range, seed=seed,
                                on_bad_image=on_bad_image)
-    inputs["size"] = max(1, size // patch) * patch
+    if size < patch:
+        raise UserError(f"image_size={size}: {network['name']} has patches of {patch} pixels; give "
+                        "a multiple, or 0 for the size of its training")
+    inputs["size"] = size // patch * patch
     return backbone.to(run_device).eval(), inputs
 
 
