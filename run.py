@@ -207,9 +207,11 @@ class Run:
     def save(self):
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
         All ranks call it, because it gathers sharded tensors."""
-        network = core(unwrap(self.state.student).backbone)
+        architecture = core(unwrap(self.state.student).backbone).config.to_dict()
+        for key in ("architectures", "dtype", "torch_dtype"):
+            architecture.pop(key, None)  # an export sets them: equal states must be equal files
         parts = dict(self.more, config=vars(self.config), knn=self.knn)
-        parts.update(inputs=self.inputs, architecture=network.config.to_dict())  # for export.py
+        parts.update(inputs=self.inputs, architecture=architecture)  # for export.py
         parts = gather_full(state_dict(self.state) | parts)
 
         def write():
