@@ -35,13 +35,15 @@ import tempfile
 
 import torch
 import transformers
-from torch import nn
 
 from card import model_card
 from checkpoint import export_hf, load_state, saved_states
 from model import (add_adapters, backbone_from_config, build_backbone, forward_features,
                    pretrained_input, set_channels)
 from weights import constructor_arguments, first_line
+
+OURS = {"README.md", "adapter", "config.json", "model.onnx", "model.onnx.data", "model.safetensors",
+        "preprocess.py", "preprocessor_config.json"}  # what an export holds
 
 
 def find_checkpoint(path):
@@ -65,10 +67,10 @@ def load_checkpoint(folder):
         state = load_state(folder)
     except UserError as error:
         raise UserError(str(error).replace("resume_from=", "model=")) from None
-    config, weights, prefix = SimpleNamespace(**state["config"]), {}, "backbone."
-    for name, value in (*state["student"].items(), *state["ema"].items()):  # the EMA's wins
-        if name.startswith(prefix):
-            weights[name.removeprefix(prefix)] = value
+    config, weights = SimpleNamespace(**state["config"]), {}
+    for name, value in {**state["student"], **state["ema"]}.items():
+        if name.startswith("backbone."):
+            weights[name.removeprefix("backbone.")] = value
     filters = next(value for value in weights.values() if value.ndim == 4)  # [D,C,p,p]
     if "architecture" in state:
         shape = dict(state["architecture"])
@@ -114,21 +116,10 @@ def to_rgb(backbone, inputs):
     return backbone, rgb_inputs
 
 
-class CLSAndPatches(nn.Module):
-    """pixel_values [B,C,S,S] -> CLS [B,D] and patches [B,P,D], for ONNX."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixel_values):
-        return forward_features(self.network, pixel_values)
-
-
 def write_onnx(folder, size):
-    """Write model.onnx of the export in a folder, for batches of any length. Returns how far its
-    features of two random images are from the network's; UserError if by 1e-3, or if a package is
-    missing."""
+    """Write model.onnx of the export in a folder: pixel_values [B,C,S,S] -> cls [B,D] and patches
+    [B,P,D]. Returns how far its features of two random images are from the network's; UserError if
+    by 1e-3, or if a package is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -136,15 +127,16 @@ def write_onnx(folder, size):
     except ImportError:
         raise UserError("onnx=true needs more packages; pip install onnx onnxscript onnxruntime"
                         ) from None
-    network = CLSAndPatches(build_backbone(folder, num_channels=0)).eval()
-    pixels = torch.randn(2, network.network.config.num_channels, size, size)
+    network = build_backbone(folder, num_channels=0).eval()
+    network.forward = lambda pixel_values: forward_features(network, pixel_values)
+    pixels = torch.randn(2, network.config.num_channels, size, size)
     path = os.path.join(folder, "model.onnx")
     with torch.no_grad():
         torch.onnx.export(network, (pixels,), path, input_names=["pixel_values"], dynamo=True,
                           output_names=["cls", "patches"], verbose=False,
                           external_data=sum(p.numel() for p in network.parameters()) > 4e8,
                           dynamic_shapes=dict(pixel_values={0: torch.export.Dim("batch")}))
-        expected = network(pixels)
+        expected = forward_features(network, pixels)
     session = onnxruntime.InferenceSession(path)
     found = session.run(None, dict(pixel_values=pixels.numpy()))
     pairs = zip(expected, found)
@@ -176,10 +168,13 @@ def main(sources):
     if not model or not output:
         raise UserError(f"model={model!r}, output={output!r}: give both, as in export.py out/NAME "
                         "--output=NAME-hf")
-    is_export = os.path.isfile(os.path.join(output, "preprocessor_config.json"))
-    if os.path.exists(output) and not (overwrite and is_export):
-        advice = "--overwrite=true replaces it" if is_export else "it is no export: name another"
-        raise UserError(f"output={output!r} exists; {advice}")
+    if os.path.exists(output):
+        names = set(os.listdir(output)) if os.path.isdir(output) else set()
+        if "preprocess.py" not in names or names - OURS:
+            raise UserError(f"output={output!r} exists and is no export, or has other files: name "
+                            "another")
+        if not overwrite:
+            raise UserError(f"output={output!r} exists; --overwrite=true replaces it")
     checkpoint = find_checkpoint(os.path.normpath(model))
     state, backbone, inputs = load_checkpoint(checkpoint)
     config, size = state["config"], state["config"]["global_crops_size"]

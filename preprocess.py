@@ -20,19 +20,20 @@ def preprocess(image):
     if is_picture and len(mean) in (1, 3):
         image = image.convert("L" if len(mean) == 1 else "RGB")
     image = np.atleast_3d(np.array(image))  # [H,W,C]
-    kind, first, last = image.dtype.name, image.min(), image.max()
+    kind = image.dtype.name
+    is_8bit = kind == "uint8" or (image.min() >= 0 and 1 < image.max() <= 255)
     if image.shape[2:] not in ((1,), (len(mean),)):
         raise ValueError(f"image of shape {image.shape}: needs [H,W] or [H,W,{len(mean)}]")
     if "intensity_scaling" in config and "float" not in kind:
         raise ValueError("needs numbers in 0..1, scaled as the README says")
     if kind == "uint8" and (low < 0 or high > 255):
         raise ValueError(f"8-bit picture: needs intensities, of which {low}..{high} are seen")
-    if kind != "uint8" and (low, high) == (0, 255) and (first < 0 or not 1 < last <= 255):
-        raise ValueError(f"values {first}..{last}: needs a picture of 8 bits, 0..255")
+    if (low, high) == (0, 255) and not is_8bit:
+        raise ValueError(f"values up to {image.max()}: needs a picture of 8 bits, 0..255")
     side = min(image.shape[:2])
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    top, left = ((length - side) // 2 for length in image.shape[:2])
     x = image[top:top + side, left:left + side].transpose(2, 0, 1)
     x = torch.from_numpy(x.astype(kind if kind == "uint8" else "float32"))[None]  # [1,C,side,side]
-    x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).float()
+    x = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
     x = x.round() if kind.startswith("int") else x  # as in training
-    return (x.clamp(low, high) * config["rescale_factor"] - mean) / std
+    return (x.float().clamp(low, high) * config["rescale_factor"] - mean) / std

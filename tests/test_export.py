@@ -114,6 +114,26 @@ def test_images_that_the_network_has_not_seen_are_refused(tiny_backbone, tmp_pat
         preprocess_of(folder, image)
 
 
+@pytest.mark.parametrize("scaling", ["image", "dtype"])
+def test_the_card_scales_each_image_by_itself(tiny_backbone, tmp_path, monkeypatch, scaling):
+    """As intensity_scaling did in training; preprocess.py refuses what is not scaled."""
+    monkeypatch.setitem(KINDS, "deep", ((0.0, 1.0), (0.4,), (0.25,)))
+    monkeypatch.chdir(tmp_path)
+    network, image = tiny_backbone("dinov2", 1).eval(), image_of("deep")
+    folder = export(tmp_path / "hf", network, "deep", intensity_scaling=scaling)
+    np.save("image.npy", image[..., 0])
+    [snippet] = re.findall("```python\n(import.*?)```", Path(folder, "README.md").read_text(), re.S)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "preprocess")
+    scope = {}
+    exec(snippet.replace('"FOLDER"', repr(folder)), scope)
+    sys.modules.pop("preprocess")
+    expected = evaluated(network, "deep", image, scaling)
+    torch.testing.assert_close(scope["features"], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="needs numbers in 0..1, scaled as the README says"):
+        preprocess_of(folder, image)
+
+
 # ---- an outsider ----
 
 OUTSIDER = """
@@ -305,11 +325,14 @@ def test_an_output_that_exists_is_kept(runs, tmp_path):
     call(runs / "plain", f"--output={out}", "--overwrite=true")
     assert not (out / "adapter").exists()  # nothing of the earlier one is left
     assert sorted(os.listdir(tmp_path)) == ["hf"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("")
-    message = stopped(runs / "plain", f"--output={tmp_path}/mine", "--overwrite=true")
-    assert "it is no export: name another" in message
-    assert (tmp_path / "mine" / "notes.txt").exists()
+    (out / "notes.txt").write_text("")
+    (tmp_path / "released").mkdir()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copy(out / name, tmp_path / "released")
+    for name in ("hf", "released", "hf/notes.txt"):  # what the user has is never removed
+        message = stopped(runs / "plain", f"--output={tmp_path}/{name}", "--overwrite=true")
+        assert "exists and is no export, or has other files: name another" in message
+    assert (out / "notes.txt").exists() and len(os.listdir(tmp_path / "released")) == 3
     assert "give both" in stopped(runs / "plain")
 
 
