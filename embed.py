@@ -3,7 +3,7 @@
     python embed.py --model=out/phantom --dataset_path=my_images/ --output=features.npz
     python embed.py --model=facebook/dinov2-small --dataset_path=scans.npz --output=features.parquet
     python embed.py --model=out/phantom --dataset_path=my_images/ --query=a.png --neighbours=5 \\
-        --output=features.npz                         # also features-neighbours.png
+        --output=features.npz                         # also features-a-neighbours.png
     python embed.py --probe=out/phantom/results/phantom-probe.safetensors --dataset_path=new/ \\
         --output=predictions.csv                      # class and probability of every image
 
@@ -146,7 +146,8 @@ def draw_neighbours(backbone, parts, inputs, numbers):
         if labels is not None and labels.ndim == 1 and labels[i] >= 0:
             caption += f", {part.class_names[labels[i]]}"
         row.append((part[local[i]][0], f"{caption}\n{value:.3f}", None))
-    path = f"{os.path.splitext(output)[0]}-{os.path.basename(query)}-neighbours.png"
+    base, name = (os.path.splitext(path)[0] for path in (output, os.path.basename(query)))
+    path = f"{base}-{name}-neighbours.png"
     neighbours_picture(path, [row], f"Nearest of {len(names)} images\ncosine similarity of {key}; "
                        f"{parts[0].name}", inputs["intensity_range"], "query")
     return path

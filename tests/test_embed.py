@@ -159,7 +159,7 @@ def test_the_nearest_images_of_a_query(place, tmp_path, monkeypatch):
     assert len(row) == 4 and row[1][1] == "01.png, b\n1.000"  # the image itself is the nearest
     assert np.array_equal(row[1][0], row[0][0])
     embed(*flags(place, tmp_path / "f.npz", f"--query={query}", "--batch_size=64"))
-    assert min(Image.open(tmp_path / "f-01.png-neighbours.png").size) > 200
+    assert min(Image.open(tmp_path / "f-01-neighbours.png").size) > 200
 
 
 # ---- kills, full disks, other settings ----

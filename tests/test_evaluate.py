@@ -382,8 +382,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_measurements(trai
     folder, _ = trained
     with open(f"{folder}/file", "w") as file:
         file.write("mine")
-    with pytest.raises(UserError, match="results cannot be written there .Not a directory.; name "
-                       "another place with --out_dir"):
+    with pytest.raises(UserError, match="file/results.*is a file; name a folder"):
         evaluate(f"--run={folder}/run0", f"--out_dir={folder}/file", f"--cache_dir={folder}/cache")
 
 
