@@ -167,7 +167,7 @@ def test_readme_commands_parse_and_name_what_exists():
 
 def test_readme_names_files_that_exist_and_is_short():
     readme = read("README.md")
-    assert readme.count("\n") <= 250
+    assert readme.count("\n") <= 285  # 250 and the sections on volumes and features
     for name in re.findall(r"[`(]([\w/]+\.(?:py|txt|png|json|md))[`)]", readme):
         if name.split("/")[0] not in ("out", "samples", "results"):  # what a run writes
             assert os.path.exists(os.path.join(ROOT, name)), name
