@@ -146,7 +146,8 @@ def draw_neighbours(backbone, parts, inputs, numbers):
         if labels is not None and labels.ndim == 1 and labels[i] >= 0:
             caption += f", {part.class_names[labels[i]]}"
         row.append((part[local[i]][0], f"{caption}\n{value:.3f}", None))
-    base, name = (os.path.splitext(path)[0] for path in (output, os.path.basename(query)))
+    base, _ = os.path.splitext(output)
+    name, _ = os.path.splitext(os.path.basename(query))
     path = f"{base}-{name}-neighbours.png"
     neighbours_picture(path, [row], f"Nearest of {len(names)} images\ncosine similarity of {key}; "
                        f"{parts[0].name}", inputs["intensity_range"], "query")

@@ -249,9 +249,9 @@ def quiet_transformers():
 def pretrained_input(model_type):
     """The input that the weights were trained on, from their preprocessor_config.json: dict of mean
     and std (tuples of floats, of pixels in 0..1), size (pixels, or 0) and intensity_range (of our
-    own exports, else None), with intensity_scaling if they have one; {} if there is no such file, or
-    it has no mean and std. Old and new files of transformers differ in their keys. UserError if the
-    file is damaged."""
+    own exports, else None), with intensity_scaling if they have one; {} if there is no such file,
+    or it has no mean and std. Old and new files of transformers differ in their keys. UserError if
+    the file is damaged."""
     if is_weights_file(model_type):
         satellite = "sat493m" in os.path.basename(model_type)
         return dict(SATELLITE if satellite else IMAGENET, size=224, intensity_range=None)
