@@ -66,6 +66,8 @@ class Checks:
         Args: families: model.FAMILIES; changed: keys that differ from their default."""
         config = self.config
         for key in changed:
+            if key == "warmup_teacher_temp" and config.warmup_teacher_temp == config.teacher_temp:
+                continue  # this is how config files say that there is no warm-up
             why = unused(config, key)
             self.note(why, f"{key}={getattr(config, key)!r} has no effect: {why}")
         self.note(n_ranks == 1 and config.distribution == "fsdp",

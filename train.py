@@ -197,9 +197,9 @@ def check_config(config, changed=()):
     check.need(gram_refresh_iterations == 0 or gram_teacher == "snapshot",
                f"gram_refresh_iterations={gram_refresh_iterations} with "
                f"gram_teacher={gram_teacher!r}: only a 'snapshot' is refreshed")
-    check.note(warmup_teacher_temp == teacher_temp and "warmup_teacher_temp_iterations" in changed,
-               f"warmup_teacher_temp_iterations={warmup_teacher_temp_iterations} has no effect: "
-               "warmup_teacher_temp is teacher_temp")
+    warms_up = warmup_teacher_temp_iterations > 0 and "warmup_teacher_temp_iterations" in changed
+    check.note(warms_up and warmup_teacher_temp == teacher_temp, "warmup_teacher_temp_iterations="
+               f"{warmup_teacher_temp_iterations} has no effect: both temperatures are equal")
     check.note(gram_loss_weight > 0 and gram_teacher == "snapshot" and gram_refresh_iterations == 0,
                "gram_teacher='snapshot' with gram_refresh_iterations=0 is the same as 'start'")
     return check.report()
