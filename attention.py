@@ -77,7 +77,7 @@ from layouts import is_system_name, stem_of
 from loader import reading_keys
 from model import blocks, embed, forward_features, run_blocks
 from networks import find_networks, find_runs, load_network, split_names
-from run_folder import make_folder
+from run_folder import make_results
 from tables import jsonable, markdown
 from volumes import list_images
 
@@ -505,7 +505,7 @@ def main(sources):
     dataset, val = open_data(run_config, networks[-1])
     is_one_run = len(names) == len(run_folders) == 1
     folder = out_dir or (f"{names[0]}/results/attention" if is_one_run else "out/attention")
-    make_folder(folder)
+    make_results(folder)
 
     # ---- every network, one at a time ----
     if not detection:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from card import adapter_card, edit_json, model_card, processor_config, write_text
+from card import adapter_card, edit_json, processor_config, write_text
 from configurator import HERE, UserError
 from distributed import gather_objects, shard_like
 from model import core

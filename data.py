@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from archives import (MEDMNIST, SPLITS, medmnist_arrays, npz_arrays, open_arrays, phantom_arrays,
+from archives import (MEDMNIST, medmnist_arrays, npz_arrays, open_arrays, phantom_arrays,
                       phantom_volume_arrays)
 from configurator import UserError
 from folders import open_folder
 from formats import file_kind
-from images import ImageFiles, Rows, Sendable, at_least
+from images import Rows, Sendable, at_least
 from labels import cut_tenth, find_classes, is_known, split_word
 from parquet import unpack_parquet
 from phantom import PHANTOM_CLASSES, VOLUME_CLASSES

@@ -156,9 +156,8 @@ from loader import (CropDataset, check_scaling, describe_batches, describe_data,
                     make_loader, open_splits)
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
 from metrics import monitor, rankme
-from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
-                   compile_blocks, describe_student, parameter_counts, pretrained_input,
-                   set_trainable)
+from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
+                   describe_student, parameter_counts, set_trainable)
 from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learning_rates,
                    warmup_factor)
 from pictures import save_samples
@@ -166,6 +165,7 @@ from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, res
                  seed_iteration, whole_run)
 from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
+from weights import FAMILIES, pretrained_input
 
 
 def check_config(config, changed=()):

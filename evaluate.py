@@ -44,7 +44,6 @@ intensity_scaling = 'set'        # 'image' | 'dtype' as in train.py | 'set' = th
 on_bad_image = 'error'           # 'error' = stop and name it | 'skip' = leave it out
 num_workers = -1                 # loader processes; -1 = the cores less one, up to 8
 batch_size = 64                  # images per forward pass
-
 allow_shared_groups = False      # measure even if a patient of a test split is also in train
 
 # ---- measurements ----
@@ -76,7 +75,7 @@ from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, neare
 from networks import (find_networks, find_runs, load_network, save_probe, split_names,
                       weights_hash)
 from positions import hold_out_volumes, slice_position
-from run_folder import make_folder, read_log
+from run_folder import make_results, read_log
 from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
                     tabulate, write_medmnist, write_scores)
 
@@ -360,7 +359,7 @@ def main(sources):
     networks = find_networks(names, checkpoint)
     default = names[0] if run_folders and len(names) == 1 else "out/evaluate"
     folder = os.path.join(out_dir or default, "results")
-    make_folder(folder)
+    make_results(folder)
     first_config = next((network["config"] for network in networks if network["config"]), {})
 
     # ---- data ----

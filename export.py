@@ -39,8 +39,8 @@ import transformers
 from card import model_card
 from checkpoint import export_hf, load_state, saved_states
 from model import (add_adapters, backbone_from_config, build_backbone, forward_features,
-                   pretrained_input, set_channels)
-from weights import constructor_arguments, first_line
+                   set_channels)
+from weights import constructor_arguments, first_line, pretrained_input
 
 OURS = {"README.md", "adapter", "config.json", "model.onnx", "model.onnx.data", "model.safetensors",
         "preprocess.py", "preprocessor_config.json"}  # what an export holds

@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from configurator import UserError
 from dicom import open_dicom
-from formats import (ANIMATIONS, EXTENSIONS, TIFF_STARTS, Nifti, check_size, file_kind,
-                     needs_tifffile, open_array, open_tiff, turned)
+from formats import (ANIMATIONS, TIFF_STARTS, Nifti, check_size, file_kind, needs_tifffile,
+                     open_array, open_tiff, turned)
 from volumes import open_volume
 
 MASK_EXTENSIONS = (".png", ".npy", ".tif", ".tiff", ".bmp", ".jpg")  # the first that exists counts

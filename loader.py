@@ -181,7 +181,7 @@ def _common_range(images):
 
 def check_scaling(dataset, expected):
     """Raise UserError if weights want images that are scaled by themselves in another way than a
-    data set does. expected: dict of model.pretrained_input."""
+    data set does. expected: dict of weights.pretrained_input."""
     scaling = expected.get("intensity_scaling", dataset.scaling)
     if scaling != dataset.scaling:
         raise UserError(f"intensity_scaling={dataset.scaling!r}: the weights were trained with "
@@ -192,7 +192,7 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
                    seed=0, on_bad_image="error"):
     """How pixels become the network's input: as given, else as the weights expect, else measured.
 
-    Args: pretrained: of model.pretrained_input, {} for random weights; intensity_range (0, 0),
+    Args: pretrained: of weights.pretrained_input, {} for random weights; intensity_range (0, 0),
     mean (), std (): not given. If the weights have another number of channels than the images,
     every channel gets the average over theirs.
     Returns: dict of intensity_range, mean, std; and a text that says where mean and std come from.

@@ -21,8 +21,7 @@ from checks import step_bytes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
-from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values,
-                     pretrained_input)
+from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values)
 
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
              "num_register_tokens")  # config keys that give a family its shape

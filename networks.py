@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from configurator import UserError
 from loader import input_settings
 from metrics import Probe
-from model import backbone_from_config, build_backbone, pretrained_input
+from model import backbone_from_config, build_backbone
 from tables import jsonable
 from teachers import build_teacher
+from weights import pretrained_input
 
 REPETITION_KEYS = {  # runs that differ in these keys only are repetitions of one experiment
     "seed", "model_name", "out_dir", "resume_from", "device", "num_workers", "wandb_log",

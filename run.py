@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checkpoint import (export_hf, find_state, link_state, load_optimizer, model_card, save_state,
-                        start_from)
+from card import model_card
+from checkpoint import export_hf, find_state, link_state, load_optimizer, save_state, start_from
 from configurator import UserError, config_text
 from distributed import (all_reduce_mean, any_rank, gather_full, gather_objects, is_main,
                          main_writes, rank, stop_together, unwrap, world_size)

@@ -55,7 +55,7 @@ def check_writable(folder):
                         "that can be written")
 
 
-def make_folder(folder):
+def make_results(folder):
     """Make a folder for results; UserError if it cannot be written."""
     check_writable(folder)
     try:

@@ -17,9 +17,9 @@ from torch import nn
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects, only_shapes
 from convert import convert, is_original
-from model import blocks, build_backbone, forward_features, pretrained_input
+from model import blocks, build_backbone, forward_features
 from run_folder import part_of, remove_dead_parts
-from weights import IMAGENET, gated, is_weights_file, load_values, read_tensors
+from weights import IMAGENET, gated, load_values, pretrained_input, read_tensors
 
 # What timm needs to know of pathology teachers, from their model cards: the architecture with its
 # arguments (so that a weights file loads without a hub), and mean and std if they are not those of

@@ -168,14 +168,14 @@ from loader import (CropDataset, describe_batches, describe_data, input_settings
                     open_splits)
 from losses import koleo_groups
 from metrics import diagnose, monitor
-from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
-                   compile_blocks, describe_student, parameter_counts, pretrained_input,
-                   set_trainable, shared_blocks)
+from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
+                   describe_student, parameter_counts, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
 from signals import end_by
+from weights import FAMILIES, pretrained_input
 
 
 def check_config(config, changed=()):

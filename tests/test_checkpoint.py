@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModel
 
 from augment import Photometrics
-from card import CANNOT_CLIP
+from card import CANNOT_CLIP, model_card
 from checkpoint import (check_fits, config_changes, export_hf, link_state, load_optimizer,
-                        load_state, model_card, save_state)
+                        load_state, save_state)
 from configurator import UserError
 from model import FAMILIES, EMATeacher, Student, add_lora, build_backbone, forward_features
 from optim import param_groups

@@ -17,9 +17,10 @@ from configurator import UserError, override
 from data import load_dataset
 from features import extract_features
 from metrics import knn_classify
-from model import build_backbone, pretrained_input
+from model import build_backbone
 from networks import weights_hash
 from tests_support import TINY, load_script
+from weights import pretrained_input
 
 
 def embed(*argv):

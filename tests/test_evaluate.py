@@ -15,9 +15,10 @@ from configurator import UserError, override
 from data import Dataset, load_dataset
 from evaluate import extract_features, knn_classify, linear_probe, patch_probe
 from features import collect_features, knn_accuracy, stream_features
-from model import build_backbone, forward_features, pretrained_input
+from model import build_backbone, forward_features
 from phantom import make_phantom
 from tests_support import load_script
+from weights import pretrained_input
 
 
 # ---- features ----

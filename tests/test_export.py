@@ -24,8 +24,9 @@ from checkpoint import export_hf
 from configurator import UserError
 from data import Dataset
 from features import extract_features
-from model import FAMILIES, build_backbone, forward_features, pretrained_input, set_channels
+from model import FAMILIES, build_backbone, forward_features, set_channels
 from tests_support import ROOT, TINY, load_script, run, state
+from weights import pretrained_input
 
 SIZE = 32
 KINDS = {  # intensity_range, mean, std; the number of channels is that of mean

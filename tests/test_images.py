@@ -11,10 +11,9 @@ import pytest
 from PIL import Image, ImageOps
 
 import dicom
-import images
 from configurator import UserError
-from formats import array_axes, file_kind
-from images import EXTENSIONS, BoxMasks, ImageFiles, load_image
+from formats import EXTENSIONS, array_axes, file_kind
+from images import BoxMasks, ImageFiles, load_image
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from data import load_dataset
 from run import Run
 from run_folder import (check_folder, lock_folder, locks_reach, part_of, read_log, remove,
                         remove_dead_parts, RunFolder, truncate_log, unlock_folder)
-from tests_support import ROOT, SHRUNK, load_script, log, run, state
+from tests_support import ROOT, load_script, log, run, state
 
 QUICK = ["--generate_samples=false", "--image_mean=0.5", "--image_std=0.25",
          "--intensity_range=-900,400", "--local_crops_number=0", "--eval_max_images=8",

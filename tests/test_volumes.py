@@ -1,6 +1,5 @@
 """Every image below a folder: series, NIfTI, stacks; order, places, patients; the cache."""
 import collections
-import json
 import multiprocessing
 import os
 import pickle
@@ -12,13 +11,11 @@ import pytest
 from PIL import Image
 
 import dicom
-import images
 import volumes
 from configurator import UserError
-from formats import Nifti
 from images import ImageFiles, load_image
 from test_images import drawn, items, same, save_dicom
-from volumes import list_images, open_volume
+from volumes import list_images
 
 AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)
 

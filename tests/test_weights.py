@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from configurator import UserError
 from convert import convert
-from model import build_backbone, forward_features, pretrained_input
+from model import build_backbone, forward_features
 from teachers import build_teacher, load_weights
 from tests_support import TINY
-from weights import read_tensors
+from weights import pretrained_input, read_tensors
 
 WIDTH, PATCH, GRID = 128, 8, 4
 
