@@ -105,6 +105,7 @@ def map_array(path, name=""):
 
 
 def short_hash(content):
+    """12 hexadecimal digits that name some bytes in the cache."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -154,6 +154,7 @@ def adapter_card(backbone, size, intensity_range, mean, std, card):
 
 
 def write_text(path, text):
+    """Write a text file."""
     with open(path, "w") as file:
         file.write(text)
 

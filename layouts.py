@@ -87,6 +87,7 @@ def is_system_name(name):
 
 
 def is_folder(entry):
+    """True if an entry of os.scandir is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
