@@ -129,18 +129,20 @@ def find_config(model_type, use_pretrained, size_keys):
         raise UserError(f"model_type={model_type!r}: {problem}")
     try:
         config = transformers.AutoConfig.from_pretrained(model_type, trust_remote_code=False)
+        family = config.model_type
     except Exception as error:  # config.json may hold anything
         text = ("cannot be loaded: neither a local directory with config.json nor a hub id that "
                 f"can be reached; from scratch use one of {', '.join(FAMILIES)}")
         if os.path.isdir(model_type):
             text = "has a config.json that cannot be used"
-        raise UserError(gated(model_type, error)
-                        or f"model_type={model_type!r} {text} ({first_line(error)})") from None
-    if config.model_type not in FAMILIES:
+        family = _family_of(model_type)
+        if family in ("", *FAMILIES):
+            raise UserError(gated(model_type, error) or f"model_type={model_type!r} {text} "
+                            f"({first_line(error)})") from None
+    if family not in FAMILIES:
         advice = "; timm:hf_hub:ORG/NAME is how distill.py's teacher and evaluate.py take it"
-        raise UserError(f"model_type={model_type!r} is a {config.model_type!r} model; supported "
-                        f"are {', '.join(FAMILIES)}"
-                        + (advice if config.model_type == "timm_wrapper" else ""))
+        raise UserError(f"model_type={model_type!r} is a {family!r} model; supported are "
+                        f"{', '.join(FAMILIES)}{advice if family == 'timm_wrapper' else ''}")
     for key in ("image_size", "patch_size"):  # old exports have [height, width]
         sides = getattr(config, key, 0)
         if isinstance(sides, (list, tuple)):
@@ -213,6 +215,16 @@ def load_values(config, source, values, where):
         raise UserError(f"{where}: its weights do not fit its config.json; missing {missing[:3]}, "
                         f"of other shape {other_shape[:3]}, without a place {left_over[:3]}")
     return network
+
+
+def _family_of(model_type):
+    """The architecture that a config.json names, though transformers could not make it: it may need
+    another package, or a newer transformers. '' if there is none."""
+    try:
+        settings, _ = transformers.PretrainedConfig.get_config_dict(model_type)
+        return settings.get("model_type", "")
+    except Exception:  # config.json may hold anything
+        return ""
 
 
 def first_line(error):

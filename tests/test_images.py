@@ -75,7 +75,7 @@ def save_dicom(path, stored, with_preamble=True, **elements):
 
 def items(**elements):
     """A sequence of one item."""
-    import pydicom
+    pydicom = pytest.importorskip("pydicom")
     item = pydicom.Dataset()
     for key, value in elements.items():
         setattr(item, key, value)
@@ -247,10 +247,10 @@ def test_palettes_are_applied(tmp_path, scale, dtype):
 
 
 def test_a_file_of_many_frames_is_many_images(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
     frames = drawn(5, 8, 9)
     groups = [items(PixelValueTransformationSequence=items(RescaleSlope=k + 1, RescaleIntercept=-k))
               for k in range(5)]
-    import pydicom
     path = save_dicom(tmp_path / "a.dcm", frames, RescaleSlope=7, RescaleIntercept=7,
                       PerFrameFunctionalGroupsSequence=pydicom.Sequence(g[0] for g in groups))
     for k in range(5):

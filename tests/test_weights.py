@@ -424,6 +424,7 @@ def write(path, text):
      "config.json"),
     ({"config.json": '{"model_type": "vit", "image_size": [64, 32]}'}, "is no square"),
     ({"config.json": '{"model_type": "dinov3_vit", "patch_size": [16, 8]}'}, "is no square"),
+    ({"config.json": '{"model_type": "of_tomorrow"}'}, "is a 'of_tomorrow' model; supported are"),
     ({"config.json": '{"model_type": "vit"}'}, "no weights; model.safetensors is missing"),
     ({"config.py": "lr = 1\n"}, "this is a run; its weights are in .*checkpoints/best/hf"),
     ({"adapter_config.json": "{}"}, "this is an adapter alone"),
