@@ -69,7 +69,7 @@ import train
 from augment import MultiCrop, Photometrics
 from checks import Checks
 from data import Dataset, load_dataset
-from distributed import autocast_for, loader_workers, memory_gb, setup
+from distributed import autocast_for, compute_dtype, loader_workers, memory_gb, setup
 from loader import CropDataset, make_loader
 from metrics import knn_classify
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
@@ -359,7 +359,7 @@ def gemm_peak(config):
     """Multiplications per second in the fastest of some square matrix products, in a step's
     dtype."""
     run_device, peak = setup(config.device), 0
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    dtype = compute_dtype(run_device, config.mixed_precision)
     for n in (512, 1024, 2048) if run_device.type == "cpu" else (4096, 8192):
         a, b = torch.randn(2, n, n, device=run_device, dtype=dtype)
         peak = max(peak, n**3 / fastest(lambda: a @ b, run_device))

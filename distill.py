@@ -148,9 +148,10 @@ from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
 from checks import Checks
 from data import READING
-from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, quick_exit,
-                         setup, stop_together, unwrap, world_size, wrap)
+from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, compute_dtype,
+                         is_main, lost_ranks, main_first, memory_gb, move_or_shard, no_sync,
+                         precision_notes, quick_exit, setup, stop_together, unwrap, world_size,
+                         wrap)
 from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
@@ -302,13 +303,13 @@ def main(sources, at_end):
     """Distil with the config in this module's globals. Arguments and return as of train.main."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    notes = check_config(config, sources)
+    notes = check_config(config, sources) + precision_notes(run_device, mixed_precision)
     run = Run("distill.py", config, describe(globals(), config_keys, sources), notes, at_end)
 
     # ---- teacher ----
     # a sharded teacher answers all ranks or none; with a cache each rank asks on its own
     teacher_distribution = "none" if teacher_cache else distribution
-    dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
+    dtype = compute_dtype(run_device, mixed_precision)
     with built_by_main(teacher_distribution), main_first():
         teacher = build_teacher(distilled_model_type, distilled_model_weights, load_from_disk,
                                 distilled_crops_size, global_crops_size, dtype)

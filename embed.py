@@ -67,7 +67,8 @@ import store
 from archives import SPLITS
 from checks import Checks
 from data import describe_source, load_dataset
-from distributed import autocast_for, loader_workers, setup
+from distributed import (autocast_for, compute_dtype, loader_workers, precision_notes,
+                         setup)
 from features import block_list, choose_blocks, parse_blocks, stream_features
 from loader import check_scaling, reading_keys
 from metrics import nearest_images
@@ -224,10 +225,10 @@ def main(sources):
                         "--dataset_path=...")
     channels = len(about["mean"]) if about else run_config.get("num_channels", 0)
     parts = open_parts(source, run_config, channels)
-    print(describe_source(parts[0]))
+    print("\n".join([describe_source(parts[0]), *precision_notes(run_device, mixed_precision)]))
     backbone, inputs = load_network(
         network, run_config, parts[0], run_device, image_size, intensity_range, seed, on_bad_image,
-        torch.float32 if mixed_precision == "no" else torch.bfloat16)
+        compute_dtype(run_device, mixed_precision))
     model_hash = weights_hash(backbone)
     if about:
         if model_hash != about["model_hash"]:
@@ -241,7 +242,8 @@ def main(sources):
     # ---- settings: what the numbers depend on ----
     settings = dict(model=network["weights_path"], model_hash=model_hash, dataset_path=source,
                     data_hash=store.data_hash(parts), **inputs,
-                    intensity_scaling=parts[0].scaling, mixed_precision=mixed_precision,
+                    intensity_scaling=parts[0].scaling,
+                    dtype=str(compute_dtype(run_device, mixed_precision)),
                     device=run_device.type, splits={part.split: len(part) for part in parts})
     numbers = about.get("blocks")
     if not about:

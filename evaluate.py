@@ -68,7 +68,8 @@ import metrics
 import pictures
 from data import MEDMNIST, check_groups, cut_tenth, describe_source, load_dataset
 from detection import patch_probe
-from distributed import autocast_for, loader_workers, setup
+from distributed import (autocast_for, compute_dtype, loader_workers, precision_notes,
+                         setup)
 from features import block_list, choose_blocks, collect_features, parse_blocks
 from loader import reading_keys
 from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, nearest_images
@@ -367,7 +368,8 @@ def main(sources):
     train, tests = data["train"], list(data)[2:]
     values, mask_names, mask_notes = mask_classes(data)
     sizes = ", ".join(f"{len(dataset)} {dataset.split}" for dataset in data.values())
-    notes = [f"{train.name}: {sizes}", *notes, *mask_notes]
+    notes = [f"{train.name}: {sizes}", *notes, *mask_notes,
+             *precision_notes(run_device, mixed_precision)]
     print("\n".join(notes), flush=True)
 
     # ---- every network, one at a time; before the first one the raw pixels, in its patches ----
@@ -387,7 +389,7 @@ def main(sources):
         return probes, collected
     forward = dict(num_workers=loader_workers(num_workers), batch_size=batch_size,
                    on_bad_image=on_bad_image, autocast=autocast_for(run_device, mixed_precision))
-    teacher_dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
+    teacher_dtype = compute_dtype(run_device, mixed_precision)
     for network in networks:
         backbone, inputs = load_network(
             network, network["config"] or first_config, train, run_device, image_size,

@@ -161,8 +161,8 @@ from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
 from checks import Checks
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap,
-                         world_size, wrap)
+                         lost_ranks, memory_gb, move_or_shard, precision_notes, quick_exit,
+                         setup, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -261,7 +261,7 @@ def main(sources, at_end):
     at_end: of whole_run. Returns the signal that stopped the run, 0 if it is finished."""
     run_device = setup(device)
     config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
-    notes = check_config(config, sources)
+    notes = check_config(config, sources) + precision_notes(run_device, mixed_precision)
     run = Run("train.py", config, describe(globals(), config_keys, sources), notes, at_end)
 
     # ---- data ----

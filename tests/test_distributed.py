@@ -23,10 +23,11 @@ import torch.multiprocessing
 import dino
 import distributed
 from configurator import UserError, one_line_errors, override
-from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, built_by_main,
-                         gather_full, gather_objects, local_shard, lost_ranks, main_first,
-                         main_writes, memory_gb, move_or_shard, no_sync, quick_exit, shard_like,
-                         stop_together, unwrap, workers_that_fit, wrap)
+from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, autocast_for,
+                         built_by_main, compute_dtype, gather_full, gather_objects, local_shard,
+                         lost_ranks, main_first, main_writes, memory_gb, move_or_shard, no_sync,
+                         precision_notes, quick_exit, shard_like, stop_together, unwrap,
+                         workers_that_fit, wrap)
 from loader import make_loader, within_micro_batch
 from losses import (dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center,
                     update_center)
@@ -565,3 +566,19 @@ def test_starts_and_resumes_end_with_0(how, npz, tmp_path):
                 failed.append((i, iterations, done.returncode, done.stderr[-3000:]))
         shutil.rmtree(f"{tmp_path}/run")
     assert failed == []
+
+
+@pytest.mark.parametrize("has_bf16, asked, dtype", [
+    ("avx512_bf16", "bf16", torch.bfloat16), ("amx_bf16", "bf16", torch.bfloat16),
+    ("", "bf16", torch.float32), ("", "no", torch.float32), ("amx_bf16", "no", torch.float32)])
+def test_a_cpu_without_bf16_instructions_computes_in_fp32_and_says_so(monkeypatch, has_bf16, asked,
+                                                                      dtype):
+    has = dict(architecture="x86_64", avx512_bf16=False, amx_bf16=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {has_bf16: True})
+    cpu = torch.device("cpu")
+    with autocast_for(cpu, asked)():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == compute_dtype(cpu, asked) == dtype
+    notes = precision_notes(cpu, asked)
+    assert len(notes) == (asked == "bf16" and dtype == torch.float32)
+    assert compute_dtype(torch.device("cuda"), "bf16") == torch.bfloat16
