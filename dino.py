@@ -54,13 +54,17 @@ def augment_batch(batch, photometrics, config, device):
     The first global crop of an image is blurred more often than the others (DINO).
     Returns dict: global [V*B,C,S,S]; local [L*B,C,s,s] or None; guided [G*B,C,s,s] or None, the
     last local crops, if the teacher sees them too; masks [V*B,P] bool or None, True = masked;
-    gram [V*B,C,g,g] or None, larger crops for the Gram anchor.
+    gram [V*B,C,g,g] or None, larger crops for the Gram anchor; shared: None (prefix.py). Crops are
+    those of the batch's fresh samples; without any global is None.
     """
+    crops = dict(local=None, guided=None, masks=None, gram=None, shared=None)
+    crops["global"] = None
+    if "global_crops" not in batch:
+        return crops
     native, seeds = batch["global_crops"].to(device, non_blocking=True), batch["global_seeds"]
     B = len(native) // config.global_crops_number
     first = photometrics(native[:B], seeds[:B], "global1")
     others = photometrics(native[B:], seeds[B:], "global2")
-    crops = dict(local=None, guided=None, masks=None, gram=None)
     crops["global"] = torch.cat([first, others])  # [V*B,C,S,S]
     if len(batch["local_crops"]) > 0:
         native = batch["local_crops"].to(device, non_blocking=True)
@@ -167,7 +171,7 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
     # Step 2. The teacher sees the global crops without masks, and the guided crops if asked
     with state.ema.teacher_weights(state.student) as teacher, autocast():
         teacher_out = teacher(crops["global"], crops["guided"], crops["masks"], apply_masks=False,
-                              n_shared_blocks=state.n_shared_blocks)
+                              shared=crops["shared"], n_shared_blocks=state.n_shared_blocks)
     lap("teacher")
     targets = make_targets(teacher_out, state.centers, teacher_temp, config)
     row_sums = {}
@@ -177,16 +181,19 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
                 row_sums[name] = sum_rows(teacher_out[key])
     lap("losses")
     gram_patches = teacher_out["patches"]
+    shared = teacher_out.get("shared")  # what frozen blocks compute of the global crops
     if state.anchor or crops["gram"] is not None:  # the Gram anchor: patch tokens only, no heads
-        gram_crops = crops["global"] if crops["gram"] is None else crops["gram"]
+        gram_crops, shared_gram = crops["gram"], None
+        if gram_crops is None:
+            gram_crops, shared_gram = crops["global"], shared
         with (state.anchor or state.ema).teacher_weights(state.student) as anchor, autocast():
-            _, gram_patches = forward_features(anchor.backbone, gram_crops)
+            _, gram_patches = forward_features(anchor.backbone, gram_crops, shared=shared_gram)
         lap("Gram anchor")
 
     # Step 3. The student sees all crops, masked where iBOT asks
     with autocast():
         student_out = state.student(crops["global"], crops["local"], crops["masks"],
-                                    shared=teacher_out.get("shared"))
+                                    shared=shared)
     lap("student forward")
     total, terms = compute_losses(student_out, targets, crops["masks"], gram_patches, config)
     lap("losses")

@@ -228,11 +228,14 @@ def input_settings(train_set, pretrained, intensity_range=(0.0, 0.0), mean=(), s
 
 # ---- the order of a run, and its batches ----
 
-def make_loader(crop_set, config, micro_batches, start, stop, device, say=print):
+def make_loader(crop_set, config, micro_batches, start, stop, device, say=print, wrap=None):
     """The DataLoader of iterations start to stop of this rank, one batch per micro-batch. If
-    /dev/shm is too small for its workers, it has fewer of them, and `say` gets a line."""
+    /dev/shm is too small for its workers, it has fewer of them, and `say` gets a line. wrap: what
+    turns the BatchOrder into another one (prefix.KnownViews), or None."""
     order = BatchOrder(len(crop_set), config.global_batch_size, micro_batches, rank(),
                        world_size(), start, stop, config.seed, config.shuffle)
+    if wrap is not None:
+        order = wrap(order, crop_set)
     workers = loader_workers(config.num_workers)
     if workers > 0 and start < stop:
         first = next(iter(order))
@@ -302,11 +305,15 @@ class CropDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, item):
-        n, index = item
-        bad = []
+        n, index, *is_known = item
+        about = dict(n=n, index=index, view=self.view(n), bad=[])
+        about["row"] = index * max(1, self.fixed_views) + about["view"]
+        if any(is_known):  # prefix.KnownViews: its tokens are kept
+            return about
+        bad = about["bad"]
         while True:
             try:
-                return dict(self.crops(n, index), bad=bad)
+                return dict(about, **self.crops(n, index))
             except Exception as error:  # sent as text: a worker's exception fills a page
                 text = error_text(error, self.dataset, index)
                 bad.append(self.dataset.without_path(text, index))
@@ -315,12 +322,12 @@ class CropDataset(torch.utils.data.Dataset):
                 index = (index + 1) % len(self.dataset)  # the neighbour stands in
 
     def crops(self, n, index):
-        """The crops of image `index` as sample n, with n, index and view."""
+        """The crops of image `index` as sample n, and the index that was read."""
         index, image, mask = self.read(n, index)
-        rng, view = self.generator(n, index)
+        rng = self.generator(n, index)
         neighbours = self.neighbours(index, rng)
         crops = self.multi_crop(image, mask, rng, neighbours)
-        return dict(crops, n=n, index=index, view=view)
+        return dict(crops, index=index)
 
     def read(self, n, index):
         """(index, image, mask) of sample n: image `index`, or a random one with enough foreground
@@ -347,12 +354,14 @@ class CropDataset(torch.utils.data.Dataset):
         return np.array(shares)
 
     def generator(self, n, index):
-        """(numpy Generator of the crops of sample n, which reads image index; number of the fixed
-        view)."""
+        """The numpy Generator of the crops of sample n, which reads image index."""
         if self.fixed_views == 0:
-            return np.random.default_rng((self.seed, 2, n)), 0
-        view = n // len(self.dataset) % self.fixed_views
-        return np.random.default_rng((self.seed, 4, index, view)), view
+            return np.random.default_rng((self.seed, 2, n))
+        return np.random.default_rng((self.seed, 4, index, self.view(n)))
+
+    def view(self, n):
+        """The number of sample n's fixed view; 0 without fixed views."""
+        return n // len(self.dataset) % max(1, self.fixed_views)
 
     def neighbours(self, index, rng):
         """[(image, mask)] of the crops after the first one, [] without a slab: slices drawn by rng,
@@ -369,7 +378,7 @@ class CropDataset(torch.utils.data.Dataset):
         collate makes them (MultiCrop.of_label). indices: batch["index"] of the samples 0, 1, ..."""
         samples = []
         for n, index in enumerate(indices):
-            rng, _ = self.generator(n, index)
+            rng = self.generator(n, index)
             neighbours = self.neighbours(index, rng)
             samples.append(self.multi_crop.of_label(*self.dataset[index], rng, neighbours))
         return {key: view_major(samples, key) for key in ("global_crops", "local_crops")}
@@ -378,19 +387,22 @@ class CropDataset(torch.utils.data.Dataset):
         """One batch of items.
 
         Returns: dict of global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B],
-        local_seeds [L*B], view-major; gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index
-        and view, lists of B ints; bad, list of files. Or a dict of error only.
+        local_seeds [L*B], view-major; gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index,
+        view and row, lists of B ints; bad, list of files; fresh, the positions of the samples that
+        have crops. Or a dict of error only.
         """
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
             return dict(error=errors[0])
         batch = {}
-        for key in ("n", "index", "view"):
+        for key in ("n", "index", "view", "row"):
             batch[key] = [sample[key] for sample in samples]
+        batch["fresh"] = [i for i, sample in enumerate(samples) if "global_crops" in sample]
+        fresh = [samples[i] for i in batch["fresh"]]
         batch["bad"] = sum([sample["bad"] for sample in samples], [])
         for key in ("global_crops", "local_crops", "global_seeds", "local_seeds", "gram_crops"):
-            if key in samples[0]:
-                batch[key] = view_major(samples, key)
+            if fresh and key in fresh[0]:
+                batch[key] = view_major(fresh, key)
         if self.mask_settings is not None:
             n_views = len(batch["global_crops"]) // len(samples)
             batch["masks"] = self.masks(batch["n"], n_views)

@@ -264,11 +264,13 @@ def final_norm(backbone, tokens):
     return tokens[:, 0], tokens[:, first_patch:]
 
 
-def forward_features(backbone, pixels, masks=None):
+def forward_features(backbone, pixels, masks=None, shared=None):
     """CLS and patch tokens after the final norm, for any family: cls [B,D], patches [B,P,D].
     Args: backbone: a PreTrainedModel or its peft wrapper; pixels [B,C,H,W]; masks [B,P] bool,
-    True = the mask token replaces the patch. UserError if H or W is no multiple of the patch."""
-    return final_norm(backbone, run_blocks(backbone, *embed(backbone, pixels, masks)))
+    True = the mask token replaces the patch; shared: what the first blocks made of the pixels
+    (Student.forward), or None. UserError if H or W is no multiple of the patch."""
+    shared = shared or embed(backbone, pixels, masks)
+    return final_norm(backbone, run_blocks(backbone, *shared))
 
 
 def plain_attention(module, query, key, value, attention_mask=None, scaling=None,

@@ -65,6 +65,7 @@ local_crops_size = 96            # pixels; a multiple of the patch size: 98 for 
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
 min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 slab_mm = 0.0                    # volumes: other crops come from slices so near, like 12; 0 = off
+fixed_views = 0                  # crop an image in so many ways, by turns; 0 = anew every time
 label_guided_crops_number = 0    # local crops around labelled pixels, additional (paper 2.2.4)
 label_guided_crops_scale = (0.02, 0.1)  # share of the image area
 label_guided_loss_weight = 0.0   # above 0 the teacher sees guided crops, too; paper: 0
@@ -172,6 +173,7 @@ from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, comp
                    describe_student, parameter_counts, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
+from prefix import KnownViews, keep_prefix
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
 from signals import end_by
@@ -332,9 +334,11 @@ def main(sources, at_end):
                              ratio_min_max=ibot_mask_ratio_min_max, exact=ibot_mask_exact)
     crop_set = CropDataset(train_set, multi_crop, seed, global_batch_size,
                            global_crops_size // backbone.config.patch_size, mask_settings,
-                           on_bad_image, slab_mm=slab_mm)
+                           on_bad_image, fixed_views, slab_mm)
+    autocast = autocast_for(run_device, mixed_precision)
+    prefix = keep_prefix(student, train_from, config, len(train_set), autocast, run.say)
     loader = make_loader(crop_set, config, micro_batches, state.iteration, max_iterations,
-                         run_device, run.say)
+                         run_device, run.say, wrap=KnownViews if prefix else None)
     preset = choose_preset(augmentation, train_set.num_channels)
     photometrics = Photometrics(preset, **inputs, window_jitter=window_jitter,
                                 blur_probability=blur_probability)
@@ -342,7 +346,6 @@ def main(sources, at_end):
 
     # ---- all input is good: the run's folder, and k-NN before training ----
     run.open(state, inputs)
-    autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
 
     def teacher_knn(splits):
@@ -370,6 +373,8 @@ def main(sources, at_end):
             indices += batch["index"]
             # Step 1. Colours, blur and noise, on the device
             crops = dino.augment_batch(batch, photometrics, config, run_device)
+            if prefix:
+                crops["shared"] = prefix(batch, crops["global"], backbone, run_device)
             if generate_samples and state.iteration == micro == 0 and is_main():
                 labels = crop_set.label_crops(batch["index"]) if label_guided_crops_number else None
                 save_samples(f"{run.folder}/samples/crops.png", crops, batch_size, photometrics,

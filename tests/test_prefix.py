@@ -1,0 +1,107 @@
+"""prefix.py: a run that keeps what frozen blocks compute trains as one that computes it again."""
+import numpy as np
+import pytest
+import torch
+
+import prefix
+from loader import BatchOrder
+from phantom import make_phantom
+from prefix import KnownViews
+from tests_support import assert_same, log, losses, run, state
+
+FLAGS = ["--local_crops_number=0", "--freeze_backbone_layers=1", "--fixed_views=2",
+         "--max_iterations=12", "--eval_interval=0", "--saveckp_freq=6", "--koleo_loss_weight=0.1"]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    arrays = {}
+    for seed, (split, n) in enumerate(dict(train=16, val=8, test=8).items()):
+        for key, value in make_phantom(n, 48, seed).items():
+            arrays[f"{split}_{key}"] = value
+    path = tmp_path_factory.mktemp("data") / "phantom.npz"
+    np.savez_compressed(path, **arrays)
+    return f"--dataset_path={path}"
+
+
+class Fp32Cache(prefix.PrefixCache):
+    """It keeps tokens as they are: `half` of a subclass of torch.Tensor would round them."""
+
+    def __call__(self, *args):
+        half, torch.Tensor.half = torch.Tensor.half, torch.Tensor.float
+        try:
+            return super().__call__(*args)
+        finally:
+            torch.Tensor.half = half
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+@pytest.mark.parametrize("extra", [[], ["--gram_loss_weight=1", "--gram_teacher=start",
+                                        "--gram_crops_size=0"]], ids=["plain", "gram"])
+def test_kept_tokens_give_the_losses_of_computed_ones(tmp_path, npz, monkeypatch, family, extra):
+    """To the bit while all tokens are fp32; to fp16's rounding as users run it. The loader cuts
+    every view once: 16 images, 2 views."""
+    flags = [npz, *FLAGS, *extra, f"--model_type={family}"]
+    rounded = losses(run(tmp_path / "rounded", *flags))
+    cut, crops = [], prefix.PrefixCache.__call__
+
+    def count(self, batch, *args):
+        cut.extend(batch["row"][i] for i in batch["fresh"])
+        return crops(self, batch, *args)
+    monkeypatch.setattr(prefix.PrefixCache, "__call__", count)
+    run(tmp_path / "counted", *flags)
+    assert sorted(cut) == list(range(32))
+    monkeypatch.setattr(prefix, "PrefixCache", Fp32Cache)
+    monkeypatch.setattr(prefix.PrefixCache, "__call__", Fp32Cache.__call__)
+    kept = losses(run(tmp_path / "kept", *flags))
+    monkeypatch.setattr(prefix, "why_not", lambda *args: "of the test")
+    computed = losses(run(tmp_path / "computed", *flags))
+    assert torch.equal(kept, computed)
+    assert torch.allclose(rounded, computed, rtol=2e-3)
+    assert not torch.equal(rounded, computed)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, npz):
+    """It computes the views anew that the uninterrupted run has kept."""
+    whole = tmp_path / "whole"
+    run(whole, npz, *FLAGS)
+    out = tmp_path / "resumed"
+    run(out, npz, *FLAGS, f"--resume_from={whole}/checkpoints/0000006")
+    assert_same(state(out)["ema"], state(whole)["ema"])
+    assert torch.equal(losses(log(out)), losses(log(whole)))
+
+
+class Views:
+    """What KnownViews asks of a loader.CropDataset: 4 images, 2 views by turns."""
+    def view(self, n):
+        return n // 4 % 2
+
+
+def test_a_view_is_known_after_its_batch():
+    order = BatchOrder(4, 2, 1, 0, 1, 0, 8, seed=0, shuffle=False)
+    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
+    assert known == [False] * 8 + [True] * 8  # two epochs cut the views, two know them
+    order = BatchOrder(4, 8, 1, 0, 1, 0, 2, seed=0, shuffle=False)  # a batch of two epochs
+    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
+    assert known == [False] * 8 + [True] * 8
+    order = BatchOrder(1, 2, 1, 0, 1, 0, 2, seed=0, shuffle=False)
+    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
+    assert known == [False, False, True, True]  # twice in one batch: both are cut
+
+
+@pytest.mark.parametrize("flag, reason", [
+    ("--freeze_backbone_layers=0", "embeddings or the first block are trained"),
+    ("--freeze_backbone_until=3", "embeddings or the first block are trained"),
+    ("--local_crops_number=2", "local and guided crops are not kept"),
+    ("--ibot_loss_weight=1", "masks of ibot_loss_weight"),
+    ("--min_foreground=0.1", "other crops each time")])
+def test_what_cannot_be_kept_is_said_and_trained_all_the_same(tmp_path, npz, capsys, flag, reason):
+    records = run(tmp_path / "run", npz, *FLAGS, "--max_iterations=2", flag)
+    assert reason in capsys.readouterr().out
+    assert torch.isfinite(losses(records)).all()
+
+
+def test_a_cache_larger_than_half_of_the_memory_is_refused(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr(prefix, "memory_gb", lambda device: (0.0, 1e-4))
+    with pytest.raises(prefix.UserError, match="fixed_views=2 of 16 images would keep 0.0 GB"):
+        run(tmp_path / "run", npz, *FLAGS)
