@@ -48,7 +48,8 @@ BOUNDS = dict(
     hidden_size=WIDTH, num_hidden_layers=(1, 1000), num_attention_heads=(1, 1024),
     patch_size=(1, 1024), num_register_tokens=(0, 1024), drop_path_rate=DROP,
     pos_embed_rescale=(0, 100), freeze_backbone_layers=(0, 1000), freeze_backbone_until=COUNT_OR_0,
-    lora_targets=("qv", "all"), lora_r=WIDTH, lora_alpha=SIZE, lora_dropout=DROP,
+    train_last_blocks=(0, 1000), train_only=("all", "attention_output"),
+    lora_r=WIDTH, lora_alpha=SIZE, lora_dropout=DROP,
     # ---- heads ----
     dino_head_out_dim=PROTOTYPES, dino_head_loss_weight=WEIGHT, dino_local_loss_weight=WEIGHT,
     head_hidden_dim=SIZE, head_bottleneck_dim=SIZE, ibot_loss_weight=WEIGHT,

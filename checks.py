@@ -9,7 +9,8 @@ PROTOTYPE_KEYS = ("prototype_loss_weight", "dino_head_out_dim", "dino_head_norm_
                   "head_hidden_dim", "head_bottleneck_dim", "centering", "student_temp",
                   "teacher_temp")
 UNUSED = (
-    ("use_lora", (False,), ("lora_targets", "lora_r", "lora_alpha", "lora_dropout")),
+    ("use_lora", (False,), ("lora_targets", "lora_r", "lora_alpha",
+                            "lora_dropout", "lora_rslora")),
     ("local_crops_number", (0,), ("local_crops_scale",)),
     ("label_guided_crops_number", (0,), ("label_guided_crops_scale", "label_guided_classes")),
     ("dino_head_loss_weight", (0.0,), ("dino_local_loss_weight",)),
@@ -95,6 +96,9 @@ class Checks:
         self.need(config.pos_embed_rescale == 0 or config.pos_embed_rescale >= 1,
                   f"pos_embed_rescale={config.pos_embed_rescale}: positions are scaled by up to "
                   "this, so it is 1 at least, or 0 = off")
+        self.need(config.train_only == "all" or not config.use_lora,
+                  f"train_only={config.train_only!r} with use_lora=true: the weights are frozen; "
+                  "use lora_targets='o_proj', or leave one out")
         warmup, length = config.warmup_iterations, config.max_iterations
         self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
                   f"run ends before the rate reaches lr={config.lr}")
@@ -129,8 +133,12 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     width, patch = network.hidden_size, network.patch_size
     hidden = getattr(network, "intermediate_size", 0) or int(width * network.mlp_ratio)
     trained_blocks = max(0, network.num_hidden_layers - config.freeze_backbone_layers)
+    whole_blocks = 0 if config.use_lora else trained_blocks  # whose weights are trained
+    if config.train_last_blocks > 0:
+        whole_blocks = min(config.train_last_blocks, trained_blocks)
+        trained_blocks = trained_blocks if config.use_lora else whole_blocks
     if config.freeze_backbone_iterations >= config.max_iterations:
-        trained_blocks = 0  # only the heads are ever trained
+        trained_blocks = whole_blocks = 0  # only the heads are ever trained
     block = 4 * width**2 + 2 * width * hidden  # parameters
     embedding = num_channels * patch**2 * width
     backbone = network.num_hidden_layers * block + embedding
@@ -141,7 +149,8 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
         prototypes.append(config.ibot_out_dim)
     h, b = config.head_hidden_dim, config.head_bottleneck_dim
     heads = sum(h * (width + h + b) + b * K for K in prototypes)
-    trained = heads + (0 if config.use_lora else trained_blocks * block)
+    only_output = config.train_only == "attention_output"
+    trained = heads + whole_blocks * (width**2 if only_output else block)
     held = 4 * (backbone + heads + 4 * trained) // n_shares
 
     V, L = config.global_crops_number, config.local_crops_number
@@ -151,6 +160,8 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     for number, side in ((V, config.global_crops_size), (L, config.local_crops_size)):
         n = (side // patch) ** 2 + 1  # tokens
         block = n * (8 * width + 2 * hidden) * half
+        if only_output:  # no input of a frozen Linear
+            block = n * (6 * width + hidden) * half
         if plain_attention:
             block += network.num_attention_heads * n**2 * half
         blocks = max(1, trained_blocks) * block  # the teacher computes one, too

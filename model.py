@@ -135,8 +135,7 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
             if "mask_token" in name:
                 param.requires_grad_(False)
     backbone = add_adapters(backbone, config)
-    if getattr(config, "freeze_backbone_until", 0) == 0:
-        freeze_layers(backbone, config.freeze_backbone_layers)
+    freeze_for_the_run(backbone, config)
     if config.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     return backbone
@@ -149,7 +148,8 @@ def add_adapters(backbone, config):
     thaws = getattr(config, "freeze_backbone_until", 0) > 0
     skip_blocks = 0 if thaws else config.freeze_backbone_layers  # none in blocks that stay frozen
     return add_lora(backbone, config.lora_r, config.lora_alpha, config.lora_dropout,
-                    config.lora_targets, skip_blocks)
+                    config.lora_targets, skip_blocks, getattr(config, "train_last_blocks", 0),
+                    getattr(config, "lora_rslora", False))
 
 
 def check_memory(config, num_channels, device, say):
@@ -195,6 +195,12 @@ def keys_without_effect(config, backbone_config, changed=()):
     """A sentence for every key that was set but has no effect on this model. A size key was set if
     it is among `changed`. Args: as adapted_backbone; backbone_config: of transformers."""
     notes, family = [], backbone_config.model_type
+    first, n = backbone_config.num_hidden_layers - config.train_last_blocks, 0
+    if config.train_last_blocks > 0 and not config.use_lora:
+        n = config.freeze_backbone_layers
+    if 0 < n <= first:
+        notes.append(f"freeze_backbone_layers={n} has no effect: train_last_blocks="
+                     f"{config.train_last_blocks} freezes the first {first} blocks for good")
     for key, what in (("drop_path_rate", "stochastic depth"),
                       ("pos_embed_rescale", "random scale of positions")):
         value = getattr(config, key)
@@ -255,12 +261,16 @@ def run_blocks(backbone, tokens, rope, first=0, last=None):
     return tokens
 
 
+def last_norm(backbone):
+    """The norm behind the last block."""
+    model = core(backbone)
+    return model.norm if backbone.config.model_type == "dinov3_vit" else model.layernorm
+
+
 def final_norm(backbone, tokens):
     """Tokens after the last block -> normalised (cls [B,D], patches [B,P,D]), without registers."""
-    config, model = backbone.config, core(backbone)
-    norm = model.norm if config.model_type == "dinov3_vit" else model.layernorm
-    tokens = norm(tokens)
-    first_patch = 1 + getattr(config, "num_register_tokens", 0)
+    tokens = last_norm(backbone)(tokens)
+    first_patch = 1 + getattr(backbone.config, "num_register_tokens", 0)
     return tokens[:, 0], tokens[:, first_patch:]
 
 
@@ -304,34 +314,93 @@ def freeze_layers(backbone, n):
             block.requires_grad_(False)
 
 
+def freeze_for_the_run(backbone, config):
+    """Freeze what a run's config (a namespace) never trains; the larger freeze counts. Layers that
+    thaw are frozen by optim.build_optimizer."""
+    depth, last = len(blocks(backbone)), config.train_last_blocks
+    check_last_blocks(last, depth)
+    n = 0
+    if getattr(config, "freeze_backbone_until", 0) == 0:
+        n = config.freeze_backbone_layers
+    if last > 0 and not config.use_lora:  # with adapters add_lora chooses
+        core(backbone).embeddings.requires_grad_(False)
+        n = max(n, depth - last)
+    freeze_layers(backbone, n)
+    if config.train_only == "attention_output":
+        train_attention_output(backbone)
+
+
+def check_last_blocks(n, depth):
+    if n > depth:
+        raise UserError(f"train_last_blocks={n}, but the backbone has {depth} blocks")
+
+
+def train_attention_output(backbone):
+    """Freeze everything except the projection behind the attention, weight and bias, of the blocks
+    that are trained: APLA (arXiv 2503.11335)."""
+    for name, param in backbone.named_parameters():
+        if ".attention.o_proj." not in name:
+            param.requires_grad_(False)
+
+
 def add_lora(backbone, r=4, alpha=16, dropout=0.1,
-             targets="qv", skip_blocks=0):
+             targets="qv", skip_blocks=0, whole_blocks=0, rslora=False):
     """Freeze the backbone and add low-rank adapters, W + (alpha / r) B A with B = 0 at the start
     (LoRA, arXiv 2106.09685; paper section 2.2.3). Returns: the peft wrapper.
-    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP;
-    skip_blocks: so many first blocks get no adapters."""
+
+    whole_blocks: so many last blocks, and the final norm, are trained whole and get no adapters:
+    ExPLoRA (arXiv 2406.10973). They stand in modules_to_save of the adapter's config, and an
+    exported adapter holds them; peft's own copies of such modules would double their memory.
+    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP, or
+    names of linear layers, separated by commas; skip_blocks: so many first blocks get no adapters;
+    rslora: scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
     import peft
     layers = blocks(backbone)
-    if skip_blocks >= len(layers):
-        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks}: no block is left "
-                        f"for adapters; freeze fewer than {len(layers)}")
+    depth = len(layers)
+    check_last_blocks(whole_blocks, depth)
+    last = depth - whole_blocks
+    if skip_blocks >= last:
+        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks} and train_last_blocks="
+                        f"{whole_blocks}: of {depth} blocks none is left for adapters; freeze and "
+                        f"train fewer than {depth} together")
     prefix = next(name for name, module in backbone.named_modules() if module is layers)
     linears = {}  # full name: last part of the name
     for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear) and int(name.split(".")[0]) >= skip_blocks:
+        number = int(name.split(".")[0] or -1)  # of its block; the list itself has no name
+        if isinstance(module, nn.Linear) and skip_blocks <= number < last:
             linears[f"{prefix}.{name}"] = name.split(".")[-1]
-    if targets == "qv":
-        present = sorted(set(linears.values()))
-        qv = ("q_proj", "v_proj", "query", "value")  # of transformers 5, of transformers 4
-        linears = {path: name for path, name in linears.items() if name in qv}
-        if not linears:
-            raise UserError("use_lora: no query and value projections among the linear layers "
-                            f"{present}; use lora_targets='all'")
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+    linears = choose_linears(linears, targets)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
                              target_modules=list(linears))
+    norm = last_norm(backbone)
+    norm_name = next(name for name, module in backbone.named_modules() if module is norm)
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(backbone, config)
+        adapted = peft.get_peft_model(backbone, config)
+    if whole_blocks > 0:
+        names = [f"{prefix}.{i}" for i in range(last, depth)]
+        adapted.peft_config["default"].modules_to_save = [*names, norm_name]
+        for module in (*layers[last:], norm):
+            module.requires_grad_(True)
+    return adapted
+
+
+def choose_linears(linears, targets):
+    """Of {path: last part of its name} those that lora_targets asks for. UserError if it asks for
+    a name that is not there."""
+    if targets == "all":
+        return linears
+    present = sorted(set(linears.values()))
+    wanted = [name.strip() for name in targets.split(",")]
+    if targets == "qv":
+        wanted = [name for name in ("q_proj", "v_proj", "query", "value")  # transformers 5, 4
+                  if name in present]
+    missing = [name for name in wanted if name not in present]
+    if missing or not wanted:
+        raise UserError(f"lora_targets={targets!r}: the blocks have no linear layer "
+                        f"{(missing or ['q_proj'])[0]!r}; use qv, all, or names out of "
+                        f"{', '.join(present)}")
+    return {path: name for path, name in linears.items() if name in wanted}
 
 
 def frozen_blocks(backbone):
