@@ -62,6 +62,8 @@ BOUNDS = dict(
     warmup_teacher_temp_iterations=COUNT_OR_0, momentum_teacher=SHARE,
     final_momentum_teacher=SHARE, koleo_loss_weight=WEIGHT, koleo_group_size=(0, 10**6),
     gram_loss_weight=WEIGHT,
+    cls_anchor_loss_weight=WEIGHT, lejepa_loss_weight=WEIGHT, lejepa_sigreg_weight=SHARE,
+    lejepa_out_dim=WIDTH, diet_loss_weight=WEIGHT, diet_label_smoothing=DROP,
     gram_teacher=("ema", "start", "snapshot"), gram_refresh_iterations=COUNT_OR_0,
     gram_crops_size=PIXELS_OR_0,
     # ---- optimizer ----

@@ -247,6 +247,11 @@ def check_fits(state, student, config):
     if from_start and state["iteration"] > 0 and not has_start:
         raise UserError("resume_from: gram_teacher='start', but the checkpoint does not have the "
                         "first weights; use 'ema' or 'snapshot', or start a new run")
+    anchored = config.get("cls_anchor_loss_weight", 0) > 0
+    if anchored and state["iteration"] > 0 and not state.get("start"):
+        raise UserError(f"resume_from: cls_anchor_loss_weight={config['cls_anchor_loss_weight']}, "
+                        "but the checkpoint does not have the first weights; set it to 0, or start "
+                        "a new run")
     def shapes(weights):
         return {name: tuple(value.shape) for name, value in weights.items()}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from checks import step_bytes
+from checks import step_bytes, uses_prototypes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
@@ -118,12 +118,13 @@ def backbone_from_config(config, num_channels):
                           pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
 
 
-def adapted_backbone(config, num_channels, device, say=print, changed=()):
+def adapted_backbone(config, num_channels, device, say=print, changed=(), n_images=0):
     """The backbone that a run trains: released or random weights, with LoRA, with frozen layers.
     Args: config: namespace of a script's keys; device: where it will run; say: gets a text for
-    every key without effect; changed: keys that differ from their default (configurator.override).
+    every key without effect; changed: keys that differ from their default (configurator.override);
+    n_images: of the training set.
     Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
-    check_memory(config, num_channels, device, say)
+    check_memory(config, num_channels, device, say, n_images)
     backbone = backbone_from_config(vars(config), num_channels)
     check_crop_sizes(config, backbone.config.patch_size)
     for note in keys_without_effect(config, backbone.config, changed):
@@ -152,7 +153,7 @@ def add_adapters(backbone, config):
                     getattr(config, "lora_rslora", False))
 
 
-def check_memory(config, num_channels, device, say):
+def check_memory(config, num_channels, device, say, n_images=0):
     """UserError, before anything is allocated, if the device cannot hold the training that a config
     asks for; a warning if it hardly can. Args: as adapted_backbone."""
     if only_shapes():
@@ -162,7 +163,8 @@ def check_memory(config, num_channels, device, say):
     n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
     batch = config.global_batch_size // world_size() // n_micro
     n_shares = world_size() if config.distribution == "fsdp" else 1
-    held, step = step_bytes(config, network, num_channels, batch, n_shares, device.type == "cpu")
+    held, step = step_bytes(config, network, num_channels, batch, n_shares, device.type == "cpu",
+                            n_images)
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     needed, total = n_here * (held + step) / 1e9, memory_gb(device)[1]
     text = (f"training needs at least {needed:.1f} GB on {device}, which has {total:.1f}: per rank "
@@ -482,17 +484,48 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(bottleneck, dim=-1))
 
 
+def lejepa_head(in_dim, out_dim, hidden_dim=2048):
+    """Features [N,D] -> embeddings [N,E] for LeJEPA. The authors have batch norm, this has layer
+    norm: an embedding then depends on its own crop only, on any number of ranks."""
+    layers = []
+    for width in (in_dim, hidden_dim):
+        layers += [nn.Linear(width, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
+
+
+def build_heads(width, config, n_images):
+    """The heads that the losses of train.py's config (a namespace) need, as arguments of Student.
+    n_images: of the training set, one class each for DIET."""
+    heads = {}
+    sizes = dict(hidden_dim=config.head_hidden_dim, bottleneck_dim=config.head_bottleneck_dim,
+                 weight_norm=config.head_weight_norm)
+    if uses_prototypes(config):
+        heads["dino_head"] = DINOHead(width, config.dino_head_out_dim,
+                                      norm_last_layer=config.dino_head_norm_last_layer, **sizes)
+    if config.ibot_loss_weight > 0 and config.ibot_separate_head:
+        heads["ibot_head"] = DINOHead(width, config.ibot_out_dim,
+                                      norm_last_layer=config.ibot_norm_last_layer, **sizes)
+    if config.lejepa_loss_weight > 0:
+        heads["lejepa_head"] = lejepa_head(width, config.lejepa_out_dim, config.head_hidden_dim)
+    if config.diet_loss_weight > 0:
+        heads["diet_head"] = nn.Linear(width, n_images, bias=False)
+    return heads
+
+
 # ---- student and teacher ----
 
 class Student(nn.Module):
     """Backbone and heads in one module with one forward call, so that DDP sees every parameter.
     ibot_head=None: the DINO head serves the masked patches, too (DINOv2's shared head). projectors,
-    for distillation: nn.ModuleDict of 'cls' and 'patches', to the teacher's widths."""
+    for distillation: nn.ModuleDict of 'cls' and 'patches', to the teacher's widths. lejepa_head,
+    diet_head: of build_heads, on the CLS of all crops."""
 
-    def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None):
+    def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None,
+                 lejepa_head=None, diet_head=None):
         super().__init__()
         self.backbone = backbone
         self.dino_head, self.ibot_head, self.projectors = dino_head, ibot_head, projectors
+        self.lejepa_head, self.diet_head = lejepa_head, diet_head
 
     def train(self, mode=True):
         """Train or eval mode. Frozen blocks stay in eval mode: drop path and dropout would only
@@ -506,16 +539,18 @@ class Student(nn.Module):
         return self
 
     def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, shared=None,
-                n_shared_blocks=0):
+                n_shared_blocks=0, plain_crops=None):
         """Features and logits of all crops.
 
         Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None;
         apply_masks: True = the mask token replaces masked patches (student), False = masks only
         choose the patches for the iBOT head (teacher); n_shared_blocks: of shared_blocks; the
-        teacher returns the output of these blocks as 'shared', and the student starts from it.
+        teacher returns the output of these blocks as 'shared', and the student starts from it;
+        plain_crops [B,C,S,S]: without augmentation, for the CLS anchor.
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K]; if asked
         local_cls [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks,
-        shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F].
+        shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F],
+        plain_cls [B,D], embeddings [(V+L)*B,E] of LeJEPA, image_logits [(V+L)*B,N] of DIET.
         """
         if shared is None:
             tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
@@ -527,13 +562,22 @@ class Student(nn.Module):
             out["shared"] = shared
         for name, projector in (self.projectors or {}).items():
             out[f"projected_{name}"] = projector(cls if name == "cls" else patches)
+        if plain_crops is not None:
+            out["plain_cls"], _ = forward_features(self.backbone, plain_crops)
+        heads = self.dino_head, self.lejepa_head, self.diet_head
+        if local_crops is not None and any(heads):
+            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
+        all_cls = torch.cat([cls, out["local_cls"]]) if "local_cls" in out else cls
+        if self.lejepa_head is not None:
+            out["embeddings"] = self.lejepa_head(all_cls)
+        if self.diet_head is not None:
+            out["image_logits"] = self.diet_head(all_cls)
         if self.dino_head is None:
             return out
         # Each head runs once on all of its tokens: to normalise K prototypes costs more than a
         # product. Only masked patches: the logits of all patches, [V*B,P,K], would be gigabytes.
         tokens = dict(global_logits=cls)  # input of the DINO head, by the name of its output
         if local_crops is not None:
-            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
             tokens["local_logits"] = out["local_cls"]
         masked = None if masks is None else patches[masks]  # [M,D]
         if masks is not None and self.ibot_head is None:
