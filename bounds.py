@@ -48,7 +48,8 @@ BOUNDS = dict(
     hidden_size=WIDTH, num_hidden_layers=(1, 1000), num_attention_heads=(1, 1024),
     patch_size=(1, 1024), num_register_tokens=(0, 1024), drop_path_rate=DROP,
     pos_embed_rescale=(0, 100), freeze_backbone_layers=(0, 1000), freeze_backbone_until=COUNT_OR_0,
-    lora_targets=("qv", "all"), lora_r=WIDTH, lora_alpha=SIZE, lora_dropout=DROP,
+    train_last_blocks=(0, 1000), train_only=("all", "attention_output"),
+    lora_r=WIDTH, lora_alpha=SIZE, lora_dropout=DROP,
     # ---- heads ----
     dino_head_out_dim=PROTOTYPES, dino_head_loss_weight=WEIGHT, dino_local_loss_weight=WEIGHT,
     head_hidden_dim=SIZE, head_bottleneck_dim=SIZE, ibot_loss_weight=WEIGHT,
@@ -61,6 +62,8 @@ BOUNDS = dict(
     warmup_teacher_temp_iterations=COUNT_OR_0, momentum_teacher=SHARE,
     final_momentum_teacher=SHARE, koleo_loss_weight=WEIGHT, koleo_group_size=(0, 10**6),
     gram_loss_weight=WEIGHT,
+    cls_anchor_loss_weight=WEIGHT, lejepa_loss_weight=WEIGHT, lejepa_sigreg_weight=SHARE,
+    lejepa_out_dim=WIDTH, diet_loss_weight=WEIGHT, diet_label_smoothing=DROP,
     gram_teacher=("ema", "start", "snapshot"), gram_refresh_iterations=COUNT_OR_0,
     gram_crops_size=PIXELS_OR_0,
     # ---- optimizer ----

@@ -139,12 +139,17 @@ def adapter_card(backbone, size, intensity_range, mean, std, card):
     lora, network = backbone.peft_config["default"], backbone.get_base_model()
     base, channels = lora.base_model_name_or_path, network.config.num_channels
     numbers = card.partition("## Numbers\n\n")[2].partition("\n## ")[0]
+    scale = "alpha / sqrt(rank)" if lora.use_rslora else "alpha / rank"
+    whole = ""
+    if lora.modules_to_save:
+        names = ", ".join(lora.modules_to_save)
+        whole = f"- trained whole, and held by the adapter, too: {names}\n"
     base_model = ""  # the hub refuses a card with another
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not os.path.exists(base):
         base_model = f"base_model: {base}\n"
     return (f"---\nlibrary_name: peft\n{base_model}tags: [dino-mx, lora]\n---\n\n# LoRA adapter\n\n"
-            f"- base: {base or 'random weights'}\n- rank {lora.r}, alpha {lora.lora_alpha}, on "
-            f"{len(lora.target_modules)} linear layers\n"
+            f"- base: {base or 'random weights'}\n- rank {lora.r}, alpha {lora.lora_alpha}, scaled "
+            f"by {scale}, on {len(lora.target_modules)} linear layers\n{whole}"
             f"- patch embedding: {channels} channel(s); the filters of a base with another number "
             f"are averaged over its channels, copied, and multiplied by that number / {channels}\n"
             f"- input: {size} x {size} pixels, intensities {tuple(intensity_range)} to 0..1, then "

@@ -16,6 +16,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from card import adapter_card, edit_json, processor_config, write_text
 from configurator import HERE, UserError
@@ -246,6 +247,11 @@ def check_fits(state, student, config):
     if from_start and state["iteration"] > 0 and not has_start:
         raise UserError("resume_from: gram_teacher='start', but the checkpoint does not have the "
                         "first weights; use 'ema' or 'snapshot', or start a new run")
+    anchored = config.get("cls_anchor_loss_weight", 0) > 0
+    if anchored and state["iteration"] > 0 and not state.get("start"):
+        raise UserError(f"resume_from: cls_anchor_loss_weight={config['cls_anchor_loss_weight']}, "
+                        "but the checkpoint does not have the first weights; set it to 0, or start "
+                        "a new run")
     def shapes(weights):
         return {name: tuple(value.shape) for name, value in weights.items()}
 
@@ -307,19 +313,45 @@ def config_changes(state, config):
 
 def merge_lora(backbone, weights):
     """Turn the state dict of a peft wrapper into that of the model in it, with the adapters merged:
-    W + (alpha / r) B A."""
-    merged = {}
+    W + scaling * B A, where scaling is alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Linear layers of any name, with or without bias. UserError for what this sum does not cover, as
+    DoRA, biases of adapters, several adapters, peft's copies of whole modules, or another kind."""
+    merged, adapters, prefix = {}, {}, "base_model.model."
     for name, value in weights.items():
-        if ".lora_" not in name:
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            merged[name] = value
+        if ".lora_" in name or ".modules_to_save." in name or ".original_module." in name:
+            adapters[name] = value
+        else:
+            merged[name.removeprefix(prefix).replace(".base_layer.", ".")] = value
     for path, module in core(backbone).named_modules():
-        if hasattr(module, "lora_A"):
-            lora = f"base_model.model.{path}.lora"
-            a, b = (weights[f"{lora}_{matrix}.default.weight"] for matrix in "AB")
+        lora = f"{prefix}{path}.lora"
+        names = [f"{lora}_{matrix}.default.weight" for matrix in "AB"]
+        if not adapters.keys() >= set(names) or not hasattr(module, "get_base_layer"):
+            continue
+        if isinstance(module.get_base_layer(), torch.nn.Linear):
+            a, b = (adapters.pop(name) for name in names)
             change = (b @ a) * module.scaling["default"]
             merged[f"{path}.weight"] = merged[f"{path}.weight"] + change
+    kinds = {config.peft_type.value for config in backbone.peft_config.values()}
+    if adapters or kinds != {"LORA"}:
+        what = f"{sorted(adapters)[0]} is" if adapters else f"{', '.join(sorted(kinds))} has"
+        raise UserError(f"{what} more than a product of two matrices for a linear layer: such an "
+                        "adapter is not merged here; use merge_and_unload of peft")
     return merged
+
+
+def save_adapter(folder, backbone, weights):
+    """Write the adapter of a peft wrapper alone, as peft does, and with it the modules that are
+    trained whole (model.add_lora), under the names that peft looks for."""
+    backbone.save_pretrained(folder, state_dict=weights)
+    whole = tuple(f"base_model.model.{name}."
+                  for name in backbone.peft_config["default"].modules_to_save or ())
+    if whole:
+        file = os.path.join(folder, "adapter_model.safetensors")
+        tensors = load_file(file)
+        tensors.update({name: value.contiguous() for name, value in weights.items()
+                        if name.startswith(whole)})
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def resample_positions(positions, grid):
@@ -353,7 +385,7 @@ def export_hf(folder, backbone, size, intensity_range, mean, std, card, weights=
         weights = weights or backbone.state_dict()
         if hasattr(backbone, "peft_config"):
             adapter = os.path.join(temporary, "adapter")
-            backbone.save_pretrained(adapter, state_dict=weights)
+            save_adapter(adapter, backbone, weights)
             text = adapter_card(backbone, size, intensity_range, mean, std, card)
             write_text(os.path.join(adapter, "README.md"), text)
             weights = merge_lora(backbone, weights)

@@ -9,7 +9,8 @@ PROTOTYPE_KEYS = ("prototype_loss_weight", "dino_head_out_dim", "dino_head_norm_
                   "head_hidden_dim", "head_bottleneck_dim", "centering", "student_temp",
                   "teacher_temp")
 UNUSED = (
-    ("use_lora", (False,), ("lora_targets", "lora_r", "lora_alpha", "lora_dropout")),
+    ("use_lora", (False,), ("lora_targets", "lora_r", "lora_alpha",
+                            "lora_dropout", "lora_rslora")),
     ("local_crops_number", (0,), ("local_crops_scale",)),
     ("label_guided_crops_number", (0,), ("label_guided_crops_scale", "label_guided_classes")),
     ("dino_head_loss_weight", (0.0,), ("dino_local_loss_weight",)),
@@ -21,6 +22,8 @@ UNUSED = (
     ("ibot_separate_head", (False,), ("ibot_norm_last_layer",)),
     ("warmup_teacher_temp_iterations", (0,), ("warmup_teacher_temp",)),
     ("koleo_loss_weight", (0.0,), ("koleo_group_size",)),
+    ("lejepa_loss_weight", (0.0,), ("lejepa_sigreg_weight", "lejepa_out_dim")),
+    ("diet_loss_weight", (0.0,), ("diet_label_smoothing",)),
     ("gram_loss_weight", (0.0,), ("gram_teacher", "gram_refresh_iterations", "gram_crops_size")),
     ("clip_grad", (0.0,), ("clip_grad_by",)),
     ("freeze_last_layer", (0,), ("freeze_last_layer_by",)),
@@ -28,6 +31,12 @@ UNUSED = (
     ("objective", ("prototype",), (
         "feature_loss_kind", "feature_whitening", "feature_cls_weight", "feature_patch_weight")),
 )
+
+# Of train.py: they do nothing if no loss compares prototypes
+TEACHER_KEYS = ("dino_head_out_dim", "dino_head_norm_last_layer", "head_bottleneck_dim",
+                "head_weight_norm", "centering", "student_temp", "teacher_temp",
+                "warmup_teacher_temp", "warmup_teacher_temp_iterations", "freeze_last_layer",
+                "freeze_last_layer_by")
 
 # How folders and single files are read; MedMNIST, phantoms and .npz files have none of it
 FILE_KEYS = ("series", "volume_index", "slice_step_mm", "group_level", "max_image_pixels")
@@ -95,6 +104,9 @@ class Checks:
         self.need(config.pos_embed_rescale == 0 or config.pos_embed_rescale >= 1,
                   f"pos_embed_rescale={config.pos_embed_rescale}: positions are scaled by up to "
                   "this, so it is 1 at least, or 0 = off")
+        self.need(config.train_only == "all" or not config.use_lora,
+                  f"train_only={config.train_only!r} with use_lora=true: the weights are frozen; "
+                  "use lora_targets='o_proj', or leave one out")
         warmup, length = config.warmup_iterations, config.max_iterations
         self.note(warmup >= length, f"warmup_iterations={warmup} of max_iterations={length}: the "
                   f"run ends before the rate reaches lr={config.lr}")
@@ -111,17 +123,31 @@ def unused(config, key):
     for switch, values, keys in UNUSED:
         if key in keys and getattr(config, switch, None) in values:
             return f"{switch}={getattr(config, switch)!r}"
+    if not uses_prototypes(config):
+        if key in TEACHER_KEYS or (key == "head_hidden_dim" and config.lejepa_loss_weight == 0):
+            return "no loss uses prototypes"
+        if key == "local_crops_number" and config.lejepa_loss_weight == config.diet_loss_weight == 0:
+            return "no loss uses local crops"
     return ""
 
 
-def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention=False):
+def uses_prototypes(config):
+    """True if a loss compares distributions over prototypes, which a teacher has to give. config:
+    namespace of train.py's keys; distill.py has a switch of its own, so there it is True."""
+    keys = ("dino_head_loss_weight", "ibot_loss_weight", "label_guided_loss_weight")
+    return any(getattr(config, key, 1) > 0 for key in keys)
+
+
+def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention=False,
+               n_images=0):
     """(held, step): bytes of memory that training needs at least on one rank, computed.
 
     held: weights, and of every trained parameter the gradient, AdamW's two moments and the EMA,
     all fp32. step: the crops, what the blocks keep for the backward, and the logits.
     Args: config: namespace of train.py's or distill.py's keys; network: the backbone's transformers
     config; batch: images of a micro-batch; n_shares: ranks that share the weights (FSDP);
-    plain_attention: True if a block keeps the matrix of all pairs of tokens, as on a CPU.
+    plain_attention: True if a block keeps the matrix of all pairs of tokens, as on a CPU; n_images:
+    of the training set, classes of DIET.
     """
     def get(key, default=0):
         return getattr(config, key, default)
@@ -129,19 +155,28 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     width, patch = network.hidden_size, network.patch_size
     hidden = getattr(network, "intermediate_size", 0) or int(width * network.mlp_ratio)
     trained_blocks = max(0, network.num_hidden_layers - config.freeze_backbone_layers)
+    whole_blocks = 0 if config.use_lora else trained_blocks  # whose weights are trained
+    if config.train_last_blocks > 0:
+        whole_blocks = min(config.train_last_blocks, trained_blocks)
+        trained_blocks = trained_blocks if config.use_lora else whole_blocks
     if config.freeze_backbone_iterations >= config.max_iterations:
-        trained_blocks = 0  # only the heads are ever trained
+        trained_blocks = whole_blocks = 0  # only the heads are ever trained
     block = 4 * width**2 + 2 * width * hidden  # parameters
     embedding = num_channels * patch**2 * width
     backbone = network.num_hidden_layers * block + embedding
     prototypes = []  # K of each head
-    if get("objective") != "feature":
+    if get("objective") != "feature" and uses_prototypes(config):
         prototypes.append(config.dino_head_out_dim)
     if get("ibot_loss_weight") > 0 and config.ibot_separate_head:
         prototypes.append(config.ibot_out_dim)
     h, b = config.head_hidden_dim, config.head_bottleneck_dim
     heads = sum(h * (width + h + b) + b * K for K in prototypes)
-    trained = heads + (0 if config.use_lora else trained_blocks * block)
+    if get("lejepa_loss_weight") > 0:
+        heads += h * (width + h + config.lejepa_out_dim)
+    if get("diet_loss_weight") > 0:
+        heads += width * n_images
+    only_output = config.train_only == "attention_output"
+    trained = heads + whole_blocks * (width**2 if only_output else block)
     held = 4 * (backbone + heads + 4 * trained) // n_shares
 
     V, L = config.global_crops_number, config.local_crops_number
@@ -151,12 +186,20 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     for number, side in ((V, config.global_crops_size), (L, config.local_crops_size)):
         n = (side // patch) ** 2 + 1  # tokens
         block = n * (8 * width + 2 * hidden) * half
+        if only_output:  # no input of a frozen Linear
+            block = n * (6 * width + hidden) * half
         if plain_attention:
             block += network.num_attention_heads * n**2 * half
         blocks = max(1, trained_blocks) * block  # the teacher computes one, too
         if config.activation_checkpointing:
             blocks = trained_blocks * n * width * half + block
         step += number * batch * (blocks + 4 * num_channels * side**2)
+    if get("cls_anchor_loss_weight") > 0:
+        step += 4 * batch * num_channels * config.global_crops_size**2
+    if get("lejepa_loss_weight") > 0:  # cosines and sines of SIGReg: 256 directions, 17 points
+        step += 2 * 4 * (V + L) * batch * 256 * 17
+    if get("diet_loss_weight") > 0:  # logits and their gradient
+        step += 2 * 4 * (V + L) * batch * n_images
     masked = 0
     if get("gram_loss_weight") > 0:  # pixels of the anchor's crops
         step += 4 * V * batch * num_channels * config.gram_crops_size**2

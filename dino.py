@@ -1,4 +1,5 @@
-"""One training step of DINO, DINOv2 and DINOv3. This file and losses.py hold the whole method.
+"""One training step of DINO, DINOv2 and DINOv3, and of LeJEPA and DIET, which need no teacher. This
+file and losses.py hold the whole method.
 
     schedules         the values of an iteration: learning rate, weight decay, temperature, momentum
     augment_batch     step 1  crops as the loader cut them -> crops as the networks see them
@@ -14,9 +15,11 @@ from types import SimpleNamespace
 
 import torch
 
+from checks import uses_prototypes
 from distributed import no_sync, unwrap
-from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp,
-                    softmax_center, sum_rows)
+from losses import (cls_anchor_loss, diet_loss, dino_loss, gram_loss, ibot_loss, koleo_loss,
+                    lejepa_prediction_loss, move_center, random_directions, sigreg_loss,
+                    sinkhorn_knopp, softmax_center, sum_rows)
 from model import forward_features
 from optim import clip_gradients, cosine_schedule, linear_schedule, warmup_factor
 
@@ -54,11 +57,13 @@ def augment_batch(batch, photometrics, config, device):
     The first global crop of an image is blurred more often than the others (DINO).
     Returns dict: global [V*B,C,S,S]; local [L*B,C,s,s] or None; guided [G*B,C,s,s] or None, the
     last local crops, if the teacher sees them too; masks [V*B,P] bool or None, True = masked;
-    gram [V*B,C,g,g] or None, larger crops for the Gram anchor; shared: None (prefix.py). Crops are
-    those of the batch's fresh samples; without any global is None.
+    gram [V*B,C,g,g] or None, larger crops for the Gram anchor; plain [B,C,S,S] or None, the first
+    global crops without augmentation, for the CLS anchor; index [B], numbers of the images; shared:
+    None, see prefix.py. The crops are those of the batch's fresh samples; if there are none, global
+    is None.
     """
-    crops = dict(local=None, guided=None, masks=None, gram=None, shared=None)
-    crops["global"] = None
+    crops = dict(local=None, guided=None, masks=None, gram=None, plain=None, shared=None)
+    crops["global"], crops["index"] = None, torch.tensor(batch["index"], device=device)
     if "global_crops" not in batch:
         return crops
     native, seeds = batch["global_crops"].to(device, non_blocking=True), batch["global_seeds"]
@@ -75,6 +80,8 @@ def augment_batch(batch, photometrics, config, device):
         crops["masks"] = batch["masks"].to(device, non_blocking=True)
     if "gram_crops" in batch:
         crops["gram"] = photometrics.plain(batch["gram_crops"].to(device))
+    if config.cls_anchor_loss_weight > 0:
+        crops["plain"] = photometrics.plain(batch["global_crops"][:B].to(device))
     return crops
 
 
@@ -105,11 +112,47 @@ def make_targets(teacher_out, centers, teacher_temp, config):
     return targets
 
 
+def anchor_targets(state, crops, gram_patches, shared, config, autocast, lap=lambda part: None):
+    """What the student has to stay near: dict of patches for the Gram loss, start_cls [B,D] for the
+    CLS anchor. gram_patches [V*B,P,D]: of the teacher, None if it did not run; shared: what frozen
+    blocks made of the global crops, or None."""
+    targets = dict(patches=gram_patches)
+    other_crops = crops["gram"] is not None
+    if config.gram_loss_weight > 0 and (state.anchor or other_crops or gram_patches is None):
+        gram_crops = crops["gram"] if other_crops else crops["global"]
+        shared = None if other_crops else shared
+        with (state.anchor or state.ema).teacher_weights(state.student) as anchor, autocast():
+            _, targets["patches"] = forward_features(anchor.backbone, gram_crops, shared=shared)
+        lap("Gram anchor")
+    if config.cls_anchor_loss_weight > 0:
+        with state.start.teacher_weights(state.student) as start, autocast():
+            targets["start_cls"], _ = forward_features(start.backbone, crops["plain"])
+        lap("CLS anchor")
+    return targets
+
+
+def loss_weights(config):
+    """{name of a term: its weight}, in the order of the sum. With prototypes the first six are always
+    there, for the paper's log line; all others only if their weight is above 0."""
+    dino, lejepa, share = (config.dino_head_loss_weight, config.lejepa_loss_weight,
+                           config.lejepa_sigreg_weight)
+    weights = dict(dino_local_loss=dino * config.dino_local_loss_weight, dino_global_loss=dino,
+                   ibot_loss=config.ibot_loss_weight, koleo_loss=config.koleo_loss_weight,
+                   gram_loss=config.gram_loss_weight,
+                   label_guided_loss=config.label_guided_loss_weight)
+    n_always = len(weights) if uses_prototypes(config) else 0
+    weights.update(cls_anchor_loss=config.cls_anchor_loss_weight,
+                   lejepa_prediction_loss=lejepa * (1 - share), sigreg_loss=lejepa * share,
+                   diet_loss=config.diet_loss_weight)
+    always = list(weights)[:n_always]
+    return {name: weight for name, weight in weights.items() if weight > 0 or name in always}
+
+
 def compute_losses(student_out, targets, masks, teacher_patches, config):
     """(total, terms): the weighted sum of all loss terms, and {name: scalar} of every term.
 
-    To add a loss: add its weight to train.py's config block, its term here, and a word to
-    train.log_line. Everything else (log.jsonl, curves, bench.py) follows the names in `terms`.
+    To add a loss: add its weight to train.py's config block and to loss_weights, its term here, and
+    a word to train.log_line. Everything else (log.jsonl, curves, bench.py) follows the names in `terms`.
 
     The DINO loss is the mean over all pairs of a teacher crop and another student crop. Two terms
     show it: V * (V - 1) pairs have a global student crop, V * L a local one. Each term is the mean
@@ -123,25 +166,20 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
     """
     V, G = config.global_crops_number, config.label_guided_crops_number
     temp, size = config.student_temp, config.koleo_group_size
-    global_logits = student_out["global_logits"].unflatten(0, (V, -1))  # [V,B,K]
-    L = len(student_out.get("local_logits", ())) // global_logits.shape[1]
-    n_global, n_local = V * (V - 1), V * L  # numbers of pairs
+    weights = loss_weights(config)
+    zero = next(iter(student_out.values())).new_zeros((), dtype=torch.float32)
+    terms = dict.fromkeys(weights, zero)
 
-    weights = dict(  # one entry per term, in the order of the sum
-        dino_local_loss=config.dino_head_loss_weight * config.dino_local_loss_weight,
-        dino_global_loss=config.dino_head_loss_weight,
-        ibot_loss=config.ibot_loss_weight,
-        koleo_loss=config.koleo_loss_weight,
-        gram_loss=config.gram_loss_weight,
-        label_guided_loss=config.label_guided_loss_weight)
-    terms = dict.fromkeys(weights, global_logits.new_zeros((), dtype=torch.float32))
-
-    pairs = dino_loss(global_logits, targets["dino"], temp)  # [V,B,K] against [V,B,K]
-    terms["dino_global_loss"] = n_global / (n_global + n_local) * pairs
-    if L > 0:
-        local_logits = student_out["local_logits"].unflatten(0, (L, -1))  # [L,B,K], guided last
-        pairs = dino_loss(local_logits, targets["dino"], temp, ignore_diagonal=False)
-        terms["dino_local_loss"] = n_local / (n_global + n_local) * pairs
+    if uses_prototypes(config):
+        global_logits = student_out["global_logits"].unflatten(0, (V, -1))  # [V,B,K]
+        L = len(student_out.get("local_logits", ())) // global_logits.shape[1]
+        n_global, n_local = V * (V - 1), V * L  # numbers of pairs
+        pairs = dino_loss(global_logits, targets["dino"], temp)  # [V,B,K] against [V,B,K]
+        terms["dino_global_loss"] = n_global / (n_global + n_local) * pairs
+        if L > 0:
+            local_logits = student_out["local_logits"].unflatten(0, (L, -1))  # guided ones last
+            pairs = dino_loss(local_logits, targets["dino"], temp, ignore_diagonal=False)
+            terms["dino_local_loss"] = n_local / (n_global + n_local) * pairs
     if config.ibot_loss_weight > 0:
         terms["ibot_loss"] = ibot_loss(student_out["masked_logits"], targets["ibot"], masks, temp)
     if config.koleo_loss_weight > 0:  # before the head; per view: views of one image may be close
@@ -154,6 +192,17 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
         terms["label_guided_loss"] = dino_loss(global_logits, guided, temp, ignore_diagonal=False)
         if G > 1:
             terms["label_guided_loss"] += dino_loss(local_logits[-G:], guided, temp)
+    if "cls_anchor_loss" in weights:
+        terms["cls_anchor_loss"] = cls_anchor_loss(student_out["plain_cls"], targets["start_cls"])
+    if config.lejepa_loss_weight > 0:
+        embeddings = student_out["embeddings"].unflatten(0, (-1, len(targets["index"])))  # [S,B,E]
+        if "lejepa_prediction_loss" in weights:
+            terms["lejepa_prediction_loss"] = lejepa_prediction_loss(embeddings, V)
+        if "sigreg_loss" in weights:
+            terms["sigreg_loss"] = sigreg_loss(embeddings, targets["directions"])
+    if "diet_loss" in weights:
+        logits = student_out["image_logits"].unflatten(0, (-1, len(targets["index"])))  # [S,B,N]
+        terms["diet_loss"] = diet_loss(logits, targets["index"], config.diet_label_smoothing)
     return sum(weights[name] * term for name, term in terms.items()), terms
 
 
@@ -166,43 +215,48 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
     lap: bench.py's clock, called with the name of each part as the part ends.
     Returns: terms, {name: scalar} without gradients and divided by n_micro, with 'loss' the total;
     row_sums, of the teacher's logits, for the centers; teacher_view, dict of the teacher's
-    global_cls [V*B,D] and its targets [V*B,K], for metrics.monitor.
+    global_cls [V*B,D] and its targets [V*B,K], for metrics.monitor; without prototypes there is no
+    teacher, and it is the student's global_cls and None.
     """
-    # Step 2. The teacher sees the global crops without masks, and the guided crops if asked
-    with state.ema.teacher_weights(state.student) as teacher, autocast():
-        teacher_out = teacher(crops["global"], crops["guided"], crops["masks"], apply_masks=False,
-                              shared=crops["shared"], n_shared_blocks=state.n_shared_blocks)
-    lap("teacher")
-    targets = make_targets(teacher_out, state.centers, teacher_temp, config)
-    row_sums = {}
-    if config.centering == "centering":
-        for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
-            if key in teacher_out:
-                row_sums[name] = sum_rows(teacher_out[key])
-    lap("losses")
-    gram_patches = teacher_out["patches"]
-    shared = teacher_out.get("shared")  # what frozen blocks compute of the global crops
-    if state.anchor or crops["gram"] is not None:  # the Gram anchor: patch tokens only, no heads
-        gram_crops, shared_gram = crops["gram"], None
-        if gram_crops is None:
-            gram_crops, shared_gram = crops["global"], shared
-        with (state.anchor or state.ema).teacher_weights(state.student) as anchor, autocast():
-            _, gram_patches = forward_features(anchor.backbone, gram_crops, shared=shared_gram)
-        lap("Gram anchor")
+    # Step 2. The teacher sees the global crops without masks, and the guided crops if asked. It
+    # runs only if there is something to predict: without prototypes the student is compared with
+    # itself (LeJEPA) or told which image it sees (DIET)
+    teacher_out, targets, row_sums = {}, {}, {}
+    if uses_prototypes(config):
+        with state.ema.teacher_weights(state.student) as teacher, autocast():
+            teacher_out = teacher(crops["global"], crops["guided"], crops["masks"],
+                                  apply_masks=False, shared=crops["shared"],
+                                  n_shared_blocks=state.n_shared_blocks)
+        lap("teacher")
+        targets = make_targets(teacher_out, state.centers, teacher_temp, config)
+        if config.centering == "centering":
+            for name, key in (("dino", "global_logits"), ("ibot", "masked_logits")):
+                if key in teacher_out:
+                    row_sums[name] = sum_rows(teacher_out[key])
+        lap("losses")
+    shared = crops["shared"] or teacher_out.get("shared")  # what frozen blocks made of them
+    targets |= anchor_targets(state, crops, teacher_out.get("patches"), shared, config, autocast,
+                              lap)
+    if config.lejepa_loss_weight > 0:
+        directions = random_directions(config.lejepa_out_dim, config.seed, state.iteration)
+        targets["directions"] = directions.to(crops["index"].device)
+    targets["index"] = crops.get("index")
 
     # Step 3. The student sees all crops, masked where iBOT asks
     with autocast():
         student_out = state.student(crops["global"], crops["local"], crops["masks"],
-                                    shared=shared)
+                                    shared=shared, plain_crops=crops.get("plain"))
     lap("student forward")
-    total, terms = compute_losses(student_out, targets, crops["masks"], gram_patches, config)
+    total, terms = compute_losses(student_out, targets, crops["masks"], targets["patches"], config)
     lap("losses")
     with no_sync(state.student, last):
         state.scaler.scale(total / n_micro).backward()
     lap("backward")
     terms["loss"] = total
     terms = {name: term.detach() / n_micro for name, term in terms.items()}
-    teacher_view = dict(cls=teacher_out["global_cls"], probs=targets["dino"].flatten(0, 1))
+    teacher_view = dict(cls=student_out["global_cls"].detach(), probs=None)
+    if teacher_out:
+        teacher_view = dict(cls=teacher_out["global_cls"], probs=targets["dino"].flatten(0, 1))
     return terms, row_sums, teacher_view
 
 

@@ -89,10 +89,13 @@ num_register_tokens = 4          # from scratch: dinov2_with_registers and dinov
 drop_path_rate = 0.0             # stochastic depth of the student; not in family vit; DINOv2: 0.3
 pos_embed_rescale = 0.0          # DINOv3: scale positions at random, up to this (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper 2.2.1)
+train_last_blocks = 0            # train the last N blocks and the final norm only; 0 = all blocks
+train_only = 'all'               # 'all' | 'attention_output' = projections after attention (APLA)
 use_lora = False                 # train low-rank adapters, not the weights (paper section 2.2.3)
-lora_targets = 'qv'              # 'qv' = query and value projections (paper) | 'all' = MLP, too
+lora_targets = 'qv'              # 'qv' (paper) | 'all' = MLP, too | names like 'q_proj,fc1'
 lora_r = 4                       # rank of the adapters
 lora_alpha = 16                  # adapters are scaled by alpha / r
+lora_rslora = False              # scale them by alpha / sqrt(r), which suits high ranks
 lora_dropout = 0.1               # dropout on the adapters' input
 
 # ---- objective ----

@@ -160,6 +160,24 @@ class GatherRows(torch.autograd.Function):
         return grad.chunk(world_size())[rank()] * world_size()
 
 
+def add_over_ranks(x):
+    """Sum of a tensor over the ranks, with a gradient; the tensor itself when alone. Every rank
+    computes the same scalar of the result. The gradient is multiplied as in gather_rows."""
+    return AddOverRanks.apply(x) if dist.is_initialized() else x
+
+
+class AddOverRanks(torch.autograd.Function):
+    """See add_over_ranks. Backward sends no message."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * world_size()
+
+
 def gather_objects(item):
     """[item of rank 0, item of rank 1, ...] on every rank, for small python objects such as names
     of bad files."""

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment import foreground_share, sample_masks
+from checks import uses_prototypes
 from configurator import UserError
 from data import READING, describe_source, error_text, load_dataset, n_shared_groups
 from distributed import (item_bytes, loader_workers, main_first, rank, workers_that_fit,
@@ -106,11 +107,13 @@ def within_micro_batch(config, n_images):
     ranks, as 'A and B'; '' if there are none."""
     losses = []
     uses_targets = getattr(config, "objective", "") != "feature"  # distill.py has objectives
-    if config.centering == "sinkhorn_knopp" and uses_targets:
+    if config.centering == "sinkhorn_knopp" and uses_targets and uses_prototypes(config):
         losses.append("Sinkhorn-Knopp")
     in_groups = 0 < getattr(config, "koleo_group_size", 0) <= n_images
     if getattr(config, "koleo_loss_weight", 0) > 0 and not in_groups:
         losses.append("KoLeo")
+    if getattr(config, "lejepa_loss_weight", 0) > 0:
+        losses.append("SIGReg")
     return " and ".join(losses)
 
 

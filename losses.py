@@ -6,11 +6,13 @@ statistic of the batch is taken over all ranks, so one process with B images and
 the same numbers. Shape letters are those of model.py: B images, S student crops, T teacher crops,
 K prototypes, M masked patches, P patches, D width.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from distributed import all_reduce_max, all_reduce_sum, gather_rows
+from distributed import (add_over_ranks, all_reduce_max, all_reduce_sum, gather_rows,
+                         world_size)
 
 
 # ---- teacher logits -> targets ----
@@ -279,6 +281,96 @@ def gram_loss(student_patches, teacher_patches, remove_neg=False, remove_only_te
     if remove_neg or remove_only_teacher_neg:
         teacher = teacher.clamp_min(0)
     return F.mse_loss(student, teacher)
+
+
+def cls_anchor_loss(student_cls, start_cls):
+    """Keep the CLS features near those of the network that training started from.
+
+        mean over b of 1 - <s_b, t_b> / (|s_b| |t_b|)
+
+    The Gram anchor keeps similarities and leaves the features free to turn; this one keeps the
+    directions themselves. Both networks see the same crops, without augmentation, so the loss is 0
+    at the start (with drop path, nearly).
+    Args: student_cls [B,D]; start_cls [B,D], computed without gradient.
+    Returns: scalar fp32, from 0 to 2.
+    """
+    return 1 - F.cosine_similarity(student_cls.float(), start_cls.float(), dim=-1).mean()
+
+
+# ---- losses without prototypes and without a teacher ----
+
+def diet_loss(logits, index, label_smoothing=0.8):
+    """Every training image is a class of its own, and every crop has to be told to its image: DIET
+    (arXiv 2302.10260) section 3; DIET-CP (arXiv 2509.06990) for small sets and released weights.
+
+        for s in range(S):
+            for b in range(B):
+                log_probs = log_softmax(logits[s,b])
+                total += -(1 - smoothing) * log_probs[index[b]]
+                total += -smoothing / N * sum_n log_probs[n]
+        return total / (S * B)
+
+    Args: logits [S,B,N] of a linear layer on CLS, N training images; index [B] int64, which image a
+    column is; label_smoothing in [0, 1), DIET: 0.8.
+    Returns: scalar fp32; ln N for a uniform prediction, whatever the smoothing.
+    """
+    target = index.expand(len(logits), -1).flatten()  # [S*B]
+    return F.cross_entropy(logits.flatten(0, 1).float(), target, label_smoothing=label_smoothing)
+
+
+def lejepa_prediction_loss(embeddings, n_global):
+    """Every crop predicts the mean embedding of its image's global crops: LeJEPA (arXiv 2511.08544)
+    section 5, without a predictor and without a stopped gradient.
+
+        mean over s, b, e of (embeddings[s,b,e] - mean over v < n_global of embeddings[v,b,e]) ** 2
+
+    Args: embeddings [S,B,E] of all crops, the global ones first. Returns: scalar fp32.
+    """
+    embeddings = embeddings.float()
+    center = embeddings[:n_global].mean(dim=0)  # [B,E]
+    return (embeddings - center).square().mean()
+
+
+def sigreg_loss(embeddings, directions, t_max=3.0, n_points=17):
+    """Sketched isotropic Gaussian regularisation: LeJEPA (arXiv 2511.08544) section 4. It pushes
+    the embeddings towards a Gaussian of mean 0 and covariance 1, so they can neither collapse to a
+    point nor to a subspace.
+
+    In every direction a the Epps-Pulley statistic compares the characteristic function of the
+    projections with that of the standard normal. N images, per crop s:
+
+        x_n = <embeddings[s,n], a>
+        phi(t) = mean over n of exp(i t x_n)
+        T = N * integral over -t_max < t < t_max of |phi(t) - exp(-t^2 / 2)|^2 * exp(-t^2 / 2)
+
+    The loss is the mean of T over directions and crops. The integrand is even, so the trapezoid
+    rule runs over n_points from 0 to t_max and counts twice, as in the authors' minimal code. N
+    counts the images of all ranks, and so does the mean.
+    Args: embeddings [S,B,E], B images of this rank; directions [E,A] of random_directions.
+    Returns: scalar fp32, equal on all ranks; about 0.6 for a Gaussian, and it grows with N for all
+    else.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = embeddings.float() @ directions  # [S,B,A]
+        n_images = x.shape[1] * world_size()
+        t = torch.linspace(0, t_max, n_points, device=x.device)  # [T]
+        normal = torch.exp(-t.square() / 2)
+        steps = torch.full_like(t, 2 * t_max / (n_points - 1))
+        steps[[0, -1]] /= 2
+        angles = x[..., None] * t  # [S,B,A,T]
+        sums = torch.stack([angles.cos().sum(dim=1), angles.sin().sum(dim=1)])  # [2,S,A,T]
+        real, imaginary = add_over_ranks(sums) / n_images
+        distance = (real - normal).square() + imaginary.square()
+        return n_images * (distance @ (steps * normal)).mean()
+
+
+def random_directions(width, seed, iteration, number=256):
+    """Unit vectors [width,number] on the CPU for sigreg_loss: others in every iteration, the same
+    on all ranks. number: as in the authors' minimal code."""
+    sequence = np.random.SeedSequence((seed, 7, iteration))  # stream 7 of the seed
+    generator = np.random.default_rng(sequence)
+    directions = torch.from_numpy(generator.standard_normal((width, number), dtype=np.float32))
+    return F.normalize(directions, dim=0)
 
 
 # ---- distillation from a network of another kind ----

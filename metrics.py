@@ -380,15 +380,18 @@ def rankme(features, eps=1e-7):
 
 
 @torch.no_grad()
-def monitor(teacher_cls, teacher_probs):
+def monitor(teacher_cls, teacher_probs=None):
     """Health of a run, from one batch.
 
-    Args: teacher_cls [N,D]; teacher_probs [N,K], the DINO targets.
+    Args: teacher_cls [N,D]; teacher_probs [N,K], the DINO targets. Without prototypes there are
+    none, and the CLS features are the student's: then only rankme is measured.
     Returns: dict of floats.
     teacher_entropy: mean entropy of the targets over all ranks, from 0 (one-hot) to ln K (uniform).
     prototype_use: exp of the entropy of the mean target over all ranks, as a share of K.
     rankme: of the CLS features of this rank.
     """
+    if teacher_probs is None:
+        return dict(rankme=rankme(teacher_cls))
     logs = teacher_probs.clamp_min(1e-12).log()
     entropy = -(teacher_probs * logs).sum(dim=1).mean()
     mean = all_reduce_mean(teacher_probs.mean(dim=0))  # [K]
@@ -401,12 +404,15 @@ def monitor(teacher_cls, teacher_probs):
 def diagnose(record, n_prototypes, early):
     """A sentence of advice if the numbers of a log record show a known failure, else ''.
 
-    early: the run has just begun, and a loss of ln K is not yet a failure.
+    early: the run has just begun, and a loss of ln K is not yet a failure. A record without
+    prototype_use is that of a run without prototypes.
     """
     ln_k = math.log(n_prototypes)
     if record["rankme"] < 1.5:
         return ("COLLAPSED: all images get the same feature (RankMe near 1). Try "
                 "koleo_loss_weight=0.1, a larger batch, a lower lr, or the other centering.")
+    if "prototype_use" not in record:
+        return ""
     if record["prototype_use"] * n_prototypes < 1.5:
         return ("COLLAPSED: one prototype takes all images. Try sinkhorn_knopp, a higher "
                 "teacher_temp, or a lower lr.")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from checks import step_bytes
+from checks import step_bytes, uses_prototypes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
@@ -118,12 +118,13 @@ def backbone_from_config(config, num_channels):
                           pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
 
 
-def adapted_backbone(config, num_channels, device, say=print, changed=()):
+def adapted_backbone(config, num_channels, device, say=print, changed=(), n_images=0):
     """The backbone that a run trains: released or random weights, with LoRA, with frozen layers.
     Args: config: namespace of a script's keys; device: where it will run; say: gets a text for
-    every key without effect; changed: keys that differ from their default (configurator.override).
+    every key without effect; changed: keys that differ from their default (configurator.override);
+    n_images: of the training set.
     Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
-    check_memory(config, num_channels, device, say)
+    check_memory(config, num_channels, device, say, n_images)
     backbone = backbone_from_config(vars(config), num_channels)
     check_crop_sizes(config, backbone.config.patch_size)
     for note in keys_without_effect(config, backbone.config, changed):
@@ -135,8 +136,7 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
             if "mask_token" in name:
                 param.requires_grad_(False)
     backbone = add_adapters(backbone, config)
-    if getattr(config, "freeze_backbone_until", 0) == 0:
-        freeze_layers(backbone, config.freeze_backbone_layers)
+    freeze_for_the_run(backbone, config)
     if config.activation_checkpointing:
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     return backbone
@@ -149,10 +149,11 @@ def add_adapters(backbone, config):
     thaws = getattr(config, "freeze_backbone_until", 0) > 0
     skip_blocks = 0 if thaws else config.freeze_backbone_layers  # none in blocks that stay frozen
     return add_lora(backbone, config.lora_r, config.lora_alpha, config.lora_dropout,
-                    config.lora_targets, skip_blocks)
+                    config.lora_targets, skip_blocks, getattr(config, "train_last_blocks", 0),
+                    getattr(config, "lora_rslora", False))
 
 
-def check_memory(config, num_channels, device, say):
+def check_memory(config, num_channels, device, say, n_images=0):
     """UserError, before anything is allocated, if the device cannot hold the training that a config
     asks for; a warning if it hardly can. Args: as adapted_backbone."""
     if only_shapes():
@@ -162,7 +163,8 @@ def check_memory(config, num_channels, device, say):
     n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
     batch = config.global_batch_size // world_size() // n_micro
     n_shares = world_size() if config.distribution == "fsdp" else 1
-    held, step = step_bytes(config, network, num_channels, batch, n_shares, device.type == "cpu")
+    held, step = step_bytes(config, network, num_channels, batch, n_shares, device.type == "cpu",
+                            n_images)
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     needed, total = n_here * (held + step) / 1e9, memory_gb(device)[1]
     text = (f"training needs at least {needed:.1f} GB on {device}, which has {total:.1f}: per rank "
@@ -195,6 +197,12 @@ def keys_without_effect(config, backbone_config, changed=()):
     """A sentence for every key that was set but has no effect on this model. A size key was set if
     it is among `changed`. Args: as adapted_backbone; backbone_config: of transformers."""
     notes, family = [], backbone_config.model_type
+    first, n = backbone_config.num_hidden_layers - config.train_last_blocks, 0
+    if config.train_last_blocks > 0 and not config.use_lora:
+        n = config.freeze_backbone_layers
+    if 0 < n <= first:
+        notes.append(f"freeze_backbone_layers={n} has no effect: train_last_blocks="
+                     f"{config.train_last_blocks} freezes the first {first} blocks for good")
     for key, what in (("drop_path_rate", "stochastic depth"),
                       ("pos_embed_rescale", "random scale of positions")):
         value = getattr(config, key)
@@ -255,12 +263,16 @@ def run_blocks(backbone, tokens, rope, first=0, last=None):
     return tokens
 
 
+def last_norm(backbone):
+    """The norm behind the last block."""
+    model = core(backbone)
+    return model.norm if backbone.config.model_type == "dinov3_vit" else model.layernorm
+
+
 def final_norm(backbone, tokens):
     """Tokens after the last block -> normalised (cls [B,D], patches [B,P,D]), without registers."""
-    config, model = backbone.config, core(backbone)
-    norm = model.norm if config.model_type == "dinov3_vit" else model.layernorm
-    tokens = norm(tokens)
-    first_patch = 1 + getattr(config, "num_register_tokens", 0)
+    tokens = last_norm(backbone)(tokens)
+    first_patch = 1 + getattr(backbone.config, "num_register_tokens", 0)
     return tokens[:, 0], tokens[:, first_patch:]
 
 
@@ -306,34 +318,93 @@ def freeze_layers(backbone, n):
             block.requires_grad_(False)
 
 
+def freeze_for_the_run(backbone, config):
+    """Freeze what a run's config (a namespace) never trains; the larger freeze counts. Layers that
+    thaw are frozen by optim.build_optimizer."""
+    depth, last = len(blocks(backbone)), config.train_last_blocks
+    check_last_blocks(last, depth)
+    n = 0
+    if getattr(config, "freeze_backbone_until", 0) == 0:
+        n = config.freeze_backbone_layers
+    if last > 0 and not config.use_lora:  # with adapters add_lora chooses
+        core(backbone).embeddings.requires_grad_(False)
+        n = max(n, depth - last)
+    freeze_layers(backbone, n)
+    if config.train_only == "attention_output":
+        train_attention_output(backbone)
+
+
+def check_last_blocks(n, depth):
+    if n > depth:
+        raise UserError(f"train_last_blocks={n}, but the backbone has {depth} blocks")
+
+
+def train_attention_output(backbone):
+    """Freeze everything except the projection behind the attention, weight and bias, of the blocks
+    that are trained: APLA (arXiv 2503.11335)."""
+    for name, param in backbone.named_parameters():
+        if ".attention.o_proj." not in name:
+            param.requires_grad_(False)
+
+
 def add_lora(backbone, r=4, alpha=16, dropout=0.1,
-             targets="qv", skip_blocks=0):
+             targets="qv", skip_blocks=0, whole_blocks=0, rslora=False):
     """Freeze the backbone and add low-rank adapters, W + (alpha / r) B A with B = 0 at the start
     (LoRA, arXiv 2106.09685; paper section 2.2.3). Returns: the peft wrapper.
-    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP;
-    skip_blocks: so many first blocks get no adapters."""
+
+    whole_blocks: so many last blocks, and the final norm, are trained whole and get no adapters:
+    ExPLoRA (arXiv 2406.10973). They stand in modules_to_save of the adapter's config, and an
+    exported adapter holds them; peft's own copies of such modules would double their memory.
+    Args: targets: 'qv' = query and value projections, 'all' = every Linear of attention and MLP, or
+    names of linear layers, separated by commas; skip_blocks: so many first blocks get no adapters;
+    rslora: scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
     import peft
     layers = blocks(backbone)
-    if skip_blocks >= len(layers):
-        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks}: no block is left "
-                        f"for adapters; freeze fewer than {len(layers)}")
+    depth = len(layers)
+    check_last_blocks(whole_blocks, depth)
+    last = depth - whole_blocks
+    if skip_blocks >= last:
+        raise UserError(f"use_lora with freeze_backbone_layers={skip_blocks} and train_last_blocks="
+                        f"{whole_blocks}: of {depth} blocks none is left for adapters; freeze and "
+                        f"train fewer than {depth} together")
     prefix = next(name for name, module in backbone.named_modules() if module is layers)
     linears = {}  # full name: last part of the name
     for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear) and int(name.split(".")[0]) >= skip_blocks:
+        number = int(name.split(".")[0] or -1)  # of its block; the list itself has no name
+        if isinstance(module, nn.Linear) and skip_blocks <= number < last:
             linears[f"{prefix}.{name}"] = name.split(".")[-1]
-    if targets == "qv":
-        present = sorted(set(linears.values()))
-        qv = ("q_proj", "v_proj", "query", "value")  # of transformers 5, of transformers 4
-        linears = {path: name for path, name in linears.items() if name in qv}
-        if not linears:
-            raise UserError("use_lora: no query and value projections among the linear layers "
-                            f"{present}; use lora_targets='all'")
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+    linears = choose_linears(linears, targets)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
                              target_modules=list(linears))
+    norm = last_norm(backbone)
+    norm_name = next(name for name, module in backbone.named_modules() if module is norm)
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(backbone, config)
+        adapted = peft.get_peft_model(backbone, config)
+    if whole_blocks > 0:
+        names = [f"{prefix}.{i}" for i in range(last, depth)]
+        adapted.peft_config["default"].modules_to_save = [*names, norm_name]
+        for module in (*layers[last:], norm):
+            module.requires_grad_(True)
+    return adapted
+
+
+def choose_linears(linears, targets):
+    """Of {path: last part of its name} those that lora_targets asks for. UserError if it asks for
+    a name that is not there."""
+    if targets == "all":
+        return linears
+    present = sorted(set(linears.values()))
+    wanted = [name.strip() for name in targets.split(",")]
+    if targets == "qv":
+        wanted = [name for name in ("q_proj", "v_proj", "query", "value")  # transformers 5, 4
+                  if name in present]
+    missing = [name for name in wanted if name not in present]
+    if missing or not wanted:
+        raise UserError(f"lora_targets={targets!r}: the blocks have no linear layer "
+                        f"{(missing or ['q_proj'])[0]!r}; use qv, all, or names out of "
+                        f"{', '.join(present)}")
+    return {path: name for path, name in linears.items() if name in wanted}
 
 
 def frozen_blocks(backbone):
@@ -415,17 +486,48 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(bottleneck, dim=-1))
 
 
+def lejepa_head(in_dim, out_dim, hidden_dim=2048):
+    """Features [N,D] -> embeddings [N,E] for LeJEPA. The authors have batch norm, this has layer
+    norm: an embedding then depends on its own crop only, on any number of ranks."""
+    layers = []
+    for width in (in_dim, hidden_dim):
+        layers += [nn.Linear(width, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
+
+
+def build_heads(width, config, n_images):
+    """The heads that the losses of train.py's config (a namespace) need, as arguments of Student.
+    n_images: of the training set, one class each for DIET."""
+    heads = {}
+    sizes = dict(hidden_dim=config.head_hidden_dim, bottleneck_dim=config.head_bottleneck_dim,
+                 weight_norm=config.head_weight_norm)
+    if uses_prototypes(config):
+        heads["dino_head"] = DINOHead(width, config.dino_head_out_dim,
+                                      norm_last_layer=config.dino_head_norm_last_layer, **sizes)
+    if config.ibot_loss_weight > 0 and config.ibot_separate_head:
+        heads["ibot_head"] = DINOHead(width, config.ibot_out_dim,
+                                      norm_last_layer=config.ibot_norm_last_layer, **sizes)
+    if config.lejepa_loss_weight > 0:
+        heads["lejepa_head"] = lejepa_head(width, config.lejepa_out_dim, config.head_hidden_dim)
+    if config.diet_loss_weight > 0:
+        heads["diet_head"] = nn.Linear(width, n_images, bias=False)
+    return heads
+
+
 # ---- student and teacher ----
 
 class Student(nn.Module):
     """Backbone and heads in one module with one forward call, so that DDP sees every parameter.
     ibot_head=None: the DINO head serves the masked patches, too (DINOv2's shared head). projectors,
-    for distillation: nn.ModuleDict of 'cls' and 'patches', to the teacher's widths."""
+    for distillation: nn.ModuleDict of 'cls' and 'patches', to the teacher's widths. lejepa_head,
+    diet_head: of build_heads, on the CLS of all crops."""
 
-    def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None):
+    def __init__(self, backbone, dino_head=None, ibot_head=None, projectors=None,
+                 lejepa_head=None, diet_head=None):
         super().__init__()
         self.backbone = backbone
         self.dino_head, self.ibot_head, self.projectors = dino_head, ibot_head, projectors
+        self.lejepa_head, self.diet_head = lejepa_head, diet_head
 
     def train(self, mode=True):
         """Train or eval mode. Frozen blocks stay in eval mode: drop path and dropout would only
@@ -439,16 +541,18 @@ class Student(nn.Module):
         return self
 
     def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, shared=None,
-                n_shared_blocks=0):
+                n_shared_blocks=0, plain_crops=None):
         """Features and logits of all crops.
 
         Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None;
         apply_masks: True = the mask token replaces masked patches (student), False = masks only
         choose the patches for the iBOT head (teacher); n_shared_blocks: of shared_blocks; the
-        teacher returns the output of these blocks as 'shared', and the student starts from it.
+        teacher returns the output of these blocks as 'shared', and the student starts from it;
+        plain_crops [B,C,S,S]: without augmentation, for the CLS anchor.
         Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K]; if asked
         local_cls [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks,
-        shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F].
+        shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F],
+        plain_cls [B,D], embeddings [(V+L)*B,E] of LeJEPA, image_logits [(V+L)*B,N] of DIET.
         """
         if shared is None:
             tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
@@ -460,13 +564,22 @@ class Student(nn.Module):
             out["shared"] = shared
         for name, projector in (self.projectors or {}).items():
             out[f"projected_{name}"] = projector(cls if name == "cls" else patches)
+        if plain_crops is not None:
+            out["plain_cls"], _ = forward_features(self.backbone, plain_crops)
+        heads = self.dino_head, self.lejepa_head, self.diet_head
+        if local_crops is not None and any(heads):
+            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
+        all_cls = torch.cat([cls, out["local_cls"]]) if "local_cls" in out else cls
+        if self.lejepa_head is not None:
+            out["embeddings"] = self.lejepa_head(all_cls)
+        if self.diet_head is not None:
+            out["image_logits"] = self.diet_head(all_cls)
         if self.dino_head is None:
             return out
         # Each head runs once on all of its tokens: to normalise K prototypes costs more than a
         # product. Only masked patches: the logits of all patches, [V*B,P,K], would be gigabytes.
         tokens = dict(global_logits=cls)  # input of the DINO head, by the name of its output
         if local_crops is not None:
-            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
             tokens["local_logits"] = out["local_cls"]
         masked = None if masks is None else patches[masks]  # [M,D]
         if masks is not None and self.ibot_head is None:

@@ -142,6 +142,10 @@ def adaptation(config):
     words = []
     if config["use_lora"]:
         words.append("LoRA")
+    if config.get("train_only", "all") != "all":
+        words.append(config["train_only"].replace("_", " "))
+    if n := config.get("train_last_blocks", 0):
+        words.append(f"last {n} block(s)")
     if config["freeze_backbone_layers"] > 0:
         words.append("layer freezing")
     if not words:

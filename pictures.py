@@ -40,7 +40,8 @@ LOSS_PANEL = ("Loss", "", 0.1, math.inf, False)  # the same from the title on
 # The first losses of the panel, in this order. Other fields that end in _loss follow
 FIRST_LOSSES = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss", "gram_loss",
                 "feature_cls_loss", "feature_patch_loss")
-SPELLING = dict(dino="DINO", ibot="iBOT", koleo="KoLeo", gram="Gram", cls="CLS")
+SPELLING = dict(dino="DINO", ibot="iBOT", koleo="KoLeo", gram="Gram", cls="CLS",
+                lejepa="LeJEPA", sigreg="SIGReg", diet="DIET")
 
 
 # ---- paper, text, colours ----

@@ -37,6 +37,8 @@ def why_not(config, n_blocks, n_ranks):
         return "local and guided crops are not kept; set local_crops_number=0"
     if config.gram_loss_weight > 0 and config.gram_crops_size > 0:
         return "crops of gram_crops_size are not kept"
+    if config.cls_anchor_loss_weight > 0:
+        return "the plain crops of cls_anchor_loss_weight are not kept"
     if config.min_foreground > 0 or config.slab_mm > 0:
         return "with min_foreground or slab_mm an image has other crops each time"
     if config.distribution == "fsdp" and n_ranks > 1:

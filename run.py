@@ -355,6 +355,7 @@ class State:
     scaler: torch.amp.GradScaler  # does nothing unless mixed_precision is 'fp16'
     centers: dict  # {'dino': [1,K], 'ibot': [1,K]}, for centering
     anchor: EMATeacher = None  # fixed weights for the Gram loss, if it has an anchor of its own
+    start: EMATeacher = None  # the first weights, for the CLS anchor; may be the Gram anchor, too
     iteration: int = 0  # number of finished iterations
     n_shared_blocks: int = 0  # frozen blocks that run once for teacher and student
 
@@ -363,6 +364,7 @@ def state_dict(state):
     """What resuming needs; sharded tensors stay sharded (Run.save gathers them)."""
     return dict(iteration=state.iteration, student=unwrap(state.student).state_dict(),
                 ema=state.ema.state_dict(), anchor=state.anchor and state.anchor.state_dict(),
+                start=state.start and state.start.state_dict(),
                 optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict(),
                 centers=state.centers)
 
@@ -392,6 +394,8 @@ def restore(state, run):
             run.say("the checkpoint has no Gram anchor; it begins as the teacher of iteration "
                     f"{state.iteration}")
         state.anchor.load_state_dict(state.anchor.state_dict() | anchor)
+    if state.start:
+        state.start.load_state_dict(state.start.state_dict() | (saved.get("start") or {}))
     run.knn = saved["knn"]
     run.saved = None  # every tensor of it, whole, would stay in memory on every rank
 

@@ -87,10 +87,13 @@ drop_path_rate = 0.0             # stochastic depth of the student; not in famil
 pos_embed_rescale = 0.0          # DINOv3: scale positions at random, up to this (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper 2.2.1)
 freeze_backbone_until = 0        # iteration from which they are trained, too; 0 = never
+train_last_blocks = 0            # train the last N blocks and the final norm only; 0 = all blocks
+train_only = 'all'               # 'all' | 'attention_output' = projections after attention (APLA)
 use_lora = False                 # train low-rank adapters, not the weights (paper section 2.2.3)
-lora_targets = 'qv'              # 'qv' = query and value projections (paper) | 'all' = MLP, too
+lora_targets = 'qv'              # 'qv' (paper) | 'all' = MLP, too | names like 'q_proj,fc1'
 lora_r = 4                       # rank of the adapters
 lora_alpha = 16                  # adapters are scaled by alpha / r
+lora_rslora = False              # scale them by alpha / sqrt(r), which suits high ranks
 lora_dropout = 0.1               # dropout on the adapters' input
 
 # ---- heads ----
@@ -123,6 +126,14 @@ gram_loss_weight = 0.0           # keeps patch similarities near an anchor's; DI
 gram_teacher = 'ema'             # anchor: 'ema' = teacher | 'start' = first weights | 'snapshot'
 gram_refresh_iterations = 0      # 'snapshot': copy the teacher every N iterations; DINOv3: 10000
 gram_crops_size = 0              # pixels of the anchor's crops; DINOv3: 1.5 to 2 times; 0 = global
+cls_anchor_loss_weight = 0.0     # keeps CLS of plain crops near that of the first weights; 0.1
+
+# ---- losses without prototypes: for them alone set dino_head_loss_weight to 0; no teacher runs ----
+lejepa_loss_weight = 0.0         # every crop predicts the mean of its global crops (LeJEPA)
+lejepa_sigreg_weight = 0.05      # share of SIGReg in it, which prevents collapse: 0.01 to 0.1
+lejepa_out_dim = 64              # width of the embeddings that it compares
+diet_loss_weight = 0.0           # every image is a class; label smoothing (DIET)
+diet_label_smoothing = 0.8       # share of the target spread over all images; DIET-CP's code: 0.3
 
 # ---- optimizer ----
 global_batch_size = 64           # images per optimizer step, over all ranks
@@ -160,7 +171,7 @@ import torch
 import dino
 from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
-from checks import Checks
+from checks import Checks, uses_prototypes
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
                          lost_ranks, memory_gb, move_or_shard, precision_notes, quick_exit,
                          setup, unwrap, world_size, wrap)
@@ -169,7 +180,7 @@ from loader import (CropDataset, describe_batches, describe_data, input_settings
                     open_splits)
 from losses import koleo_groups
 from metrics import diagnose, monitor
-from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
+from model import (EMATeacher, Student, adapted_backbone, blocks, build_heads, compile_blocks,
                    describe_student, parameter_counts, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
@@ -185,8 +196,7 @@ def check_config(config, changed=()):
     what has no effect. changed: keys that differ from their default."""
     check = Checks(config)
     check.training(world_size(), FAMILIES, changed)
-    weights = dino_head_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight
-    check.need(any(weights) or label_guided_loss_weight > 0,
+    check.need(any(dino.loss_weights(config).values()),
                "the weights of all losses are 0: nothing would be learned; set one")
     check.need(ibot_loss_weight == 0 or ibot_separate_head or ibot_out_dim == dino_head_out_dim,
                f"ibot_out_dim={ibot_out_dim}, dino_head_out_dim={dino_head_out_dim}: a shared head "
@@ -212,31 +222,34 @@ def log_line(record, device):
     prediction: ln K times the term's share of the pairs, or of the masked crops."""
     V, L = global_crops_number, local_crops_number + label_guided_crops_number
     local_share = L / (V - 1 + L)
-    uniform = math.log(dino_head_out_dim)
-    parts = [f"Total Loss: {record['loss']:.4f}",
-             f"Local DINO: {record['dino_local_loss']:.4f} (ln K: {local_share * uniform:.4f})",
-             f"Global DINO: {record['dino_global_loss']:.4f} "
-             f"(ln K: {(1 - local_share) * uniform:.4f})"]
+    uniform, parts = math.log(dino_head_out_dim), [f"Total Loss: {record['loss']:.4f}"]
+    if "dino_local_loss" in record:
+        parts += [f"Local DINO: {record['dino_local_loss']:.4f} (ln K: {local_share * uniform:.4f})",
+                  f"Global DINO: {record['dino_global_loss']:.4f} "
+                  f"(ln K: {(1 - local_share) * uniform:.4f})"]
     if ibot_loss_weight > 0:
         uniform_ibot = ibot_mask_sample_probability * math.log(ibot_out_dim)
         parts.append(f"iBOT: {record['ibot_loss']:.4f} (ln K: {uniform_ibot:.4f})")
-    else:
+    elif "ibot_loss" in record:
         parts.append("iBOT: off")
     if label_guided_loss_weight > 0:
         n_means = min(2, label_guided_crops_number)
         parts.append(f"Guided: {record['label_guided_loss']:.4f} (ln K: {n_means * uniform:.4f})")
-    if koleo_loss_weight > 0:
-        parts.append(f"KoLeo: {record['koleo_loss']:.4f}")
-    if gram_loss_weight > 0:
-        parts.append(f"Gram: {record['gram_loss']:.4f}")
+    others = dict(koleo_loss="KoLeo", gram_loss="Gram", cls_anchor_loss="CLS anchor",
+                  lejepa_prediction_loss="LeJEPA", sigreg_loss="SIGReg", diet_loss="DIET")
+    off = dict(koleo_loss=koleo_loss_weight == 0, gram_loss=gram_loss_weight == 0)  # 0 if off
+    parts += [f"{words}: {record[name]:.4f}" for name, words in others.items()
+              if name in record and not off.get(name)]
     parts += [f"LR: {record['lr']:.6f}", f"Weight Decay: {record['weight_decay']:.6f}",
               f"Teacher momentum: {record['momentum_teacher']:.6f}",
               f"Current Batch Size: {global_batch_size}",
               f"Iteration: {record['iteration']}/{max_iterations}", f"Device: {device}",
               f"Memory: {record['memory_gb']:.2f}/{memory_gb(device)[1]:.2f} GB",
-              f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |",
-              f"entropy {record['teacher_entropy']:.2f}",
-              f"prototypes {record['prototype_use']:.0%}", f"RankMe {record['rankme']:.1f}"]
+              f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |"]
+    if "teacher_entropy" in record:
+        parts += [f"entropy {record['teacher_entropy']:.2f}",
+                  f"prototypes {record['prototype_use']:.0%}"]
+    parts.append(f"RankMe {record['rankme']:.1f}")
     return " ".join(parts)
 
 
@@ -279,16 +292,10 @@ def main(sources, at_end):
     torch.manual_seed(seed)  # the same first weights on every rank
     with built_by_main(distribution) as holds_values:
         backbone = adapted_backbone(config, train_set.num_channels, run_device, run.say,
-                                    changed=sources)
-        width, new_patch_embed = backbone.config.hidden_size, backbone.patch_embed_inflated
-        head = dict(hidden_dim=head_hidden_dim, bottleneck_dim=head_bottleneck_dim,
-                    weight_norm=head_weight_norm)
-        dino_head = DINOHead(width, dino_head_out_dim, norm_last_layer=dino_head_norm_last_layer,
-                             **head)
-        ibot_head = None
-        if ibot_loss_weight > 0 and ibot_separate_head:
-            ibot_head = DINOHead(width, ibot_out_dim, norm_last_layer=ibot_norm_last_layer, **head)
-        student = Student(backbone, dino_head, ibot_head)
+                                    changed=sources, n_images=len(train_set))
+        new_patch_embed = backbone.patch_embed_inflated
+        heads = build_heads(backbone.config.hidden_size, config, len(train_set))
+        student = Student(backbone, **heads)
         if run.saved:
             check_fits(run.saved, student, vars(config))
             if holds_values:
@@ -304,6 +311,9 @@ def main(sources, at_end):
                                ibot=torch.zeros(1, ibot_out_dim, device=run_device)))
     if gram_loss_weight > 0 and gram_teacher != "ema":
         state.anchor = EMATeacher(student, part="backbone.")
+    if cls_anchor_loss_weight > 0:
+        is_there = state.anchor and gram_teacher == "start"
+        state.start = state.anchor if is_there else EMATeacher(student, part="backbone.")
     if run.saved:
         restore(state, run)
     if compile:
@@ -311,7 +321,8 @@ def main(sources, at_end):
 
     def make_ready(module):
         """Wrap the student for the iterations to come; again when more of it is trained."""
-        state.n_shared_blocks = shared_blocks(module, state.ema) if ibot_loss_weight == 0 else 0
+        shares = ibot_loss_weight == 0 and uses_prototypes(config)  # no masks, and a teacher
+        state.n_shared_blocks = shared_blocks(module, state.ema) if shares else 0
         run.say(describe_student(module, config, state.iteration)
                 + f", {state.n_shared_blocks} computed once for student and teacher")
         state.student = wrap(module, distribution, run_device)
@@ -320,6 +331,9 @@ def main(sources, at_end):
     # ---- loader ----
     micro_batches = accumulation_steps(global_batch_size, gradient_accumulation_steps)
     batch_size = global_batch_size // world_size() // micro_batches
+    if diet_loss_weight > 0:
+        run.say(f"DIET: {len(train_set)} classes, one for each image; a uniform prediction has a "
+                f"loss of {math.log(len(train_set)):.4f}")
     if koleo_loss_weight > 0:
         koleo_groups(batch_size * world_size(), koleo_group_size)
     multi_crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number,
@@ -415,7 +429,7 @@ def main(sources, at_end):
         if record:
             run.log(record)
         if set_trainable(unwrap(state.student), train_from, iteration):  # more of it is trained
-            for ema in filter(None, (state.ema, state.anchor)):
+            for ema in filter(None, (state.ema, state.anchor, state.start)):
                 ema.take_in(state.student)
             make_ready(unwrap(state.student))
         if is_best or run.is_due(saveckp_freq, iteration):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from transformers import AutoModel
 
 import dino
 from augment import MultiCrop
-from checkpoint import export_hf
+from checkpoint import export_hf, merge_lora
+from configurator import UserError
 from model import (FAMILIES, EMATeacher, add_lora, blocks, build_backbone, embed, forward_features,
-                   freeze_layers, frozen_blocks, run_blocks, set_trainable, shared_blocks)
+                   freeze_for_the_run, freeze_layers, frozen_blocks, keys_without_effect,
+                   run_blocks, set_trainable, shared_blocks)
+from networks import load_adapter
 from tests_support import ROOT, SHRUNK, assert_same, load_train, log, losses, run, state
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -246,6 +250,111 @@ def test_adapter_and_merged_export_agree(tmp_path, npz, tiny_backbone, family, t
     assert (found[0] - found[2]).abs().max() > 1e-3  # the adapter does something
 
 
+def random_weights(adapted):
+    """Give everything that an adapted backbone trains other values."""
+    for i, (_, param) in enumerate(adapted.named_parameters()):
+        if param.requires_grad:
+            param.data = param.data + 0.1 * normal(*param.shape, seed=i)
+    return adapted.eval()
+
+
+KINDS = dict(  # LoraConfig: the linear layers of the tiny dinov2 have biases
+    rslora=dict(use_rslora=True), biases=dict(bias="lora_only"), all_biases=dict(bias="all"),
+    patterns=dict(rank_pattern={"fc1": 2}, alpha_pattern={"fc1": 3}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_is_what_peft_merges_and_what_the_adapters_compute(tiny_backbone, kind):
+    import peft
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj", "fc1"],
+                             **KINDS[kind])
+    adapted = random_weights(peft.get_peft_model(tiny_backbone("dinov2"), config))
+    weights, images = merge_lora(adapted, adapted.state_dict()), normal(2, 3, 32, 32)
+    merged = tiny_backbone("dinov2").eval()
+    merged.load_state_dict(weights)
+    with torch.no_grad():
+        expected = forward_features(adapted, images)
+        found = forward_features(merged, images)
+        start = forward_features(tiny_backbone("dinov2").eval(), images)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (start[0] - expected[0]).abs().max() > 1e-2
+    by_peft = adapted.merge_and_unload().state_dict()
+    assert by_peft.keys() == weights.keys()
+    for name, value in by_peft.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(use_dora=True), dict(lora_bias=True), dict(modules_to_save=["layernorm"]),
+    dict(target_modules=["q_proj", "projection"])])  # a convolution
+def test_an_adapter_that_is_no_product_is_not_merged(tiny_backbone, settings):
+    import peft
+    settings = {**dict(r=2, target_modules=["q_proj"]), **settings}
+    adapted = peft.get_peft_model(tiny_backbone("dinov2"), peft.LoraConfig(**settings))
+    with pytest.raises(UserError, match="is not merged here; use merge_and_unload") as error:
+        merge_lora(adapted, adapted.state_dict())
+    assert "\n" not in str(error.value)
+    other = peft.get_peft_model(tiny_backbone("dinov2"), peft.IA3Config(
+        target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(UserError, match="IA3 has more than a product"):
+        merge_lora(other, other.state_dict())
+
+
+def test_rslora_divides_by_the_root_of_the_rank(tiny_backbone):
+    for rslora, expected in ((False, 6 / 9), (True, 6 / 3)):
+        adapted = add_lora(tiny_backbone("vit"), r=9, alpha=6, rslora=rslora)
+        layers = [module for module in adapted.modules() if hasattr(module, "lora_A")]
+        assert layers and all(layer.scaling["default"] == expected for layer in layers)
+
+
+@every_family
+def test_whole_blocks_are_in_the_adapter(tmp_path, tiny_backbone, family):
+    """ExPLoRA: peft's reload of the adapter alone, ours of it, and the merged export all give the
+    features of the adapted network."""
+    import peft
+    tiny_backbone(family).save_pretrained(tmp_path / "weights")
+    adapted = add_lora(build_backbone(f"{tmp_path}/weights"), whole_blocks=1, rslora=True)
+    adapted, folder = random_weights(adapted), f"{tmp_path}/export/hf"
+    trained = [name for name, param in adapted.named_parameters() if param.requires_grad]
+    n_adapters = sum("lora_" in name for name in trained)
+    per_block = len(list(blocks(adapted)[1].parameters()))
+    assert n_adapters == 4 and len(trained) == n_adapters + per_block + 2  # and the norm
+    images = normal(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = forward_features(adapted, images)
+    export_hf(folder, adapted, 32, (0, 1), (0.5,), (0.5,), "")
+    base = build_backbone(f"{tmp_path}/weights")
+    with_adapter = peft.PeftModel.from_pretrained(base, f"{folder}/adapter").eval()
+    for network in (with_adapter, load_adapter(f"{folder}/adapter").eval(),
+                    build_backbone(folder).eval()):
+        with torch.no_grad():
+            for found, wanted in zip(forward_features(network, images), expected):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with open(f"{folder}/adapter/README.md") as file:
+        text = file.read()
+    assert "scaled by alpha / sqrt(rank)" in text
+    assert "trained whole, and held by the adapter, too: " in text
+
+
+@pytest.mark.parametrize("flags, n_blocks, notes", [
+    (dict(train_last_blocks=1), 1, 0), (dict(train_last_blocks=2), 0, 0),
+    (dict(train_last_blocks=2, freeze_backbone_layers=1), 1, 0),
+    (dict(train_last_blocks=1, freeze_backbone_layers=1), 1, 1)])
+def test_the_larger_freeze_counts(tiny_student, flags, n_blocks, notes):
+    defaults = dict(freeze_backbone_layers=0, train_only="all", use_lora=False, model_type="vit",
+                    drop_path_rate=0, pos_embed_rescale=0)
+    config, student = SimpleNamespace(**{**defaults, **flags}), tiny_student("vit")
+    freeze_for_the_run(student.backbone, config)
+    assert frozen_blocks(student.backbone) == n_blocks
+    assert not any(param.requires_grad for param in student.backbone.embeddings.parameters())
+    assert all(param.requires_grad for param in student.backbone.layernorm.parameters())
+    assert shared_blocks(student.train(), EMATeacher(student)) == n_blocks
+    found = keys_without_effect(config, student.backbone.config)
+    assert len(found) == notes and all("has no effect: train_last_blocks=1" in note
+                                       for note in found)
+
+
 # ---- every strategy: frozen stays frozen, resumed equals uninterrupted ----
 
 STRATEGIES = {
@@ -261,6 +370,13 @@ STRATEGIES = {
     "lora_thaw": ["--use_lora=true", "--freeze_backbone_layers=1", "--freeze_backbone_until=3",
                   "--gram_loss_weight=1", "--gram_teacher=start"],
     "waits": ["--freeze_backbone_iterations=3"],
+    "last_blocks": ["--train_last_blocks=1"],
+    "apla": ["--train_only=attention_output"],
+    "apla_last": ["--train_only=attention_output", "--train_last_blocks=1"],
+    "explora": ["--use_lora=true", "--train_last_blocks=1", "--lora_rslora=true",
+                "--lora_targets=q_proj,o_proj"],
+    "explora_freeze": ["--use_lora=true", "--train_last_blocks=1", "--freeze_backbone_layers=1",
+                       "--num_hidden_layers=3"],
     "waits_thaws": ["--freeze_backbone_iterations=2", "--freeze_backbone_layers=1",
                     "--freeze_backbone_until=4"],
 }
@@ -313,15 +429,27 @@ def first_weights(monkeypatch):
 
 def names_to_freeze(names, strategy):
     """Of the names of a student's weights those that a strategy freezes."""
+    in_backbone = {name for name in names if name.startswith("backbone.")}
+    if strategy == "explora":
+        whole = (".layer.1.", ".layers.1.", "model.layernorm.", "model.norm.")
+        adapted = ("lora_", *whole)
+        return {name for name in in_backbone if not any(part in name for part in adapted)}
     if "lora" in strategy:
-        in_backbone = {name for name in names if name.startswith("backbone.")}
         return {name for name in in_backbone if "lora_" not in name}
+    if "apla" in strategy:
+        trained = {name for name in in_backbone if ".attention.o_proj." in name}
+        if strategy == "apla_last":
+            trained = {name for name in trained if "layer.1" in name or "layers.1" in name}
+        assert len(trained) == (2 if strategy == "apla_last" else 4)
+        return in_backbone - trained
     parts = (".embeddings.", ".layer.0.", ".layers.0.")
     return {name for name in names if any(part in name for part in parts)}
 
 
 @pytest.mark.parametrize("family, strategy", [
     *[(family, "lora_all") for family in FAMILIES], *[(family, "freeze") for family in FAMILIES],
+    *[(family, "last_blocks") for family in FAMILIES], *[(family, "apla") for family in FAMILIES],
+    *[(family, "explora") for family in FAMILIES], ("dinov2", "apla_last"),
     ("dinov2", "lora_freeze")])
 def test_frozen_and_base_weights_are_bit_identical(tmp_path, npz, first_weights, family, strategy):
     out = str(tmp_path / "run")
@@ -481,7 +609,16 @@ def test_gram_crops_share_boxes_and_flips():
 # ---- error messages ----
 
 @pytest.mark.parametrize("argv, message", [
-    (["--lora_targets=qkv"], r"lora_targets='qkv': choose one of qv, all"),
+    (["--lora_targets=q_proj,qkv", "--use_lora=true"],
+     r"lora_targets='q_proj,qkv': the blocks have no linear layer 'qkv'; use qv, all, or names out "
+     r"of fc1, fc2, k_proj, o_proj, q_proj, v_proj"),
+    (["--train_last_blocks=3"], r"train_last_blocks=3, but the backbone has 2 blocks"),
+    (["--train_last_blocks=3", "--use_lora=true"], r"train_last_blocks=3, but the backbone has 2"),
+    (["--train_last_blocks=1", "--use_lora=true", "--freeze_backbone_layers=1"],
+     r"train_last_blocks=1: of 2 blocks none is left for adapters"),
+    (["--train_only=attention_output", "--use_lora=true"],
+     r"train_only='attention_output' with use_lora=true: the weights are frozen; use "
+     r"lora_targets='o_proj'"),
     (["--gram_teacher=first"], r"gram_teacher='first': choose one of ema, start, snapshot"),
     (["--gram_refresh_iterations=5"],
      r"gram_refresh_iterations=5 with gram_teacher='ema': only a 'snapshot' is refreshed"),
@@ -490,7 +627,7 @@ def test_gram_crops_share_boxes_and_flips():
     (["--freeze_backbone_until=2"],
      r"freeze_backbone_until=2 with freeze_backbone_layers=0: nothing is frozen"),
     (["--freeze_backbone_layers=2", "--use_lora=true"],
-     r"freeze_backbone_layers=2: no block is left for adapters; freeze fewer than 2"),
+     r"freeze_backbone_layers=2 and train_last_blocks=0: of 2 blocks none is left for adapters"),
 ])
 def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):
     with pytest.raises(ValueError, match=message):
@@ -499,11 +636,14 @@ def test_bad_input_is_one_clear_error(tmp_path, npz, argv, message):
 
 # ---- two processes ----
 
-@pytest.mark.parametrize("strategy", ["lora_freeze", "waits_thaws"])
-def test_two_processes_equal_one(tmp_path, npz, strategy):
-    """Shared blocks go through DDP, and DDP is built anew when the training of layers begins."""
+@pytest.mark.parametrize("strategy, distribution", [("explora_freeze", "fsdp"),
+                                                    ("waits_thaws", "ddp")])
+def test_two_processes_equal_one(tmp_path, npz, strategy, distribution):
+    """Shared blocks go through FSDP and DDP, and DDP is built anew when the training of layers
+    begins."""
     extra = [f"--dataset_path={npz}", "--model_type=dinov2", *COMMON, "--drop_path_rate=0",
-             "--lora_dropout=0", "--warmup_iterations=0", *STRATEGIES[strategy]]
+             "--lora_dropout=0", "--warmup_iterations=0", f"--distribution={distribution}",
+             *STRATEGIES[strategy]]
     alone = losses(run(str(tmp_path / "one"), *extra))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node=2", "train.py", *SHRUNK, *extra, f"--out_dir={tmp_path}/two",

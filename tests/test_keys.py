@@ -34,7 +34,7 @@ BOUNDED = [pair for pair in KEYS if bounds_of(pair[1], pair[0])]
 FREE_TEXT = {"model_name", "out_dir", "resume_from", "dataset_path", "cache_dir", "download_url",
              "eval_split", "model_type", "distilled_model_type", "distilled_model_weights",
              "teacher_cache", "run", "compare", "test_splits", "images", "masks", "split", "series",
-             "model", "output", "blocks", "probe", "query"}
+             "model", "output", "blocks", "probe", "query", "lora_targets"}
 
 
 def apply(script, *argv):
@@ -249,6 +249,12 @@ def test_counted_memory_is_that_of_real_parameters():
     held, step = step_bytes(config, backbone.config, 3, 8)
     assert 0.97 * expected < held < expected  # never more than is needed
     assert step_bytes(config, backbone.config, 3, 8, n_shares=4)[0] == held // 4
+    for strategy in ({}, dict(train_only="attention_output"), dict(use_lora=True)):
+        other = SimpleNamespace(**{**vars(config), "train_last_blocks": 1, **strategy})
+        block = backbone.encoder.layer[2]
+        learned = block.attention.o_proj if "train_only" in strategy else block
+        expected = 4 * (count(backbone) + count(heads) + 4 * (count(heads) + count(learned)))
+        assert 0.97 * expected < step_bytes(other, backbone.config, 3, 8)[0] < expected
     two = step_bytes(config, backbone.config, 3, 16)[1]
     assert two == pytest.approx(2 * step, rel=0.05)
 
@@ -404,7 +410,8 @@ CHANGED = dict(
     num_hidden_layers=("3", SHAPE), num_attention_heads=("4", "losses"),
     patch_size=("16", SHAPE), num_register_tokens=("3", SHAPE), drop_path_rate=("0.5", "losses"),
     pos_embed_rescale=("2", "losses"), freeze_backbone_layers=("1", "trained"),
-    freeze_backbone_until=("9", "nothing is frozen"), use_lora=("true", SHAPE),
+    freeze_backbone_until=("9", "nothing is frozen"), train_last_blocks=("1", "trained"),
+    train_only=("attention_output", "trained"), use_lora=("true", SHAPE),
     dino_head_out_dim=("32", SHAPE), dino_head_norm_last_layer=("true", "trained"),
     dino_head_loss_weight=("2", "losses"), dino_local_loss_weight=("2", "losses"),
     head_hidden_dim=("16", SHAPE), head_bottleneck_dim=("8", SHAPE),
@@ -438,7 +445,7 @@ CHANGED = dict(
     feature_cls_weight=("2", "losses"), feature_patch_weight=("2", "losses"),
     prototype_loss_weight=("2", "losses"))
 CHANGED_LORA = dict(lora_targets=("all", SHAPE), lora_r=("8", SHAPE), lora_alpha=("8", "losses"),
-                    lora_dropout=("0.9", "losses"))
+                    lora_dropout=("0.9", "losses"), lora_rslora=("true", "losses"))
 SEEN_IN_FILES = {"model_name", "log_interval", "eval_interval", "saveckp_freq", "resume_from"}
 KINDS = ("pixels", "losses", "groups", "weights", "ema", "momentum", "trained", "anchor", "modules",
          "loader", "knn", "compiled")
