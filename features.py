@@ -19,7 +19,7 @@ from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
 from metrics import fit_probe, knn_classify
-from model import blocks, core, forward_features
+from model import blocks, core, embed, forward_features, run_blocks
 from signals import ignore_signals
 from teachers import FrozenTeacher
 
@@ -67,7 +67,7 @@ class WholeImages(torch.utils.data.Dataset):
 def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
                     mean=(0.5,), std=(0.5,), batch_size=64, num_workers=0,
                     autocast=contextlib.nullcontext, on_bad_image="error", patch=0,
-                    with_masks=False, block_numbers=()):
+                    with_masks=False, block_numbers=(), kept=None):
     """Features of a data set batch by batch, in its order, with a progress bar.
 
     Args: backbone: in eval mode, on its device; any that forward_features takes; a
@@ -76,12 +76,15 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
     intensity_range, mean, std: as in training; autocast: makes a context for the forward pass;
     on_bad_image: 'skip' leaves out unreadable images, 'error' raises UserError; patch: pixels, the
     patch size of the raw pixels, 0 = no patches; with_masks: also yield masks; block_numbers: also
-    yield the readout of these blocks, 0 = the first.
+    yield the readout of these blocks, 0 = the first; kept: a KeptTokens of this data set, or None.
     Yields: dicts of cls [b,D], patches [b,P,D] (or None) and readout [b,n*D] (or None), the CLS
     tokens of the n blocks, each after the final norm and at unit length, side by side; all fp32 on
     the backbone's device; and lists of length b: indices into the data set, digests, masks
     ([size,size] arrays or None).
     """
+    if kept is not None and kept.is_complete:
+        yield from kept.features(backbone, autocast, block_numbers)
+        return
     device = torch.device("cpu")
     if backbone is not None:
         device = next(backbone.parameters()).device
@@ -109,15 +112,61 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
             with autocast(), cls_of_blocks(backbone, block_numbers) as block_cls:
                 if isinstance(backbone, FrozenTeacher):
                     cls, patches = backbone(pixels)
-                else:
+                elif kept is None:
                     cls, patches = forward_features(backbone, pixels)
+                else:
+                    cls, patches = kept.add(backbone, pixels, items)
             cls, patches = cls.float(), patches.float()
             if block_cls:
                 readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
-        yield dict(cls=cls, patches=patches, readout=readout,
-                   indices=[item["i"] for item in items],
-                   digests=[item["digest"] for item in items],
-                   masks=[item["mask"] for item in items])
+        yield dict(cls=cls, patches=patches, readout=readout, **about_items(items))
+    if kept is not None:
+        kept.is_complete = True
+
+
+def about_items(items):
+    """What stream_features yields beside the features of some items of WholeImages."""
+    return dict(indices=[item["i"] for item in items], digests=[item["digest"] for item in items],
+                masks=[item["mask"] for item in items])
+
+
+class KeptTokens:
+    """What the first n_blocks of a network, which are frozen, make of the images of a data set. The
+    first pass of stream_features fills it, later ones run the other blocks only, and read no
+    images. The features are the same to the bit."""
+
+    def __init__(self, n_blocks):
+        self.n_blocks, self.batches, self.is_complete = n_blocks, [], False
+
+    def add(self, backbone, pixels, items):
+        """forward_features of a batch, whose tokens are kept; also those of CLS at the end of each
+        of the n_blocks, for readouts. Args: pixels [b,C,size,size]; items: of WholeImages."""
+        shallow, handles = [], []  # of CLS [b,1,D]
+        for block in blocks(backbone)[:self.n_blocks]:
+            handles.append(block.register_forward_hook(
+                lambda _, inputs, tokens: shallow.append(tokens[:, :1].clone())))
+        tokens, rope = embed(backbone, pixels)
+        tokens = run_blocks(backbone, tokens, rope, 0, self.n_blocks)
+        for handle in handles:
+            handle.remove()
+        shared = tokens, rope, self.n_blocks
+        self.batches.append((shared, shallow, about_items(items)))
+        return forward_features(backbone, None, shared=shared)
+
+    def features(self, backbone, autocast, block_numbers):
+        """What stream_features yields, from the kept tokens."""
+        norm = _final_norm(backbone)
+        for shared, shallow, about in self.batches:
+            with autocast(), cls_of_blocks(backbone, block_numbers) as block_cls:
+                cls, patches = forward_features(backbone, None, shared=shared)
+                for number in block_numbers:
+                    if number < self.n_blocks:
+                        tokens = norm(shallow[number])
+                        block_cls[number] = F.normalize(tokens[:, 0].float(), dim=1)
+            readout = None
+            if block_cls:
+                readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
+            yield dict(cls=cls.float(), patches=patches.float(), readout=readout, **about)
 
 
 @contextlib.contextmanager
@@ -264,8 +313,8 @@ def extract_features(backbone, dataset, **settings):
 
 
 def shared_features(backbone, dataset, **settings):
-    """(features [N,D], labels [N], groups [N] or None) of a data set: every rank computes a share,
-    and all ranks get all features.
+    """dict of features [N,D], labels [N], groups [N] or None, and readout [N,n*D] if block_numbers
+    are given, of a data set: every rank computes a share, and all ranks get all features.
 
     All ranks must call a sharded network equally often, so all shares have the same length: the
     last share continues with the first images.
@@ -275,16 +324,22 @@ def shared_features(backbone, dataset, **settings):
     share = np.arange(first, first + n) % len(dataset)
     collected = collect_features(backbone, dataset.subset(share, dataset.split), **settings)
     device = collected["features"].device
-    own_part = (share[collected["indices"]], collected["features"].cpu().numpy(),
-                collected["labels"].numpy())
-    parts = zip(*gather_objects(own_part))
-    indices, features, labels = (np.concatenate(part) for part in parts)
-    _, kept = np.unique(indices, return_index=True)  # each image once, in order
-    features, labels = torch.from_numpy(features[kept]), torch.from_numpy(labels[kept])
+    own_part = dict(indices=share[collected["indices"]], labels=collected["labels"].numpy())
+    tensors = [name for name in ("features", "readout") if name in collected]
+    for name in tensors:
+        own_part[name] = collected[name].cpu().numpy()
+    parts, whole = gather_objects(own_part), {}
+    indices = np.concatenate([part["indices"] for part in parts])
+    _, first = np.unique(indices, return_index=True)  # each image once, in order
+    for name in own_part:
+        values = np.concatenate([part[name] for part in parts])
+        whole[name] = torch.from_numpy(values[first])
+        if name in tensors:
+            whole[name] = whole[name].to(device)
     groups = dataset.groups
     if groups is not None:
-        groups = torch.from_numpy(groups[indices[kept]])
-    return features.to(device), labels, groups
+        groups = torch.from_numpy(groups[indices[first]])
+    return dict(whole, groups=groups)
 
 
 def knn_accuracy(backbone, bank, queries, k=5, **settings):
@@ -296,23 +351,26 @@ def knn_accuracy(backbone, bank, queries, k=5, **settings):
     """
     if not queries:
         return {}
-    train_features, train_labels, train_groups = shared_features(backbone, bank, **settings)
-    result = {}
-    for name, dataset in queries.items():
-        features, labels, groups = shared_features(backbone, dataset, **settings)
-        predictions = knn_classify(train_features, train_labels, features, k,
-                                   train_groups=train_groups, test_groups=groups).cpu()
-        result[name] = float((predictions == labels).float().mean())
-    return result
+    train = shared_features(backbone, bank, **settings)
+    return {name: knn_score(train, shared_features(backbone, dataset, **settings), k)
+            for name, dataset in queries.items()}
+
+
+def knn_score(train, test, k=5, key="features"):
+    """Accuracy of k-NN. train, test: dicts of shared_features."""
+    predictions = knn_classify(train[key], train["labels"], test[key], k,
+                               train_groups=train["groups"], test_groups=test["groups"])
+    return float((predictions.cpu() == test["labels"]).float().mean())
 
 
 class KnnMeasure:
     """k-NN accuracy of a run's network: each image of a split is classified by its nearest images
     in train."""
 
-    def __init__(self, train_set, splits, config, inputs, autocast):
+    def __init__(self, train_set, splits, config, inputs, autocast, n_frozen=0):
         """Args: splits: {name: Dataset}; config: namespace of train.py's or distill.py's keys;
-        inputs: of loader.input_settings; autocast: of distributed.autocast_for."""
+        inputs: of loader.input_settings; autocast: of distributed.autocast_for; n_frozen: the
+        tokens after so many blocks are kept in memory (KeptTokens)."""
         n, seed = config.eval_max_images, config.seed
         self.bank = train_set.labelled().limited(n, seed)
         self.splits = {}
@@ -322,10 +380,22 @@ class KnnMeasure:
         self.settings = dict(inputs, num_workers=loader_workers(config.num_workers),
                              autocast=autocast, on_bad_image=config.on_bad_image)
 
+        self.kept = {}
+        if n_frozen > 0:
+            self.kept = {name: KeptTokens(n_frozen) for name in ("train", *self.splits)}
+
+    def features(self, backbone, name, **settings):
+        """shared_features of a split, 'train' or one of the measured ones, at the crops' size."""
+        dataset = self.bank if name == "train" else self.splits[name]
+        return shared_features(backbone, dataset, size=self.size, kept=self.kept.get(name),
+                               **settings, **self.settings)
+
     def accuracy(self, backbone, names):
         """{split: accuracy} of a backbone on the splits of these names."""
-        queries = {name: self.splits[name] for name in names}
-        return knn_accuracy(backbone, self.bank, queries, size=self.size, **self.settings)
+        if not names:
+            return {}
+        train = self.features(backbone, "train")
+        return {name: knn_score(train, self.features(backbone, name)) for name in names}
 
     def pixels(self):
         """{split: accuracy} of the raw pixels, at 32 pixels or at the crop size if that is less."""
