@@ -71,17 +71,18 @@ from detection import patch_probe
 from distributed import autocast_for, loader_workers, setup
 from features import block_list, choose_blocks, collect_features, parse_blocks
 from loader import reading_keys
-from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, nearest_images
+from metrics import DINO_KNN, classification_metrics, knn_vote, nearest_images
 from networks import (find_networks, find_runs, load_network, save_probe, split_names,
                       weights_hash)
 from positions import hold_out_volumes, slice_position
+from probe import fit_probe, linear_probe
 from run_folder import make_results, read_log
 from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
                     tabulate, write_medmnist, write_scores)
 
-# checks outside the repository look for these functions here
+# checks outside the repository look for these functions here, and for linear_probe
 extract_features = features.extract_features
-knn_classify, linear_probe = metrics.knn_classify, metrics.linear_probe
+knn_classify = metrics.knn_classify
 
 MAP_IMAGES = 1000  # number of images on a map: t-SNE needs memory for its square
 

@@ -18,8 +18,9 @@ from configurator import UserError
 from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
-from metrics import fit_probe, knn_classify
+from metrics import knn_classify
 from model import blocks, core, forward_features
+from probe import fit_probe
 from signals import ignore_signals
 from teachers import FrozenTeacher
 

@@ -1,4 +1,4 @@
-"""metrics.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice, RankMe, and
+"""metrics.py and probe.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice, RankMe, and
 a name for every known failure of a run."""
 import math
 
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from detection import dice_per_class, patch_classes
-from metrics import (STRENGTHS, classification_metrics, diagnose, fit_linear, fit_probe,
-                     knn_classify, knn_vote, linear_probe, monitor, rankme, weighted_auc)
+from metrics import (classification_metrics, diagnose, knn_classify, knn_vote, monitor, rankme,
+                     weighted_auc)
+from probe import STRENGTHS, fit_linear, fit_probe, linear_probe
 
 
 def randn(*shape, seed=0):
