@@ -324,8 +324,8 @@ class KnnMeasure:
                              autocast=autocast, on_bad_image=config.on_bad_image)
 
     def accuracy(self, backbone, names):
-        """{split: accuracy} of a backbone on the splits of these names."""
-        queries = {name: self.splits[name] for name in names}
+        """{split: accuracy} of a backbone on the splits of these names, if they have labels."""
+        queries = {name: self.splits[name] for name in names if name in self.splits}
         return knn_accuracy(backbone, self.bank, queries, size=self.size, **self.settings)
 
     def pixels(self):

@@ -249,6 +249,110 @@ def _mean_auc(scores, true, weights, classes):
     return np.divide(total, n_finite, out=mean, where=n_finite > 0)
 
 
+# ---- what features know, without labels: verdict.py measures these on held-out images ----
+
+def two_view_retrieval(a, b):
+    """Share of crops that find the other crop of their image: of crop a_i the nearest b_j by
+    cosine, among all N, is b_i; and the other way round. The mean over both directions,
+
+        (mean_i [argmax_j cos(a_i, b_j) = i] + mean_i [argmax_j cos(b_i, a_j) = i]) / 2
+
+    the top-1 accuracy of the task that SimCLR (arXiv 2002.05709) is trained on. If several are
+    nearest, it is not found: one feature for all images gives 0. Args: a, b [N,D].
+    """
+    similarity = F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T  # [N,N]
+    own = similarity.diagonal() - 1e-9  # equal features differ by rounding
+    others = similarity.clone().fill_diagonal_(-torch.inf)
+    found = [own > others.max(dim=axis).values for axis in (1, 0)]
+    return float(torch.stack(found).double().mean())
+
+
+def lidar(views, delta=1e-4, eps=1e-7):
+    """LiDAR, the rank of linear discriminant analysis with every image as its own class (Thilak et
+    al. 2023, arXiv 2312.04000): the effective rank
+
+        exp(-sum_k p_k ln p_k),  p_k = l_k / sum_k l_k + eps
+
+    with l the D eigenvalues of S_w^-1/2 S_b S_w^-1/2; S_b the covariance of the images' mean
+    features mu_i, S_w that of the views around them plus delta I (both divide by the number of
+    terms). It counts the directions that tell images apart and that augmentation leaves alone.
+    Args: views [N,q,D], q views of N images. Returns: 1 to about min(N - 1, D).
+
+    The nonzero l are the eigenvalues of M S_w^-1 M^T, [N,N], with M = (mu_i - mu) / sqrt(N).
+    """
+    x = views.double()
+    n, q, width = x.shape
+    means = x.mean(dim=1, keepdim=True)  # [N,1,D]
+    within = (x - means).flatten(0, 1)  # [N*q,D]
+    within = within.T @ within / (n * q)
+    within.diagonal().add_(delta)
+    between = (means - means.mean(dim=0))[:, 0] / n**0.5  # [N,D]
+    solved = torch.cholesky_solve(between.T, torch.linalg.cholesky(within))  # [D,N]
+    values = torch.linalg.eigvalsh(between @ solved)  # [N], ascending
+    values = F.pad(values.flip(0).clamp_min(0), (0, max(0, width - n)))[:width]
+    p = values / values.sum().clamp_min(1e-300) + eps
+    return float((-(p * p.log()).sum()).exp())
+
+
+def uniformity(x, t=2):
+    """log of the mean of exp(-t |x_i - x_j|^2) over all pairs i != j, with x at unit length (Wang
+    and Isola 2020, arXiv 2005.10242, section 4.1.2): 0 = all features are equal; the lower, the
+    more evenly they fill the sphere, to about -2 t. Args: x [N,D]."""
+    squares = torch.pdist(F.normalize(x.double(), dim=1)).square()  # [N*(N-1)/2]
+    return float(squares.mul(-t).exp().mean().log())
+
+
+def alignment(a, b):
+    """Mean of |a_i - b_i|^2 over images, with a and b at unit length (Wang and Isola 2020, arXiv
+    2005.10242, section 4.1.1): 0 = two views of an image have equal features. Args: a, b [N,D]."""
+    difference = F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)
+    return float(difference.square().sum(dim=1).mean())
+
+
+def silhouette(x, k, seed=0):
+    """Mean silhouette of the clusters that k-means finds (Rousseeuw 1987): the mean over images of
+
+        (b - a) / max(a, b)
+
+    a: mean distance to the other images of the own cluster; b: the least mean distance to the
+    images of another cluster; 0 for an image that is alone in its cluster. Distances are Euclidean,
+    between features at unit length. 1 = compact and far apart, 0 = no clusters, also if all images
+    are in one. Args: x [N,D]; k, seed: of spherical_kmeans.
+    """
+    x = F.normalize(x.double(), dim=1)
+    nearest = (x @ spherical_kmeans(x, k, seed).T).argmax(dim=1)  # [N]
+    clusters = F.one_hot(nearest)
+    clusters = clusters[:, clusters.sum(dim=0) > 0].double()  # [N,c], those with images
+    sizes = clusters.sum(dim=0)  # [c]
+    if len(sizes) < 2:
+        return 0.0
+    sums = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") @ clusters  # [N,c]
+    is_own = clusters.bool()
+    inside = sums[is_own] / (clusters @ sizes - 1).clamp_min(1)  # [N]
+    outside = (sums / sizes).masked_fill(is_own, torch.inf).min(dim=1).values
+    values = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
+    is_alone = clusters @ sizes == 1
+    return float(values.masked_fill(is_alone, 0).mean())
+
+
+def spherical_kmeans(x, k, seed=0, n_iterations=20):
+    """k directions around which the rows of x gather (Dhillon and Modha 2001).
+
+    Starts from k rows drawn by seed. In each of n_iterations each row joins the centre with the
+    largest cosine, then each centre becomes the mean of its rows at unit length. A centre that
+    loses all rows stays as it is.
+    Args: x [N,D], rows of unit length. Returns: [k,D], rows of unit length.
+    """
+    first = np.random.default_rng(seed).permutation(len(x))[:k]
+    centres = x[torch.from_numpy(first).to(x.device)]
+    for _ in range(n_iterations):
+        nearest = (x @ centres.T).argmax(dim=1)  # [N]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)  # [k,D]
+        has_rows = sums.norm(dim=1, keepdim=True) > 0
+        centres = torch.where(has_rows, F.normalize(sums, dim=1), centres)
+    return centres
+
+
 # ---- health of a run, without labels ----
 
 def rankme(features, eps=1e-7):

@@ -1,5 +1,5 @@
-"""metrics.py and probe.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice, RankMe, and
-a name for every known failure of a run."""
+"""metrics.py and probe.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice,
+RankMe, what is measured without labels, and a name for every known failure of a run."""
 import math
 
 import numpy as np
