@@ -251,6 +251,11 @@ def _mean_auc(scores, true, weights, classes):
 
 # ---- what features know, without labels: verdict.py measures these on held-out images ----
 
+def unit(x):
+    """x [N,D] at unit length, float64."""
+    return F.normalize(x.double(), dim=1)
+
+
 def two_view_retrieval(a, b):
     """Share of crops that find the other crop of their image: of crop a_i the nearest b_j by
     cosine, among all N, is b_i; and the other way round. The mean over both directions,
@@ -260,7 +265,8 @@ def two_view_retrieval(a, b):
     the top-1 accuracy of the task that SimCLR (arXiv 2002.05709) is trained on. If several are
     nearest, it is not found: one feature for all images gives 0. Args: a, b [N,D].
     """
-    similarity = F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T  # [N,N]
+    a, b = unit(a), unit(b)
+    similarity = a @ b.T  # [N,N]
     own = similarity.diagonal() - 1e-9  # equal features differ by rounding
     others = similarity.clone().fill_diagonal_(-torch.inf)
     found = [own > others.max(dim=axis).values for axis in (1, 0)]
@@ -289,7 +295,8 @@ def lidar(views, delta=1e-4, eps=1e-7):
     between = (means - means.mean(dim=0))[:, 0] / n**0.5  # [N,D]
     solved = torch.cholesky_solve(between.T, torch.linalg.cholesky(within))  # [D,N]
     values = torch.linalg.eigvalsh(between @ solved)  # [N], ascending
-    values = F.pad(values.flip(0).clamp_min(0), (0, max(0, width - n)))[:width]
+    values = values.flip(0)[:width].clamp_min(0)
+    values = F.pad(values, (0, width - len(values)))  # [D], the others are 0
     p = values / values.sum().clamp_min(1e-300) + eps
     return float((-(p * p.log()).sum()).exp())
 
@@ -298,14 +305,14 @@ def uniformity(x, t=2):
     """log of the mean of exp(-t |x_i - x_j|^2) over all pairs i != j, with x at unit length (Wang
     and Isola 2020, arXiv 2005.10242, section 4.1.2): 0 = all features are equal; the lower, the
     more evenly they fill the sphere, to about -2 t. Args: x [N,D]."""
-    squares = torch.pdist(F.normalize(x.double(), dim=1)).square()  # [N*(N-1)/2]
+    squares = torch.pdist(unit(x)).square()  # [N*(N-1)/2]
     return float(squares.mul(-t).exp().mean().log())
 
 
 def alignment(a, b):
     """Mean of |a_i - b_i|^2 over images, with a and b at unit length (Wang and Isola 2020, arXiv
     2005.10242, section 4.1.1): 0 = two views of an image have equal features. Args: a, b [N,D]."""
-    difference = F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)
+    difference = unit(a) - unit(b)
     return float(difference.square().sum(dim=1).mean())
 
 
@@ -319,7 +326,7 @@ def silhouette(x, k, seed=0):
     between features at unit length. 1 = compact and far apart, 0 = no clusters, also if all images
     are in one. Args: x [N,D]; k, seed: of spherical_kmeans.
     """
-    x = F.normalize(x.double(), dim=1)
+    x = unit(x)
     nearest = (x @ spherical_kmeans(x, k, seed).T).argmax(dim=1)  # [N]
     clusters = F.one_hot(nearest)
     clusters = clusters[:, clusters.sum(dim=0) > 0].double()  # [N,c], those with images

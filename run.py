@@ -7,7 +7,7 @@ call every method; rank 0 prints and writes.
     out/NAME/config.py              the resolved config; it runs again
     out/NAME/log.jsonl, logs/       the numbers, one object per line; the text that was printed
     out/NAME/checkpoints/last       the state to resume from
-    out/NAME/checkpoints/best       the weights with the best k-NN or score; best/hf is for AutoModel
+    out/NAME/checkpoints/best       the best weights by k-NN or verdict.score; best/hf: AutoModel
     out/NAME/checkpoints/0000250    the state of every saveckp_freq-th iteration
     out/NAME/results/summary.json   the numbers of a finished run
 """
@@ -316,8 +316,7 @@ class Run:
             return
         _, last = (read_log(f"{self.folder}/log.jsonl") or [("", {})])[-1]
         iteration, minutes = self.state.iteration, (time.time() - self.began) / 60
-        label_free = self.knn.get("label_free", {})
-        word, sentence = judge(label_free.get("start", {}), label_free.get("now", {}))
+        word, sentence = judge(**self.knn.get("label_free", {}))
         summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes,
                        loss=last.get("loss"), verdict=word)
         write_whole(f"{self.folder}/results/summary.json", json.dumps(summary))
@@ -335,7 +334,7 @@ class Run:
             learned += (f", best {self.config.eval_split if final else 'score'} "
                         f"{self.knn['best']:.3f} at {self.knn['best_iteration']}")
         export = f"{self.folder}/checkpoints/best/hf"
-        self.say(f"\nwithout labels, {whose} against its start: {sentence}")
+        self.say(f"\nwithout labels, {whose} at the end against its start: {sentence}")
         self.say(f"\nDone: {iteration} iterations in {minutes:.1f} min; {learned}. Everything is "
                  f"in {self.folder}. Look at samples/crops.png and log.jsonl. Use the features "
                  f"with AutoModel.from_pretrained('{export}'), or train on with "

@@ -408,7 +408,8 @@ def main(sources, at_end):
                 run.say(f"!!!! {advice} !!!!")
         if run.is_due(eval_interval, iteration) and (measured or label_free):
             is_best, measures = run.record_measures(
-                of_teacher(knn.accuracy, [eval_split]), of_teacher(label_free.measure), iteration, HARM)
+                of_teacher(knn.accuracy, [eval_split]), of_teacher(label_free.measure), iteration,
+                HARM)
             record = dict(record, iteration=iteration, **measures)
         if record:
             run.log(record)

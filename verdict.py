@@ -120,7 +120,8 @@ class LabelFree:
         if is_main() and len(x) >= LEAST_HELD_OUT:
             numbers = label_free_numbers(x, self.config.seed)
             if self.train_set is not None:
-                numbers.update(self.position(train_rows, train[:, 0], rows, x[:, 0]))
+                train, whole = train[:, 0], x[:, 0]
+                numbers.update(self.position(train_rows, train, rows, whole))
         return gather_objects(numbers)[0]  # not each rank's own: they could differ by rounding
 
     def position(self, train_rows, train, rows, x):
@@ -163,8 +164,8 @@ class LabelFree:
         parts = gather_objects((rows, found))
         rows, found = (list(itertools.chain(*part)) for part in zip(*parts))
         if not rows:
-            raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images can "
-                            "be read")
+            raise UserError(f"{dataset.name}, {dataset.split}: not one of {len(dataset)} images "
+                            "can be read")
         rows, first = np.unique(rows, return_index=True)  # each image once, in order
         return rows, torch.from_numpy(np.stack(found)[first])
 
@@ -173,7 +174,8 @@ class LabelFree:
         device = torch.device("cpu")
         if backbone is not None:
             device = next(backbone.parameters()).device
-        pixels = torch.stack([item["pixels"] for item in items], dim=1).to(device)  # [1+q,b,C,S,S]
+        pixels = torch.stack([item["pixels"] for item in items], dim=1)  # [1+q,b,C,S,S]
+        pixels = pixels.to(device)
         seeds = torch.stack([item["seeds"] for item in items], dim=1)  # [q,b]
         batch = [self.photometrics.plain(pixels[0])]
         for view, (crops, crop_seeds) in enumerate(zip(pixels[1:], seeds)):
@@ -188,7 +190,9 @@ class LabelFree:
                     cls, _ = backbone(batch)
                 else:
                     cls, _ = forward_features(backbone, batch)
-        return cls.float().cpu().unflatten(0, (-1, len(items))).transpose(0, 1)
+        cls = cls.float().cpu()
+        cls = cls.unflatten(0, (-1, len(items)))  # [1+q,b,D]
+        return cls.transpose(0, 1)
 
 
 def with_relative_positions(dataset):
@@ -229,28 +233,29 @@ def noise(start):
     """{name: how much a number may differ if other images are drawn}, of one measurement: for
     retrieval the binomial standard error, at least one image; for LiDAR its share 1 / sqrt(n)."""
     n, share = start["images"], start["retrieval"]
-    return dict(retrieval=max(1 / n, math.sqrt(share * (1 - share) / n)),
-                lidar=start["lidar"] / math.sqrt(n))
+    binomial = math.sqrt(share * (1 - share) / n)
+    relative = 1 / math.sqrt(n)
+    return dict(retrieval=max(1 / n, binomial), lidar=start["lidar"] * relative)
 
 
 def decide(start, change):
     """'better', 'worse' or 'cannot tell': the rule. better or worse only if retrieval and LiDAR
     both move the same way by more than their noise. change: {name: now - start}."""
-    signs = set()
+    words = set()
     for name, least in noise(start).items():
-        signs.add(0 if abs(change[name]) <= least else math.copysign(1, change[name]))
-    if signs == {1}:
-        return "better"
-    return "worse" if signs == {-1} else "cannot tell"
+        moved = "better" if change[name] > 0 else "worse"
+        words.add(moved if abs(change[name]) > least else "cannot tell")
+    return words.pop() if len(words) == 1 else "cannot tell"
 
 
-def judge(start, now):
+def judge(start=None, now=None):
     """(word, sentence): 'better', 'worse' or 'cannot tell', and why. start, now: of
-    LabelFree.measure; {} = not measured."""
+    LabelFree.measure; None = not measured."""
     if not start or not now:
         return "cannot tell", ("cannot tell: less than 10 images could be held out, or the start "
                                "was not measured")
-    change = {name: now[name] - start[name] for name in TITLES if name in start and name in now}
+    names = [name for name in TITLES if name in start and name in now]
+    change = {name: now[name] - start[name] for name in names}
     word = decide(start, change)
     listed = [f"{TITLES[name]} {start[name]:.3f} -> {now[name]:.3f}" for name in change]
     why = dict(better="crops find their image more often, and more directions tell images apart",
