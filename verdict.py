@@ -99,7 +99,6 @@ class LabelFree:
         """False if there are too few images: then nothing is measured."""
         return len(self.held_out) >= LEAST_HELD_OUT
 
-    @torch.no_grad()
     def measure(self, backbone):
         """{name: float} of a network; {} with less than LEAST_HELD_OUT images.
 
@@ -169,6 +168,7 @@ class LabelFree:
         rows, first = np.unique(rows, return_index=True)  # each image once, in order
         return rows, torch.from_numpy(np.stack(found)[first])
 
+    @torch.no_grad()
     def forward(self, backbone, items):
         """CLS features [b,1+q,D] of items of ViewedImages. Crops are augmented as in training."""
         device = torch.device("cpu")
