@@ -107,14 +107,26 @@ def usage(num_channels, intensity_range, window=None, intensity_scaling="set"):
                    "transformers, as above.\n")
 
 
+def measured_text(knn):
+    """What was measured, in Markdown: run.Run.knn."""
+    label_free = knn.get("label_free", {})
+    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items() if what != "label_free")
+    text = "5-NN accuracy of the CLS token:\n\n" + (numbers or "- no labels, not measured\n")
+    if "pixels" not in knn and numbers:  # best is a score (verdict.score)
+        text = f"Without labels, on held-out images:\n\n{numbers}"
+    for when, found in label_free.items():
+        listed = ", ".join(f"{what} {value:.4g}" for what, value in found.items())
+        text += f"- without labels, {when}: {listed}\n"
+    return text
+
+
 def model_card(name, iteration, knn, config, config_text, num_channels=3,
                intensity_range=(0, 255), window=None, intensity_scaling="set"):
     """README.md of an export: where the weights come from, what was measured, how to get features.
 
-    knn: {what: number}; config: dict of all keys; the rest: of the network and its input (usage).
+    knn: run.Run.knn; config: dict of all keys; the rest: of the network and its input (usage).
     """
-    numbers = "".join(f"- {what}: {value}\n" for what, value in knn.items())
-    numbers = numbers or "- no labels, not measured\n"
+    numbers = measured_text(knn)
     start = f"random weights ({config['model_type']})"
     if config["use_pretrained"]:
         start = config["model_type"]
@@ -128,7 +140,7 @@ def model_card(name, iteration, knn, config, config_text, num_channels=3,
             f"EMA teacher of a DINO-MX run after {iteration} of {config['max_iterations']} "
             f"iterations on {config['dataset_path']}, started from {start}. "
             "For research on methods only, not for clinical use.\n\n"
-            f"## Numbers\n\n5-NN accuracy of the CLS token:\n\n{numbers}\n"
+            f"## Numbers\n\n{numbers}\n"
             f"## Use\n\n{usage(num_channels, intensity_range, window, intensity_scaling)}\n"
             f"## Config\n\n```python\n{config_text}```\n")
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from features import stream_features
-from metrics import average_precision, fit_probe, weighted_auc
+from metrics import average_precision, weighted_auc
+from probe import fit_probe
 
 PATCHES = 20_000  # number of patches that a patch probe learns from, drawn by seed
 NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=2))  # (dy, dx), with the patch itself
@@ -182,7 +183,7 @@ def patch_probe(backbone, train, val, tests, values, rng, **settings):
 
     The probe is a logistic regression from a patch token to the most frequent mask value of its
     patch. It learns from about PATCHES training patches, every class has the same total weight, and
-    val chooses the penalty (metrics.fit_probe).
+    val chooses the penalty (probe.fit_probe).
     Args: train, val: Datasets with masks; tests: {name: Dataset}; values [c]: mask values, 0 =
     background first; rng: draws the patches; settings: of features.stream_features.
     Returns: {name: list of c Dice over all patches, nan for a class that occurs nowhere}.

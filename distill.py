@@ -169,6 +169,7 @@ from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, res
                  seed_iteration, whole_run)
 from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
+from verdict import LabelFree
 from weights import FAMILIES, pretrained_input
 
 
@@ -319,7 +320,7 @@ def main(sources, at_end):
     teacher = move_or_shard(teacher, teacher.blocks(), teacher_distribution, run_device)
 
     # ---- data ----
-    train_set, measured = open_splits(config)
+    train_set, measured, held_out = open_splits(config)
     expected = pretrained_input(model_type) if use_pretrained else {}
     value_range = intensity_range if any(intensity_range) else teacher.intensity_range or (0, 0)
     if teacher.intensity_range:
@@ -434,13 +435,15 @@ def main(sources, at_end):
     run.open(state, inputs, statistics=statistics.state_dict())
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
+    label_free = LabelFree(held_out, train_set, config, inputs, autocast)
 
-    def student_knn(splits):
+    def of_student(measure, *args):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as averaged:
-            return knn.accuracy(averaged.backbone, splits)
+            return measure(averaged.backbone, *args)
 
-    if measured and state.iteration == 0 and not run.knn:
-        run.record_start(knn.pixels(), student_knn(measured))
+    if state.iteration == 0 and not run.knn and (measured or label_free):
+        run.record_start(knn.pixels(), of_student(knn.accuracy, measured),
+                         of_student(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
 
     # ---- the loop ----
@@ -518,10 +521,12 @@ def main(sources, at_end):
                         run.say(f"!!!! NOT LEARNING: {name} is that of a student without "
                                 "information. Try a higher lr, more iterations, or for prototypes "
                                 "a lower teacher_temp. !!!!")
-        if measured and run.is_due(eval_interval, iteration):
-            accuracy = student_knn([eval_split])[eval_split]
-            is_best = run.record_knn(accuracy, iteration, HARM if use_pretrained else "")
-            record = dict(record or dict(iteration=iteration), knn_accuracy=accuracy)
+        if run.is_due(eval_interval, iteration) and (measured or label_free):
+            advice = HARM if use_pretrained else ""
+            is_best, measures = run.record_measures(
+                of_student(knn.accuracy, [eval_split]), of_student(label_free.measure), iteration,
+                advice)
+            record = dict(record, iteration=iteration, **measures)
         if record:
             run.log(record)
         if set_trainable(unwrap(state.student), train_from, iteration):  # the backbone begins
@@ -534,7 +539,7 @@ def main(sources, at_end):
     if state.iteration < max_iterations:
         run.save()
     if run.close():
-        run.summarize(student_knn(measured), "the student")
+        run.summarize(of_student(knn.accuracy, measured), "the student")
     cleanup()
     return run.stop_signal()
 

@@ -5,7 +5,7 @@
     python evaluate.py --compare="facebook/dinov2-small,out/a,out/b*" --dataset_path=bloodmnist
 
 Every table has the raw pixels and the start of each run, so it shows if a run harms its features.
-Slices of volumes need no labels: a table says how well the features tell where a slice lies.
+A table needs no labels (verdict.py); another says how well the features tell where a slice lies.
 Runs that differ by their seed only share a row: mean (standard deviation). The script writes
 results/ in the run's folder: tables as .md and .json, the scores of every image as .csv, the linear
 probe of the last network (embed.py --probe applies it to new images), a confusion matrix, maps of
@@ -71,31 +71,33 @@ from detection import patch_probe
 from distributed import (autocast_for, compute_dtype, loader_workers, precision_notes,
                          setup)
 from features import block_list, choose_blocks, collect_features, parse_blocks
-from loader import reading_keys
-from metrics import DINO_KNN, classification_metrics, fit_probe, knn_vote, nearest_images
+from loader import LEAST_HELD_OUT, reading_keys
+from metrics import DINO_KNN, classification_metrics, knn_vote, nearest_images
 from networks import (find_networks, find_runs, load_network, save_probe, split_names,
                       weights_hash)
-from positions import hold_out_volumes, slice_position
+from positions import hold_out_splits, slice_position
+from probe import fit_probe, linear_probe
 from run_folder import make_results, read_log
 from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
                     tabulate, write_medmnist, write_scores)
+from verdict import VIEWS, LabelFree
 
-# checks outside the repository look for these functions here
+# checks outside the repository look for these functions here, and for linear_probe
 extract_features = features.extract_features
-knn_classify, linear_probe = metrics.knn_classify, metrics.linear_probe
+knn_classify = metrics.knn_classify
 
 MAP_IMAGES = 1000  # number of images on a map: t-SNE needs memory for its square
 
 
 # ---- measure ----
 
-def measure(backbone, data, settings, values, patch, numbers):
+def measure(backbone, data, settings, values, patch, numbers, views):
     """All numbers of one network on all test splits.
 
     Args: backbone: None for raw pixels, in patches of `patch` pixels; data: of open_data; settings:
     of features.stream_features; values: of mask_classes, () = no patch probe; numbers: of the
-    blocks for the readout of several blocks, [] = none. Without labels only the places of slices
-    are measured.
+    blocks for the readout of several blocks, [] = none; views: namespace of verdict.VIEWS. Without
+    labels only verdict.LabelFree and the places of slices are measured.
     Returns: results, {split: {probe: {metric: value}}}; scores, {split: {features: dict}} of
     tables.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
     """
@@ -113,6 +115,11 @@ def measure(backbone, data, settings, values, patch, numbers):
     results, scores, probes = {}, {}, {}
     for split in tests:
         results[split], scores[split] = {}, {}
+        inputs = {key: settings[key] for key in ("intensity_range", "mean", "std")}
+        views.global_crops_size = settings["size"]
+        label_free = LabelFree(tests[split], None, views, inputs, settings["autocast"])
+        if found := label_free.measure(backbone):
+            results[split]["label_free"] = found
         if place := slice_position(train, data["train"], collected[split], data[split]):
             results[split]["position"] = place
     if train["labels"] is None:
@@ -258,15 +265,18 @@ def open_data(config):
                             "it has moved, add --dataset_path=...)") from None
     train = open_split("train")
     notes = [describe_source(train)]
-    if train.labels is None and train.volume is None:
-        raise UserError(f"dataset_path={source!r} has no labels to measure with; a folder needs a "
-                        f"sub-folder per class. {describe_source(train)}")
     tests = {}
     if train.labels is not None:
         tests = {split: open_split(split) for split in splits}
     if train.labels is None:
-        train, tune, tests, reasons = hold_out_volumes(train, splits, open_split, seed)
+        train, tune, tests, reasons = hold_out_splits(train, splits, open_split, seed)
         notes += reasons
+        if train.volume is None:  # nothing is learned from it
+            train = train.limited(1000, seed)
+            if max(map(len, tests.values())) < LEAST_HELD_OUT:
+                raise UserError(f"dataset_path={source!r} has no labels to measure with, and less "
+                                f"than {LEAST_HELD_OUT} test images to measure without; a folder "
+                                f"of classes needs a sub-folder for each. {notes[0]}")
     elif "val" in splits:
         rest, tenth = cut_tenth(len(train), seed, train.groups)
         train, tune = train.subset(rest, "train"), train.subset(tenth, "train")
@@ -377,7 +387,7 @@ def main(sources):
 
     def measure_one(network, backbone, settings, patch, numbers=()):
         results, scores, probes, collected = measure(backbone, data, settings, values, patch,
-                                                     numbers)
+                                                     numbers, views)
         network.update(results=results, scores=scores, size=settings["size"],
                        blocks=list(numbers), map={})
         for split in tests:
@@ -389,6 +399,9 @@ def main(sources):
         return probes, collected
     forward = dict(num_workers=loader_workers(num_workers), batch_size=batch_size,
                    on_bad_image=on_bad_image, autocast=autocast_for(run_device, mixed_precision))
+    views = SimpleNamespace(seed=seed, num_workers=num_workers, on_bad_image=on_bad_image)
+    for key, value in VIEWS.items():  # as the first run makes them, equal for all networks
+        setattr(views, key, first_config.get(key, value))
     teacher_dtype = compute_dtype(run_device, mixed_precision)
     for network in networks:
         backbone, inputs = load_network(

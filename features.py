@@ -18,8 +18,9 @@ from configurator import UserError
 from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
-from metrics import fit_probe, knn_classify
+from metrics import knn_classify
 from model import blocks, core, embed, forward_features, run_blocks
+from probe import fit_probe
 from signals import ignore_signals
 from teachers import FrozenTeacher
 
@@ -391,7 +392,8 @@ class KnnMeasure:
                                **settings, **self.settings)
 
     def accuracy(self, backbone, names):
-        """{split: accuracy} of a backbone on the splits of these names."""
+        """{split: accuracy} of a backbone on the splits of these names, if they have labels."""
+        names = [name for name in names if name in self.splits]
         if not names:
             return {}
         train = self.features(backbone, "train")

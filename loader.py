@@ -17,17 +17,22 @@ from data import READING, describe_source, error_text, load_dataset, n_shared_gr
 from distributed import (item_bytes, loader_workers, main_first, rank, workers_that_fit,
                          world_size)
 from images import Rows
+from labels import cut_tenth
 from positions import slabs_of
 from signals import ignore_signals
+
+LEAST_HELD_OUT = 10  # images; fewer say nothing
 
 
 # ---- splits and input settings ----
 
 def open_splits(config):
-    """(train, {split: Dataset to measure k-NN on}), as a run's config asks.
+    """(train, {split: Dataset to measure k-NN on}, held_out), as a run's config asks.
 
-    Without exactly one label per image there is nothing to measure. One process of each machine
-    downloads and unpacks; the others find the files.
+    held_out: Dataset for verdict.LabelFree, which needs no labels: eval_split, or if there is none
+    a tenth of train, which train then lacks (hold_out). Without exactly one label per image there
+    is nothing to measure k-NN on. One process of each machine downloads and unpacks; the others
+    find the files.
     """
     def open_split(split):
         return load_dataset(config.dataset_path, split, config.dataset_size, config.cache_dir,
@@ -40,7 +45,27 @@ def open_splits(config):
             splits.append(config.eval_split)
             if config.eval_split != "test" and "test" in train.splits:
                 splits.append("test")
-        return train, {split: open_split(split).labelled() for split in splits}
+        measured = {split: open_split(split).labelled() for split in splits}
+        if measured:
+            return train, measured, measured[config.eval_split]
+        if config.eval_split in train.splits or train.labels is not None:
+            return train, measured, open_split(config.eval_split)
+        train, held_out = hold_out(train, config.seed)
+        return train, measured, held_out
+
+
+def hold_out(train, seed):
+    """(the rest, a tenth of it) of a data set without labels and without val, by group: Datasets.
+    The tenth is empty, and the rest is all, if it were less than LEAST_HELD_OUT images or, of few
+    groups, more than a third."""
+    rest, tenth = cut_tenth(len(train), seed, train.groups)
+    if not LEAST_HELD_OUT <= len(tenth) <= len(train) / 3:
+        return train, train.subset(np.arange(0), "val")
+    rest, tenth = train.subset(rest, "train"), train.subset(tenth, "val")
+    how = "" if train.groups is None else " by group (patient or volume)"
+    rest.notes = [*train.notes, f"no val: a tenth of train{how}, {len(tenth)} images, seed {seed}, "
+                  "is held out to measure without labels"]
+    return rest, tenth
 
 
 def reading_keys(config, run_config=None):

@@ -1,11 +1,10 @@
-"""Numbers that say what features are worth: k-NN, linear probe, classification metrics; and numbers
-that say how a run is doing.
+"""Numbers that say what features are worth: k-NN, classification metrics; and numbers that say how
+a run is doing.
 
 Tensors in, numbers out: no files and no networks. features.py and evaluate.py bring features,
 train.py and distill.py bring batches.
 """
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 
 from distributed import all_reduce_mean
 
-STRENGTHS = np.logspace(-5, 1, 13)  # of the probe: inverse L2 penalty C, as scikit-learn defines it
 DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted k-NN
 
 
@@ -100,123 +98,6 @@ def knn_classify(train_features, train_labels, test_features, k=5, temperature=N
     predictions, _ = knn_vote(train_features, labels, test_features, k, temperature, chunk,
                               train_groups, test_groups)
     return predictions if values is None else values.to(predictions.device)[predictions]
-
-
-# ---- linear probe ----
-
-def fit_linear(x, y, strength, start=None, weights=None, max_iterations=200,
-               tolerance=1e-5):
-    """Logistic regression at one L2 strength, to convergence. It minimises over W [D,c], b [c]
-
-        mean over images of weight * cross-entropy(x W + b, y)  +  |W|^2 / (2 * strength * N)
-
-    like scikit-learn's LogisticRegression(C=strength), by full-batch L-BFGS in fp64: there are no
-    learning rate and no epochs to choose.
-    Args: x [N,D] fp64, standardised; y [N] int64, or [N,c] fp64 of 0/1 for independent outputs;
-    start: (W, b) to begin from; weights: of the images, [N] fp64 or None. Returns: (W, b).
-    """
-    W, b = (value.clone().requires_grad_() for value in start)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=max_iterations, tolerance_grad=tolerance,
-                                  tolerance_change=1e-12, history_size=20,
-                                  line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = probe_loss(x @ W + b, y, weights)
-        loss = loss + (W * W).sum() / (2 * strength * len(x))
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return W.detach(), b.detach()
-
-
-def probe_loss(logits, y, weights=None):
-    """Mean cross-entropy of logits [N,c]: over the softmax for y [N] int64; for y [N,c] of 0/1
-    summed over independent outputs."""
-    if y.ndim == 1:
-        loss = F.cross_entropy(logits, y, reduction="none")  # [N]
-    else:
-        loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(dim=1)
-    if weights is not None:
-        loss = loss * weights
-    return loss.mean()
-
-
-@dataclass
-class Probe:
-    """What fit_probe fitted: probe(features [M,D]) -> probabilities [M,c] fp32 on the CPU. mean,
-    std [D], weight [D,c], bias [c]: fp64; multi_label: each class is an output of its own; loss:
-    on val."""
-    mean: torch.Tensor
-    std: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    multi_label: bool
-    loss: float = math.nan
-
-    def __call__(self, features):
-        x = features.to(self.mean.device).double()
-        x = (x - self.mean) / self.std
-        logits = x @ self.weight + self.bias  # [M,c]
-        probs = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
-        return probs.float().cpu()
-
-
-def fit_probe(train_features, train_labels, val_features, val_labels, balanced=False):
-    """Fit a linear probe on train, with the strength of STRENGTHS that has the lowest loss on val.
-
-    Features are standardised by train; test images are never seen. The loss chooses because the
-    accuracy is flat and noisy: on 250 val images of brain MRI the best accuracy chose C = 10 (test
-    accuracy 0.797), the lowest loss C = 0.1 (test accuracy 0.871).
-
-    Args: features [N,D]; labels [N] int64, or [N,c] 0/1 for multi-label; balanced: every class has
-    the same total weight.
-    Returns: (Probe, strength).
-    """
-    device, multi_label = train_features.device, train_labels.ndim == 2
-    x = train_features.double()
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
-    std = torch.where(std > 1e-8, std, 1.0)  # a constant feature must not divide by 0
-
-    def image_weights(y):
-        """[N] with the same sum for every class that occurs, or None."""
-        if not balanced:
-            return None
-        per_class = len(y.unique()) * y.bincount().double()
-        return len(y) / per_class[y]
-
-    x_val = val_features.to(device).double()
-    x, x_val = (x - mean) / std, (x_val - mean) / std
-    axes = None
-    if len(x) < x.shape[1]:  # W lies in the span of the images: fewer unknowns, the same solution
-        axes, _ = torch.linalg.qr(x.T)  # [D,N]
-        x, x_val = x @ axes, x_val @ axes
-    y, y_val = train_labels.to(device), val_labels.to(device)
-    if multi_label:
-        y, y_val, n_outputs = y.double(), y_val.double(), y.shape[1]
-    else:
-        n_outputs = int(max(y.max(), y_val.max())) + 1
-    solution = (x.new_zeros(x.shape[1], n_outputs), x.new_zeros(n_outputs))
-    best = None
-    for strength in STRENGTHS:  # the penalty falls, and each solution is the start of the next
-        W, b = solution = fit_linear(x, y, strength, solution, image_weights(y))
-        loss = float(probe_loss(x_val @ W + b, y_val, image_weights(y_val)))
-        if best is None or loss < best[0]:
-            best = (loss, float(strength), solution)
-    loss, strength, solution = best
-    W, b = fit_linear(x, y, strength, solution, image_weights(y), max_iterations=2000,
-                      tolerance=1e-6)
-    W = W if axes is None else axes @ W
-    return Probe(mean, std, W, b, multi_label, loss), strength
-
-
-def linear_probe(train_features, train_labels, val_features, val_labels, test_features):
-    """Class probabilities [M,n_classes] fp32 of the test images, by logistic regression on
-    standardised features; val chooses the penalty (paper section 3.1; DINOv2's logistic
-    evaluation). Features [N,D]; labels [N] int64, or [N,c] 0/1 for independent outputs. See
-    fit_probe."""
-    probe, _ = fit_probe(train_features, train_labels, val_features, val_labels)
-    return probe(test_features)
 
 
 # ---- metrics ----
@@ -366,6 +247,117 @@ def _mean_auc(scores, true, weights, classes):
     total = np.nansum(areas, axis=0)
     n_finite = np.isfinite(areas).sum(axis=0)
     return np.divide(total, n_finite, out=mean, where=n_finite > 0)
+
+
+# ---- what features know, without labels: verdict.py measures these on held-out images ----
+
+def unit(x):
+    """x [N,D] at unit length, float64."""
+    return F.normalize(x.double(), dim=1)
+
+
+def two_view_retrieval(a, b):
+    """Share of crops that find the other crop of their image: of crop a_i the nearest b_j by
+    cosine, among all N, is b_i; and the other way round. The mean over both directions,
+
+        (mean_i [argmax_j cos(a_i, b_j) = i] + mean_i [argmax_j cos(b_i, a_j) = i]) / 2
+
+    the top-1 accuracy of the task that SimCLR (arXiv 2002.05709) is trained on. If several are
+    nearest, it is not found: one feature for all images gives 0. Args: a, b [N,D].
+    """
+    a, b = unit(a), unit(b)
+    similarity = a @ b.T  # [N,N]
+    own = similarity.diagonal() - 1e-9  # equal features differ by rounding
+    others = similarity.clone().fill_diagonal_(-torch.inf)
+    found = [own > others.max(dim=axis).values for axis in (1, 0)]
+    return float(torch.stack(found).double().mean())
+
+
+def lidar(views, delta=1e-4, eps=1e-7):
+    """LiDAR, the rank of linear discriminant analysis with every image as its own class (Thilak et
+    al. 2023, arXiv 2312.04000): the effective rank
+
+        exp(-sum_k p_k ln p_k),  p_k = l_k / sum_k l_k + eps
+
+    with l the D eigenvalues of S_w^-1/2 S_b S_w^-1/2; S_b the covariance of the images' mean
+    features mu_i, S_w that of the views around them plus delta I (both divide by the number of
+    terms). It counts the directions that tell images apart and that augmentation leaves alone.
+    Args: views [N,q,D], q views of N images. Returns: 1 to about min(N - 1, D).
+
+    The nonzero l are the eigenvalues of M S_w^-1 M^T, [N,N], with M = (mu_i - mu) / sqrt(N).
+    """
+    x = views.double()
+    n, q, width = x.shape
+    means = x.mean(dim=1, keepdim=True)  # [N,1,D]
+    within = (x - means).flatten(0, 1)  # [N*q,D]
+    within = within.T @ within / (n * q)
+    within.diagonal().add_(delta)
+    between = (means - means.mean(dim=0))[:, 0] / n**0.5  # [N,D]
+    solved = torch.cholesky_solve(between.T, torch.linalg.cholesky(within))  # [D,N]
+    values = torch.linalg.eigvalsh(between @ solved)  # [N], ascending
+    values = values.flip(0)[:width].clamp_min(0)
+    values = F.pad(values, (0, width - len(values)))  # [D], the others are 0
+    p = values / values.sum().clamp_min(1e-300) + eps
+    return float((-(p * p.log()).sum()).exp())
+
+
+def uniformity(x, t=2):
+    """log of the mean of exp(-t |x_i - x_j|^2) over all pairs i != j, with x at unit length (Wang
+    and Isola 2020, arXiv 2005.10242, section 4.1.2): 0 = all features are equal; the lower, the
+    more evenly they fill the sphere, to about -2 t. Args: x [N,D]."""
+    squares = torch.pdist(unit(x)).square()  # [N*(N-1)/2]
+    return float(squares.mul(-t).exp().mean().log())
+
+
+def alignment(a, b):
+    """Mean of |a_i - b_i|^2 over images, with a and b at unit length (Wang and Isola 2020, arXiv
+    2005.10242, section 4.1.1): 0 = two views of an image have equal features. Args: a, b [N,D]."""
+    difference = unit(a) - unit(b)
+    return float(difference.square().sum(dim=1).mean())
+
+
+def silhouette(x, k, seed=0):
+    """Mean silhouette of the clusters that k-means finds (Rousseeuw 1987): the mean over images of
+
+        (b - a) / max(a, b)
+
+    a: mean distance to the other images of the own cluster; b: the least mean distance to the
+    images of another cluster; 0 for an image that is alone in its cluster. Distances are Euclidean,
+    between features at unit length. 1 = compact and far apart, 0 = no clusters, also if all images
+    are in one. Args: x [N,D]; k, seed: of spherical_kmeans.
+    """
+    x = unit(x)
+    nearest = (x @ spherical_kmeans(x, k, seed).T).argmax(dim=1)  # [N]
+    clusters = F.one_hot(nearest)
+    clusters = clusters[:, clusters.sum(dim=0) > 0].double()  # [N,c], those with images
+    sizes = clusters.sum(dim=0)  # [c]
+    if len(sizes) < 2:
+        return 0.0
+    sums = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") @ clusters  # [N,c]
+    is_own = clusters.bool()
+    inside = sums[is_own] / (clusters @ sizes - 1).clamp_min(1)  # [N]
+    outside = (sums / sizes).masked_fill(is_own, torch.inf).min(dim=1).values
+    values = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
+    is_alone = clusters @ sizes == 1
+    return float(values.masked_fill(is_alone, 0).mean())
+
+
+def spherical_kmeans(x, k, seed=0, n_iterations=20):
+    """k directions around which the rows of x gather (Dhillon and Modha 2001).
+
+    Starts from k rows drawn by seed. In each of n_iterations each row joins the centre with the
+    largest cosine, then each centre becomes the mean of its rows at unit length. A centre that
+    loses all rows stays as it is.
+    Args: x [N,D], rows of unit length. Returns: [k,D], rows of unit length.
+    """
+    first = np.random.default_rng(seed).permutation(len(x))[:k]
+    centres = x[torch.from_numpy(first).to(x.device)]
+    for _ in range(n_iterations):
+        nearest = (x @ centres.T).argmax(dim=1)  # [N]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)  # [k,D]
+        has_rows = sums.norm(dim=1, keepdim=True) > 0
+        centres = torch.where(has_rows, F.normalize(sums, dim=1), centres)
+    return centres
 
 
 # ---- health of a run, without labels ----

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError
 from loader import input_settings
-from metrics import Probe
 from model import backbone_from_config, build_backbone
+from probe import Probe
 from tables import jsonable
 from teachers import build_teacher
 from weights import pretrained_input
@@ -356,7 +356,7 @@ def weights_hash(backbone):
 # ---- kept probes ----
 
 def save_probe(path, probe, about):
-    """Keep a metrics.Probe: path.safetensors has its tensors, path.json has `about`, a dict for
+    """Keep a probe.Probe: path.safetensors has its tensors, path.json has `about`, a dict for
     JSON with model, model_hash, features, blocks, classes and the input settings."""
     tensors = {name: getattr(probe, name).cpu().contiguous() for name in PROBE_TENSORS}
     save_file(tensors, f"{path}.safetensors.part")

@@ -53,14 +53,14 @@ def slabs_of(dataset, slab_mm):
     return order, first, last
 
 
-def hold_out_volumes(train, splits, open_split, seed):
-    """The splits of volumes without labels, whose places alone are measured.
+def hold_out_splits(train, splits, open_split, seed):
+    """The splits of a data set without labels, for what is measured without.
 
     A split that is missing is a tenth of train, by patient. Args: train: Dataset; splits: names of
     test splits; open_split(name) -> Dataset. Returns: train, another tenth of it, {split: Dataset},
     sentences for the log.
     """
-    tests, notes = {}, ["no labels: only the places of slices are measured"]
+    tests, notes = {}, ["no labels: only what needs none is measured"]
 
     def cut(split):
         rest, tenth = cut_tenth(len(train), seed, train.groups)
@@ -71,7 +71,8 @@ def hold_out_volumes(train, splits, open_split, seed):
         else:
             train, tests[split] = cut(split)
             notes.append(f"no {split} split: a tenth of train by patient, {len(tests[split])} "
-                         f"slices, seed {seed}; a run that has trained on them has seen them")
+                         f"images, seed {seed}, which a run of this seed has not trained on if "
+                         "there is no val")
     train, tenth = cut("train")
     return train, tenth, tests, notes
 

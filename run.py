@@ -7,7 +7,7 @@ call every method; rank 0 prints and writes.
     out/NAME/config.py              the resolved config; it runs again
     out/NAME/log.jsonl, logs/       the numbers, one object per line; the text that was printed
     out/NAME/checkpoints/last       the state to resume from
-    out/NAME/checkpoints/best       the weights with the highest k-NN; best/hf is for AutoModel
+    out/NAME/checkpoints/best       the best weights by k-NN or verdict.score; best/hf: AutoModel
     out/NAME/checkpoints/0000250    the state of every saveckp_freq-th iteration
     out/NAME/results/summary.json   the numbers of a finished run
 """
@@ -32,6 +32,7 @@ from distributed import (all_reduce_mean, any_rank, gather_full, gather_objects,
 from model import EMATeacher, core
 from run_folder import RunFolder, is_inside, read_log, remove, truncate_log, write_whole
 from signals import catch_signals
+from verdict import in_one_line, judge, score
 
 
 def whole_run(main):
@@ -60,7 +61,9 @@ class Run:
         self.is_open, self.unwritten = False, []
         self.signals, self.stopped_by, self.bad_images = [], 0, set()
         self.wandb = None
-        self.knn = {}  # pixels and untrained: {split: accuracy}; start, best, best_iteration
+        # pixels and untrained: {split: accuracy}; start, best, best_iteration; label_free: start
+        # and now, of verdict.LabelFree. Without labels best is a score
+        self.knn = {}
         self.say(described_config + "\n")
         for note in notes:
             self.say(f"note: {note}")
@@ -177,32 +180,47 @@ class Run:
         yield
         self.last_logged_at += time.time() - began
 
-    def record_start(self, pixels, untrained):
-        """Keep the two results that all later ones are compared with.
+    def record_start(self, pixels, untrained, numbers):
+        """Keep the results that all later ones are compared with.
 
-        pixels, untrained: {split: k-NN accuracy} of the raw pixels, of the network before training.
+        pixels, untrained: {split: k-NN accuracy} of the raw pixels, of the network before training,
+        {} without labels; numbers: of verdict.LabelFree, of that network.
         """
-        self.knn.update(pixels=pixels, untrained=untrained)
-        numbers = ", ".join(f"{split} {value:.4f}" for split, value in pixels.items())
-        self.say(f"raw pixels, k-NN (k=5): {numbers}")
-        self.record_knn(untrained[self.config.eval_split], 0)
-        self.log(dict(iteration=0, knn_accuracy=self.knn["start"]))
+        if pixels:
+            self.knn.update(pixels=pixels, untrained=untrained)
+            listed = ", ".join(f"{split} {value:.4f}" for split, value in pixels.items())
+            self.say(f"raw pixels, k-NN (k=5): {listed}")
+        if numbers:
+            self.knn["label_free"] = dict(start=numbers)
+        _, record = self.record_measures(untrained, numbers, 0)
+        self.log(dict(iteration=0, **record))
 
-    def record_knn(self, accuracy, iteration, advice=""):
-        """Keep and print a k-NN accuracy; True if it is the best so far.
+    def record_measures(self, accuracies, numbers, iteration, advice=""):
+        """Keep and print what was measured.
 
-        advice: what to try if the accuracy is below the start; '' = do not compare.
+        Args: accuracies: {split: k-NN accuracy}, {} without labels; numbers: of verdict.LabelFree,
+        {} = too few images; advice: what to try if k-NN is below the start; '' = do not compare.
+        Returns: True if it is the best so far: in k-NN accuracy on eval_split, without labels in
+        verdict.score; and its part of a log record.
         """
-        self.knn.setdefault("start", accuracy)
-        is_best = accuracy > self.knn.get("best", -1.0)
+        record, value = {}, -math.inf
+        if numbers:
+            self.knn.setdefault("label_free", {})["now"] = record["label_free"] = numbers
+            self.say(f"without labels at iteration {iteration}: {in_one_line(numbers)}")
+            value = score(numbers)
+        if accuracies:
+            value = record["knn_accuracy"] = accuracies[self.config.eval_split]
+            self.knn.setdefault("start", value)
+        is_best = value > self.knn.get("best", -math.inf)
         if is_best:
-            self.knn.update(best=accuracy, best_iteration=iteration)
-        start, best = self.knn["start"], self.knn["best"]
-        self.say(f"k-NN (k=5, {self.config.eval_split}) at iteration {iteration}: {accuracy:.4f}   "
-                 f"start {start:.4f}, best {best:.4f} at {self.knn['best_iteration']}")
-        if advice and accuracy < start - 0.01:
-            self.say(f"!!!! BELOW THE START by {start - accuracy:.4f}: {advice} !!!!")
-        return is_best
+            self.knn.update(best=value, best_iteration=iteration)
+        if accuracies:
+            start, best = self.knn["start"], self.knn["best"]
+            self.say(f"k-NN (k=5, {self.config.eval_split}) at iteration {iteration}: {value:.4f}"
+                     f"   start {start:.4f}, best {best:.4f} at {self.knn['best_iteration']}")
+            if advice and value < start - 0.01:
+                self.say(f"!!!! BELOW THE START by {start - value:.4f}: {advice} !!!!")
+        return is_best, record
 
     def save(self):
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
@@ -223,7 +241,8 @@ class Run:
 
     def _publish(self):
         """Link checkpoints/last as `best` and as a numbered one, and export for AutoModel, where
-        this is due. Without k-NN the best state is the last one. Doing it twice changes nothing."""
+        this is due. If nothing is measured the best state is the last one. Doing it twice changes
+        nothing."""
         state, config, iteration = self.state, self.config, self.state.iteration
         checkpoints, links, exports = f"{self.folder}/checkpoints", [], []
         if iteration > 0 and iteration % config.saveckp_freq == 0:
@@ -297,8 +316,9 @@ class Run:
             return
         _, last = (read_log(f"{self.folder}/log.jsonl") or [("", {})])[-1]
         iteration, minutes = self.state.iteration, (time.time() - self.began) / 60
+        word, sentence = judge(**self.knn.get("label_free", {}))
         summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes,
-                       loss=last.get("loss"))
+                       loss=last.get("loss"), verdict=word)
         write_whole(f"{self.folder}/results/summary.json", json.dumps(summary))
         learned = f"no labels to measure with, RankMe {last.get('rankme', math.nan):.1f}"
         if final:
@@ -310,10 +330,11 @@ class Run:
                     pixels = f"{self.knn['pixels'][split]:.3f}"
                 changes.append(f"{split} {untrained} -> {value:.3f} (raw pixels {pixels})")
             learned = f"5-NN accuracy of {whose}'s CLS, start -> end: {', '.join(changes)}"
-            if "best" in self.knn:
-                learned += (f", best {self.config.eval_split} {self.knn['best']:.3f} at "
-                            f"{self.knn['best_iteration']}")
+        if "best" in self.knn:
+            learned += (f", best {self.config.eval_split if final else 'score'} "
+                        f"{self.knn['best']:.3f} at {self.knn['best_iteration']}")
         export = f"{self.folder}/checkpoints/best/hf"
+        self.say(f"\nwithout labels, {whose} at the end against its start: {sentence}")
         self.say(f"\nDone: {iteration} iterations in {minutes:.1f} min; {learned}. Everything is "
                  f"in {self.folder}. Look at samples/crops.png and log.jsonl. Use the features "
                  f"with AutoModel.from_pretrained('{export}'), or train on with "

@@ -253,7 +253,7 @@ def embed(backbone, parts, store, keys, fitted=None, **settings):
     """Append the rows that are missing in a Store, batch by batch, and print how long it will take.
 
     Args: parts: list of Datasets; keys: of stream_features' dicts, and patch_mean, the columns to
-    write; fitted: (metrics.Probe, the key that it takes), then also the column probs; settings: of
+    write; fitted: (probe.Probe, the key that it takes), then also the column probs; settings: of
     stream_features. Batches are cut as in an undisturbed run, so the numbers are the same.
     """
     total, before, size = sum(map(len, parts)), 0, settings["batch_size"]

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from metrics import DINO_KNN
+from verdict import TITLES
 
 # Columns of evaluate.py's tables: header, probe, metric
 PAPER_COLUMNS = [  # the layout of the paper's Tables 5 to 8
@@ -21,6 +22,8 @@ MORE_COLUMNS = [
 BLOCKS_SUFFIX = "_blocks"  # of the probes on the readout of several blocks
 MORE_COLUMNS += [(f"k={k}, T={t}", f"knn_dino_{k}", "accuracy") for k, t in DINO_KNN]
 
+LABEL_FREE_COLUMNS = [(title, "label_free", name) for name, title in TITLES.items()
+                      if name != "position_r2"]  # evaluate.py has another, of all test slices
 POSITION_COLUMNS = [("R2 of slice position", "position", "r2"),
                     ("tau of slice order", "position", "tau")]
 
@@ -51,7 +54,7 @@ def in_words(results, k):
     columns = [(f"{k}-NN", "knn", "accuracy"), ("linear probe", "linear", "accuracy")]
     said = []
     for split, result in results.items():
-        for title, probe, metric in columns + POSITION_COLUMNS:
+        for title, probe, metric in columns + POSITION_COLUMNS + LABEL_FREE_COLUMNS[:2]:
             if probe in result:
                 said.append(f"{split} {title} {result[probe][metric]:.4f}")
     return ", ".join(said)
@@ -87,6 +90,11 @@ def tabulate(networks, split, mask_names):
     text, measured = "", networks[0]["results"][split]
     if "linear" in measured:
         text = f"{table(PAPER_COLUMNS)}\n\n{table(MORE_COLUMNS)}\n"
+    if "label_free" in measured:
+        n = measured["label_free"]["images"]
+        text += (f"\n{table(LABEL_FREE_COLUMNS)}\nWithout labels, on {n} images: retrieval, LiDAR "
+                 "and alignment of random crops, the others of whole images (verdict.py, "
+                 "metrics.py). Lower is better for uniformity and alignment.\n")
     if "position" in measured:
         n = measured["position"]["n_volumes"]
         text += (f"\n{table(POSITION_COLUMNS)}\nPlace of a slice in its volume, 0 to 1, by ridge "

@@ -17,6 +17,7 @@ from torch import nn
 from configurator import UserError
 from distributed import all_reduce_sum, gather_objects, only_shapes
 from convert import convert, is_original
+from metrics import spherical_kmeans
 from model import blocks, build_backbone, forward_features
 from run_folder import part_of, remove_dead_parts
 from weights import IMAGENET, gated, load_values, pretrained_input, read_tensors
@@ -363,24 +364,6 @@ class FeatureStatistics(nn.Module):
         values = (values / values.mean()).clamp_min(1e-4)
         scale = (values ** (1 - self.whitening)).mean().rsqrt()
         self.cls_whitener.copy_(scale * axes * values ** (-self.whitening / 2) @ axes.T)
-
-
-def spherical_kmeans(x, k, seed=0, n_iterations=20):
-    """k directions around which the rows of x gather (Dhillon and Modha 2001).
-
-    Starts from k rows drawn by seed. In each of n_iterations each row joins the centre with the
-    largest cosine, then each centre becomes the mean of its rows at unit length. A centre that
-    loses all rows stays as it is.
-    Args: x [N,D], rows of unit length. Returns: [k,D], rows of unit length.
-    """
-    first = np.random.default_rng(seed).permutation(len(x))[:k]
-    centres = x[torch.from_numpy(first).to(x.device)]
-    for _ in range(n_iterations):
-        nearest = (x @ centres.T).argmax(dim=1)  # [N]
-        sums = torch.zeros_like(centres).index_add_(0, nearest, x)  # [k,D]
-        has_rows = sums.norm(dim=1, keepdim=True) > 0
-        centres = torch.where(has_rows, F.normalize(sums, dim=1), centres)
-    return centres
 
 
 # ---- features on disk ----

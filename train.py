@@ -188,6 +188,7 @@ from prefix import KnownViews, keep_prefix
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
 from signals import end_by
+from verdict import LabelFree
 from weights import FAMILIES, pretrained_input
 
 
@@ -280,7 +281,7 @@ def main(sources, at_end):
     run = Run("train.py", config, describe(globals(), config_keys, sources), notes, at_end)
 
     # ---- data ----
-    train_set, measured = open_splits(config)
+    train_set, measured, held_out = open_splits(config)
     if label_guided_crops_number > 0:
         run.say(describe_labels(train_set))
     expected = pretrained_input(model_type) if use_pretrained else {}
@@ -361,13 +362,15 @@ def main(sources, at_end):
     # ---- all input is good: the run's folder, and k-NN before training ----
     run.open(state, inputs)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
+    label_free = LabelFree(held_out, train_set, config, inputs, autocast)
 
-    def teacher_knn(splits):
+    def of_teacher(measure, *args):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as teacher:
-            return knn.accuracy(teacher.backbone, splits)
+            return measure(teacher.backbone, *args)
 
-    if measured and state.iteration == 0 and not run.knn:
-        run.record_start(knn.pixels(), teacher_knn(measured))
+    if state.iteration == 0 and not run.knn and (measured or label_free):
+        run.record_start(knn.pixels(), of_teacher(knn.accuracy, measured),
+                         of_teacher(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
 
     # ---- the loop ----
@@ -422,10 +425,11 @@ def main(sources, at_end):
             early = iteration < max(50, max_iterations // 5)
             if advice := diagnose(record, dino_head_out_dim, early):
                 run.say(f"!!!! {advice} !!!!")
-        if measured and run.is_due(eval_interval, iteration):
-            accuracy = teacher_knn([eval_split])[eval_split]
-            is_best = run.record_knn(accuracy, iteration, HARM)
-            record = dict(record or dict(iteration=iteration), knn_accuracy=accuracy)
+        if run.is_due(eval_interval, iteration) and (measured or label_free):
+            is_best, measures = run.record_measures(
+                of_teacher(knn.accuracy, [eval_split]), of_teacher(label_free.measure), iteration,
+                HARM)
+            record = dict(record, iteration=iteration, **measures)
         if record:
             run.log(record)
         if set_trainable(unwrap(state.student), train_from, iteration):  # more of it is trained
@@ -439,7 +443,7 @@ def main(sources, at_end):
     if state.iteration < max_iterations:
         run.save()
     if run.close():
-        run.summarize(teacher_knn(measured), "the teacher")
+        run.summarize(of_teacher(knn.accuracy, measured), "the teacher")
     cleanup()
     return run.stop_signal()
 

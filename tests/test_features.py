@@ -14,11 +14,11 @@ from configurator import UserError
 from data import Dataset
 from features import (block_choices, choose_blocks, collect_features, extract_features,
                       parse_blocks, stream_features)
-from metrics import Probe, fit_probe
 from model import (FAMILIES, add_lora, build_backbone, embed, final_norm, forward_features,
                    run_blocks)
 from networks import (find_networks, find_runs, load_adapter, load_network, load_probe, read_run,
                       save_probe, split_names, weights_hash)
+from probe import Probe, fit_probe
 from teachers import build_teacher
 from tests_support import TINY
 

@@ -195,7 +195,7 @@ def test_the_lines_on_the_data(tmp_path):
     config = SimpleNamespace(dataset_path=str(tmp_path / "s.npz"), dataset_size=28, seed=0,
                              cache_dir=str(tmp_path / "cache"), download_url="", num_channels=0,
                              eval_split="val")
-    train, measured = open_splits(config)
+    train, measured, _ = open_splits(config)
     assert {split: len(data) for split, data in measured.items()} == {"val": 4, "test": 3}
     inputs, source = input_settings(train, {})
     lines = describe_data(train, measured, inputs, source).split("\n")
@@ -214,7 +214,7 @@ def test_a_regression_target_is_named_and_not_measured(tmp_path):
     config = SimpleNamespace(dataset_path=str(tmp_path / "s.npz"), dataset_size=28, seed=0,
                              cache_dir=str(tmp_path / "cache"), download_url="", num_channels=0,
                              eval_split="val")
-    train, measured = open_splits(config)
+    train, measured, _ = open_splits(config)
     text = describe_data(train, measured, *input_settings(train, {}))
     assert measured == {} and "a regression target and no classes" in text and "no k-NN" in text
 

@@ -1,5 +1,6 @@
-"""metrics.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice, RankMe, and
-a name for every known failure of a run."""
+"""metrics.py and probe.py against plain loops and scikit-learn: k-NN, linear probe, metrics, Dice,
+RankMe, what is measured without labels, and a name for every known failure of a run."""
+import itertools
 import math
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from detection import dice_per_class, patch_classes
-from metrics import (STRENGTHS, classification_metrics, diagnose, fit_linear, fit_probe,
-                     knn_classify, knn_vote, linear_probe, monitor, rankme, weighted_auc)
+from metrics import (alignment, classification_metrics, diagnose, knn_classify, knn_vote, lidar,
+                     monitor, rankme, silhouette, spherical_kmeans, two_view_retrieval,
+                     uniformity, weighted_auc)
+from probe import STRENGTHS, fit_linear, fit_probe, linear_probe
 
 
 def randn(*shape, seed=0):
@@ -368,3 +371,94 @@ def test_numbers_of_known_batches():
     assert uniform["rankme"] == pytest.approx(1, rel=1e-3)
     one_taken = monitor(torch.eye(8), torch.eye(8)[:1].repeat(8, 1))
     assert one_taken["prototype_use"] == pytest.approx(1 / 8, rel=1e-4)
+
+
+# ---- without labels ----
+
+def test_two_view_retrieval_by_hand():
+    """Three of the four a find their b, and three of the four b their a."""
+    def at(*degrees):
+        angle = torch.tensor(degrees) * math.pi / 180
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+    a, b = at(0., 90., 180., 200.), at(10., 100., 206., 240.)
+    # a: 0 -> 10, 90 -> 100, 180 -> 206, 200 -> 206 (its own is at 240)
+    # b: 10 -> 0, 100 -> 90, 206 -> 200 (its own is at 180), 240 -> 200
+    assert two_view_retrieval(a, b) == pytest.approx((3 / 4 + 3 / 4) / 2)
+    assert two_view_retrieval(7 * a, b) == two_view_retrieval(b, a) == pytest.approx(3 / 4)
+    assert two_view_retrieval(a, a) == 1
+    assert two_view_retrieval(torch.ones(5, 3), torch.ones(5, 3)) == 0  # a collapse finds nothing
+
+
+def test_two_view_retrieval_is_the_plain_loop():
+    a, b = randn(30, 5), randn(30, 5) + randn(30, 5, seed=1)
+    found = 0
+    for x, y in ((a, b), (b, a)):
+        for i in range(30):
+            cosines = [float(F.cosine_similarity(x[i], y[j], dim=0)) for j in range(30)]
+            found += int(np.argmax(cosines) == i)
+    assert two_view_retrieval(a, b) == pytest.approx(found / 60) and 0 < found < 60
+
+
+@pytest.mark.parametrize("n, q, width", [(12, 4, 6), (5, 3, 9), (7, 2, 7)])
+def test_lidar_is_the_formula(n, q, width):
+    """S_w and S_b as plain sums of outer products, the root of S_w written out."""
+    x = (randn(n, 1, width) + 0.3 * randn(n, q, width, seed=1)).double()
+    mean = sum(x.reshape(-1, width)) / (n * q)
+    between, within = torch.zeros(2, width, width, dtype=torch.float64)
+    for i in range(n):
+        mu = x[i].mean(dim=0)
+        between += torch.outer(mu - mean, mu - mean) / n
+        for j in range(q):
+            within += torch.outer(x[i, j] - mu, x[i, j] - mu) / (n * q)
+    within += 1e-4 * torch.eye(width)
+    values, axes = torch.linalg.eigh(within)
+    root = axes @ torch.diag(values.rsqrt()) @ axes.T
+    values = torch.linalg.eigvalsh(root @ between @ root).clamp_min(0)
+    p = values / values.sum() + 1e-7
+    assert lidar(x) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-6)
+
+
+def test_lidar_counts_directions_that_views_leave_alone():
+    """Eight images at +-1 on four axes: four directions of equal share. Views that jitter one axis
+    further than the images lie apart take that direction away. A line, and a collapse, give 1."""
+    corners = torch.cat([torch.eye(4), -torch.eye(4)])[:, None]  # [8,1,4]
+    jitter = torch.cat([torch.eye(4), -torch.eye(4)])[None]  # [1,8,4], each axis on its own
+    assert lidar(corners + 0.1 * jitter) == pytest.approx(4, abs=0.01)
+    wide = jitter * torch.tensor([0.1, 0.1, 0.1, 10])
+    assert lidar(corners + wide) == pytest.approx(3, abs=0.02)
+    line = torch.arange(8.)[:, None, None] * torch.ones(4)
+    assert lidar(line + 0.1 * jitter) == pytest.approx(1, abs=0.01)
+    assert lidar(torch.ones(8, 2, 4)) == pytest.approx(1, abs=1e-4)
+
+
+def test_uniformity_and_alignment_are_plain_loops():
+    a, b = randn(9, 4), randn(9, 4, seed=1)
+    x, y = [row / row.norm() for row in a], [row / row.norm() for row in b]
+    pairs = [math.exp(-2 * float((x[i] - x[j]).square().sum()))
+             for i, j in itertools.permutations(range(9), 2)]
+    assert uniformity(a) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-6)
+    squares = [float((x[i] - y[i]).square().sum()) for i in range(9)]
+    assert alignment(a, b) == pytest.approx(sum(squares) / 9, rel=1e-6)
+    opposite = torch.tensor([[3., 0], [-1, 0]])  # |x_1 - x_2|^2 = 4
+    assert uniformity(opposite) == pytest.approx(-8) and uniformity(opposite, t=1) == -4
+    assert uniformity(torch.ones(4, 3)) == alignment(a, 2 * a) == 0
+    assert alignment(opposite, -opposite) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_silhouette_is_that_of_scikit_learn(k):
+    silhouette_score = pytest.importorskip("sklearn.metrics").silhouette_score
+    x = torch.cat([randn(20, 6) + 3 * randn(1, 6, seed=seed) for seed in range(1, 4)])
+    unit = F.normalize(x.double(), dim=1)
+    labels = (unit @ spherical_kmeans(unit, k, 3).T).argmax(dim=1)
+    expected = silhouette_score(unit.numpy(), labels.numpy())
+    assert silhouette(x, k, 3) == pytest.approx(expected, abs=1e-9)
+
+
+def test_silhouette_by_hand():
+    """Two pairs of equal features at right angles: a = 0, b = sqrt(2), so 1. A pair and a single:
+    the single counts 0."""
+    x = torch.tensor([[1., 0], [2, 0], [0, 1], [0, 5]])
+    assert max(silhouette(x, 2, seed) for seed in range(4)) == pytest.approx(1)
+    assert max(silhouette(x[:3], 2, seed) for seed in range(4)) == pytest.approx(2 / 3)
+    assert silhouette(torch.ones(6, 2), 3) == 0

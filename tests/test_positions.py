@@ -192,8 +192,8 @@ def test_evaluate_needs_no_labels_for_places(tmp_path, monkeypatch):
     """Volumes without labels and without a test split: a tenth by patient is held out."""
     arrays = drawn_volumes(("train",), ("labels", "masks"))
     text, results = evaluated(tmp_path, monkeypatch, arrays)
-    assert "no labels: only the places of slices are measured" in text
-    assert "no test split: a tenth of train by patient, 6 slices" in text
+    assert "no labels: only what needs none is measured" in text
+    assert "no test split: a tenth of train by patient, 6 images" in text
     assert set(results["raw pixels"]["test"]) == set(results["weights"]["test"]) == {"position"}
     assert results["weights"]["test"]["position"]["n_volumes"] == 1
 
