@@ -1,54 +1,200 @@
-"""What a run hands back: the best of its start, its end, its best checkpoint, and mixtures of them.
+"""What a run hands back: its start, its end, its best checkpoint, or a mixture of start and end.
 
-Training can harm features. So at the end of a run that started from released weights the candidates
-are measured, and the one that val prefers becomes checkpoints/best/hf. A mixture is
-start + share * (end - start) in all trained weights (WiSE-FT: Wortsman et al. 2022, arXiv
-2109.01903); of LoRA it is the scale of the adapters. checkpoints/best/choice.json names the choice.
+Training can harm released features. So at the end of a run the candidates are measured on val, and
+the one that val prefers becomes checkpoints/best/hf. A mixture is start + share * (end - start) in
+all trained weights (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903); of LoRA it is the scale of
+the adapters. checkpoints/best/choice.json has the choice and the table.
 
-The values are read from the disk, one tensor at a time, into those of the EMA teacher: there is no
+The values are read from the disk, tensor by tensor, into those of the EMA teacher: there is no
 second copy of the network.
 """
+import contextlib
 import json
 import os
 
 import torch
 
-from configurator import UserError
-from distributed import gather_objects, is_main, local_shard, shard_like
-from features import block_choices, block_list, knn_score
-from probe import fit_probe
-from run_folder import write_whole
+from checkpoint import saved_iteration
 
-SHARES = (0.25, 0.5, 0.75)  # of the end in a mixture
+from distributed import gather_objects, local_shard, shard_like
+from features import block_choices, block_list, knn_score
+from metrics import knn_vote
+from probe import STRENGTHS, fit_probe
+from verdict import in_one_line, judge, score
+
+SHARES = (0.25, 0.5, 0.75)  # of the end, in mixtures
 MOST_IMAGES = 500  # of train and of val, on which candidates are compared
 
 
 # ---- the values of a candidate ----
 
 def read_values(path):
-    """{name: value} of the EMA backbone in a state.pt: those of parameters that were never trained
-    until then are the student's. The tensors stay on the disk until they are used."""
+    """{name: value} of the EMA backbone in a state.pt. Parameters that had not been trained until
+    then have the student's values. The tensors stay on the disk until they are used."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     values = {**state["student"], **state["ema"]}
     return {name: value for name, value in values.items() if name.startswith("backbone.")}
 
 
 def mix(name, start, end, share):
-    """The value of one parameter of a candidate: start + share * (end - start). Of LoRA's product
-    B A only B is scaled, because it is 0 at the start: B (share * A + ...) would be no mixture."""
-    if ".lora_A." in name:
+    """One parameter of a mixture: start + share * (end - start). LoRA's change is the product B A,
+    and B is 0 at the start: B is mixed, A is the end's, so the change is share times that of the
+    end."""
+    if share == 1 or ".lora_A." in name:
         return end
     return start + share * (end - start)
 
 
 @torch.no_grad()
 def set_values(ema, start, end, share):
-    """Turn the values of an EMATeacher into those of a candidate, in place. start, end: of
-    read_values; share: of the end, from 0 to 1."""
+    """Turn the backbone of an EMATeacher into a mixture, in place. start, end: of read_values;
+    share: of the end, 0 to 1."""
     for name, value in ema.values.items():
         if name.startswith("backbone."):
-            mixed = mix(name, start[name], end[name], share)
-            local_shard(value).copy_(local_shard(shard_like(mixed, value)))
+            mixed = shard_like(mix(name, start[name], end[name], share), value)
+            local_shard(value).copy_(local_shard(mixed))
 
 
-# ---- how good a candidate is ----
+def find_candidates(best_iteration, end_iteration):
+    """[(name, checkpoint whose values are mixed with the start's, share)], the start first. The
+    best checkpoint is one of them if it is neither the start nor the end."""
+    candidates = [("start", "last", 0.0)]
+    for share in SHARES:
+        candidates.append((f"{1 - share:g} start + {share:g} end", "last", share))
+    candidates.append(("end", "last", 1.0))
+    if best_iteration not in (0, end_iteration):
+        candidates.append((f"iteration {best_iteration}", "best", 1.0))
+    return candidates
+
+
+def load_choice(run_folder):
+    """{name: value} of the backbone that a finished run has handed back, and its choice.json; None,
+    None if there is none, or if the run went on since."""
+    checkpoints, choice = f"{run_folder}/checkpoints", read_choice(run_folder)
+    if not choice or saved_iteration(f"{checkpoints}/last/state.pt") != choice["iteration"]:
+        return None, None
+    start, end = (read_values(f"{checkpoints}/{name}/state.pt")
+                  for name in ("start", choice["checkpoint"]))
+    return {name: mix(name, start[name], end[name], choice["share"]) for name in end}, choice
+
+
+def read_choice(run_folder):
+    """The content of checkpoints/best/choice.json, None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(f"{run_folder}/checkpoints/best/choice.json") as file:
+            return json.load(file)
+
+
+# ---- how good it is, and which one is chosen ----
+
+def measure(backbone, knn, split, readouts):
+    """[dict] of a network, one for each of some readouts, lists of block numbers.
+
+    knn, probe: accuracy on the split of 5-NN and of a linear probe that learn from train; knn_loss,
+    probe_loss: their mean -log of the share, or probability, of the true class. The losses choose,
+    because val of a small set has some dozen images, on which accuracy is coarse. k-NN's share is
+    that of DINO's vote (20 neighbours, temperature 0.07), at least 0.02.
+    """
+    numbers, rows = sorted(set(sum(readouts, []))), []
+    train, val = (knn.features(backbone, name, block_numbers=numbers) for name in ("train", split))
+    labels = val["labels"]
+    for readout in readouts:
+        columns = [numbers.index(number) for number in readout]
+        parts = []
+        for part in (train, val):
+            x = part["readout"].unflatten(1, (len(numbers), -1))  # [N,n,D]
+            parts.append(dict(part, features=x[:, columns].flatten(1)))
+        x, x_val = (part["features"] for part in parts)
+        _, shares = knn_vote(x, train["labels"], x_val, 20, 0.07, train_groups=train["groups"],
+                             test_groups=val["groups"])
+        shares = shares.cpu()[torch.arange(len(labels)), labels]
+        probe, _ = fit_probe(x, train["labels"], x_val, labels, strengths=STRENGTHS[::3])
+        correct = probe(x_val).argmax(dim=1) == labels
+        rows.append(dict(blocks=readout, knn=knn_score(*parts), probe=float(correct.float().mean()),
+                         knn_loss=float(-shares.clamp_min(0.02).log().mean()),
+                         probe_loss=probe.loss))
+    return rows
+
+
+def choose(rows):
+    """(index of the candidate, index of its readout): the rule, fixed before it was tried on test.
+
+    A candidate may win only if no readout has a higher loss of k-NN or of the probe than the same
+    readout of the start. Of those the sum of both losses, of all readouts, is lowest in the one
+    that is chosen, and of its readouts in the one that is advised.
+    rows: [[dict of measure for each readout] for each candidate], the start first.
+    """
+    def harms(candidate):
+        pairs = zip(candidate, rows[0])
+        return any(now[key] > start[key] for now, start in pairs for key in LOSSES)
+
+    def total(readout):
+        return sum(readout[key] for key in LOSSES)
+    allowed = [i for i, candidate in enumerate(rows) if i == 0 or not harms(candidate)]
+    best = min(allowed, key=lambda i: sum(map(total, rows[i])))
+    return best, min(range(len(rows[best])), key=lambda i: total(rows[best][i]))
+
+
+LOSSES = ("knn_loss", "probe_loss")
+
+
+def choose_without_labels(rows):
+    """Index of the candidate that verdict.score prefers, of those that verdict.judge does not call
+    worse than the start. rows: [dict of LabelFree.measure], the start first."""
+    allowed = [i for i, row in enumerate(rows) if judge(rows[0], row)[0] != "worse"]
+    return max(allowed, key=lambda i: score(rows[i]))
+
+
+def table(names, rows, chosen, readout):
+    """The candidates as a Markdown table; the chosen one and its readout are bold."""
+    lines = ["| candidate | blocks | 5-NN | probe | k-NN loss | probe loss |", "|" + "---|" * 6]
+    for i, (name, candidate) in enumerate(zip(names, rows)):
+        for j, row in enumerate(candidate):
+            bold = "**" if (i, j) == (chosen, readout) else ""
+            numbers = [f"{row[key]:.3f}" for key in ("knn", "probe", *LOSSES)]
+            blocks = ",".join(map(str, row["blocks"]))
+            lines.append(f"| {bold}{name}{bold} | {blocks} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+# ---- the end of a run ----
+
+def hand_back(run, knn, label_free):
+    """Compare the candidates of a finished run, and export the chosen one as checkpoints/best/hf.
+
+    It is done for a run that started from released weights and measured its start. All ranks call
+    it. Args: run: a run.Run at its end; knn: its features.KnnMeasure; label_free: its
+    verdict.LabelFree.
+    """
+    state, config, checkpoints = run.state, run.config, f"{run.folder}/checkpoints"
+    split, with_labels = config.eval_split, config.eval_split in knn.splits
+    has_start = gather_objects(os.path.isfile(f"{checkpoints}/start/state.pt"))[0]
+    if not has_start or not (with_labels or label_free):
+        return
+    values = {name: read_values(f"{checkpoints}/{name}/state.pt")
+              for name in ("start", "best", "last")}
+    candidates = find_candidates(run.knn["best_iteration"], state.iteration)
+    small, rows, start = knn.limited(MOST_IMAGES), [], values["start"]
+    for _, checkpoint, share in candidates:
+        set_values(state.ema, start, values[checkpoint], share)
+        with state.ema.teacher_weights(state.student) as teacher:
+            backbone = teacher.backbone
+            if with_labels:
+                choices = block_choices(len(block_list(backbone)))
+                readouts = [choices[0], choices[min(2, len(choices) - 1)]]
+                rows.append(measure(backbone, small, split, readouts))
+            else:
+                rows.append(label_free.measure(backbone))
+    if with_labels:
+        chosen, readout = choose(rows)
+        blocks = rows[chosen][readout]["blocks"]
+        text = table([name for name, _, _ in candidates], rows, chosen, readout)
+    else:
+        chosen, blocks = choose_without_labels(rows), []
+        lines = [f"- {name}: {in_one_line(row)}" for (name, _, _), row in zip(candidates, rows)]
+        text = "\n".join(lines)
+    name, checkpoint, share = candidates[chosen]
+    set_values(state.ema, start, values[checkpoint], share)
+    run.export_choice(dict(candidate=name, checkpoint=checkpoint, share=share, blocks=blocks,
+                           iteration=state.iteration, table=text))
+    set_values(state.ema, start, values["last"], 1.0)

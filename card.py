@@ -121,12 +121,20 @@ def measured_text(knn):
 
 
 def model_card(name, iteration, knn, config, config_text, num_channels=3,
-               intensity_range=(0, 255), window=None, intensity_scaling="set"):
+               intensity_range=(0, 255), window=None, intensity_scaling="set", choice=None):
     """README.md of an export: where the weights come from, what was measured, how to get features.
 
-    knn: run.Run.knn; config: dict of all keys; the rest: of the network and its input (usage).
+    knn: run.Run.knn; config: dict of all keys; choice: of candidates.hand_back, or None; the rest:
+    of the network and its input (usage).
     """
     numbers = measured_text(knn)
+    if choice:
+        numbers += (f"\nThese weights are *{choice['candidate']}*, chosen among these candidates on "
+                    f"val:\n\n{choice['table']}\n")
+        if len(choice["blocks"]) > 1:
+            numbers += ("\nThe readout that val prefers is CLS of blocks "
+                        f"{', '.join(map(str, choice['blocks']))} (0 is the first), each after the "
+                        "final norm and at unit length, side by side.\n")
     start = f"random weights ({config['model_type']})"
     if config["use_pretrained"]:
         start = config["model_type"]

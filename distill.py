@@ -148,6 +148,7 @@ import torch
 from torch import nn
 
 from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
+from candidates import hand_back
 from checkpoint import check_fits
 from checks import Checks
 from data import READING
@@ -539,6 +540,7 @@ def main(sources, at_end):
     if state.iteration < max_iterations:
         run.save()
     if run.close():
+        hand_back(run, knn, label_free)
         run.summarize(of_student(knn.accuracy, measured), "the student")
     cleanup()
     return run.stop_signal()

@@ -4,6 +4,7 @@ train.py and distill.py measure k-NN with these functions. evaluate.py and embed
 with them, also those of several blocks.
 """
 import contextlib
+import copy
 import hashlib
 import math
 
@@ -373,6 +374,7 @@ class KnnMeasure:
         inputs: of loader.input_settings; autocast: of distributed.autocast_for; n_frozen: the
         tokens after so many blocks are kept in memory (KeptTokens)."""
         n, seed = config.eval_max_images, config.seed
+        self.seed = seed
         self.bank = train_set.labelled().limited(n, seed)
         self.splits = {}
         for name, dataset in splits.items():
@@ -390,6 +392,17 @@ class KnnMeasure:
         dataset = self.bank if name == "train" else self.splits[name]
         return shared_features(backbone, dataset, size=self.size, kept=self.kept.get(name),
                                **settings, **self.settings)
+
+    def limited(self, n):
+        """A KnnMeasure of at most n images of each split; self if they are not more."""
+        sets = dict(self.splits, train=self.bank)
+        if all(len(dataset) <= n for dataset in sets.values()):
+            return self
+        small = copy.copy(self)
+        sets = {name: dataset.limited(n, self.seed) for name, dataset in sets.items()}
+        small.bank, small.splits = sets.pop("train"), sets
+        small.kept = {name: KeptTokens(kept.n_blocks) for name, kept in self.kept.items()}
+        return small
 
     def accuracy(self, backbone, names):
         """{split: accuracy} of a backbone on the splits of these names, if they have labels."""

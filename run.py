@@ -58,7 +58,7 @@ class Run:
         self.script, self.config, self.at_end = script, config, at_end
         self.folder = os.path.normpath(config.out_dir or f"out/{config.model_name}")
         self.run_folder = RunFolder(self.folder, script, at_end)
-        self.is_open, self.unwritten = False, []
+        self.is_open, self.unwritten, self.choice = False, [], None
         self.signals, self.stopped_by, self.bad_images = [], 0, set()
         self.wandb = None
         # pixels and untrained: {split: accuracy}; start, best, best_iteration; label_free: start
@@ -245,30 +245,57 @@ class Run:
         nothing."""
         state, config, iteration = self.state, self.config, self.state.iteration
         checkpoints, links, exports = f"{self.folder}/checkpoints", [], []
+        choice_file = f"{checkpoints}/best/choice.json"
+        was_chosen = gather_objects(os.path.isfile(choice_file))[0]
+        if iteration == 0 and config.use_pretrained:  # for candidates.py
+            links.append("start")
         if iteration > 0 and iteration % config.saveckp_freq == 0:
             links.append(f"{iteration:07d}")
-        if iteration == self.knn.get("best_iteration", config.max_iterations):
+        is_best = iteration == self.knn.get("best_iteration", config.max_iterations)
+        if is_best and not (was_chosen and iteration == config.max_iterations):
             links.append("best")
             exports.append("best")
         if iteration == config.max_iterations:
             exports.append("last")
-        weights, backbone = None, unwrap(state.student).backbone
-        if exports:
-            with state.ema.teacher_weights(state.student) as network:
-                weights = gather_full(network.backbone.state_dict())
 
         def write():
+            if "best" in links:
+                remove(choice_file)
             for name in links:
                 link_state(f"{checkpoints}/last", f"{checkpoints}/{name}")
-            card = model_card(config.model_name, iteration, self.knn, vars(config),
+        main_writes(write)
+        if exports:
+            self._export(exports)
+
+    def _export(self, names, choice=None):
+        """Write the EMA backbone as a Hugging Face folder into checkpoints of these names. choice:
+        of candidates.hand_back, for the card."""
+        state, config, backbone = self.state, self.config, unwrap(self.state.student).backbone
+        with state.ema.teacher_weights(state.student) as network:
+            weights = gather_full(network.backbone.state_dict())
+
+        def write():
+            card = model_card(config.model_name, state.iteration, self.knn, vars(config),
                               config_text(config), backbone.config.num_channels,
-                              self.inputs["intensity_range"],
+                              self.inputs["intensity_range"], choice=choice,
                               intensity_scaling=config.intensity_scaling)
-            for name in exports:
-                export_hf(f"{checkpoints}/{name}/hf", backbone,
+            for name in names:
+                export_hf(f"{self.folder}/checkpoints/{name}/hf", backbone,
                           config.global_crops_size, card=card, weights=weights,
                           intensity_scaling=config.intensity_scaling, **self.inputs)
         main_writes(write)
+
+    def export_choice(self, choice):
+        """Export the EMA as checkpoints/best/hf: it has the values that candidates.hand_back has
+        chosen, and `choice` says how they came about."""
+        self.choice = choice
+        self._export(["best"], choice)
+        path = f"{self.folder}/checkpoints/best/choice.json"
+        main_writes(lambda: write_whole(path, json.dumps(choice, indent=1)))
+        readout = ""
+        if choice["blocks"]:
+            readout = f", readout of blocks {','.join(map(str, choice['blocks']))}"
+        self.say(f"\n{choice['table']}\nhanded back: {choice['candidate']}{readout}")
 
     # ---- the end ----
 
@@ -318,7 +345,7 @@ class Run:
         iteration, minutes = self.state.iteration, (time.time() - self.began) / 60
         word, sentence = judge(**self.knn.get("label_free", {}))
         summary = dict(self.knn, final=final, iterations=iteration, minutes=minutes,
-                       loss=last.get("loss"), verdict=word)
+                       loss=last.get("loss"), verdict=word, handed_back=self.choice)
         write_whole(f"{self.folder}/results/summary.json", json.dumps(summary))
         learned = f"no labels to measure with, RankMe {last.get('rankme', math.nan):.1f}"
         if final:

@@ -170,6 +170,7 @@ import torch
 
 import dino
 from augment import MultiCrop, Photometrics, choose_preset, is_labelled
+from candidates import hand_back
 from checkpoint import check_fits
 from checks import Checks, uses_prototypes
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
@@ -361,7 +362,8 @@ def main(sources, at_end):
 
     # ---- all input is good: the run's folder, and k-NN before training ----
     run.open(state, inputs)
-    knn = KnnMeasure(train_set, measured, config, inputs, autocast)
+    n_kept = prefix.n_blocks if prefix else 0
+    knn = KnnMeasure(train_set, measured, config, inputs, autocast, n_kept)
     label_free = LabelFree(held_out, train_set, config, inputs, autocast)
 
     def of_teacher(measure, *args):
@@ -443,6 +445,7 @@ def main(sources, at_end):
     if state.iteration < max_iterations:
         run.save()
     if run.close():
+        hand_back(run, knn, label_free)
         run.summarize(of_teacher(knn.accuracy, measured), "the teacher")
     cleanup()
     return run.stop_signal()

@@ -1,0 +1,33 @@
+"""Adapt released weights in a minute on a laptop: only the last two blocks are trained.
+
+    python train.py config/minute.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
+
+The other blocks are frozen. What they make of a crop is computed once and kept in memory
+(fixed_views), as well as what they make of the images that are measured. For 1000 to 2000 images of
+64 to 112 pixels. Use it in place of config/adapt.py.
+"""
+global_crops_size = 112          # for images of 64 to 160 pixels
+local_crops_number = 0           # local crops cannot be kept
+train_last_blocks = 2
+fixed_views = 2                  # of each image: more for some hundred images, one for thousands
+
+# few prototypes and sharp targets, as config/adapt.py
+dino_head_out_dim = 512
+centering = 'sinkhorn_knopp'
+teacher_temp = 0.02
+warmup_teacher_temp = 0.02
+warmup_teacher_temp_iterations = 0
+koleo_loss_weight = 0.03
+
+global_batch_size = 16
+max_iterations = 60
+warmup_iterations = max_iterations // 10
+freeze_last_layer = 0
+lr = 2e-4
+min_lr = 2e-5
+layerwise_decay = 0.8
+weight_decay_end = 0.04
+momentum_teacher = 0.95
+eval_max_images = 500
+eval_interval = 0
+saveckp_freq = 1000
