@@ -132,8 +132,8 @@ def anchor_targets(state, crops, gram_patches, shared, config, autocast, lap=lam
 
 
 def loss_weights(config):
-    """{name of a term: its weight}, in the order of the sum. With prototypes the first six are there
-    even if they are 0, for the paper's log line; all others only if they are above 0."""
+    """{name of a term: its weight}, in the order of the sum. With prototypes the first six are
+    there even if they are 0, for the paper's log line; all others only if they are above 0."""
     dino, lejepa, share = (config.dino_head_loss_weight, config.lejepa_loss_weight,
                            config.lejepa_sigreg_weight)
     weights = dict(dino_local_loss=dino * config.dino_local_loss_weight, dino_global_loss=dino,
