@@ -126,7 +126,8 @@ def unused(config, key):
     if not uses_prototypes(config):
         if key in TEACHER_KEYS or (key == "head_hidden_dim" and config.lejepa_loss_weight == 0):
             return "no loss uses prototypes"
-        if key == "local_crops_number" and config.lejepa_loss_weight == config.diet_loss_weight == 0:
+        others = config.lejepa_loss_weight, config.diet_loss_weight
+        if key == "local_crops_number" and not any(others):
             return "no loss uses local crops"
     return ""
 

@@ -132,8 +132,8 @@ def anchor_targets(state, crops, gram_patches, shared, config, autocast, lap=lam
 
 
 def loss_weights(config):
-    """{name of a term: its weight}, in the order of the sum. With prototypes the first six are always
-    there, for the paper's log line; all others only if their weight is above 0."""
+    """{name of a term: its weight}, in the order of the sum. With prototypes the first six are
+    there even if they are 0, for the paper's log line; all others only if they are above 0."""
     dino, lejepa, share = (config.dino_head_loss_weight, config.lejepa_loss_weight,
                            config.lejepa_sigreg_weight)
     weights = dict(dino_local_loss=dino * config.dino_local_loss_weight, dino_global_loss=dino,
@@ -152,7 +152,8 @@ def compute_losses(student_out, targets, masks, teacher_patches, config):
     """(total, terms): the weighted sum of all loss terms, and {name: scalar} of every term.
 
     To add a loss: add its weight to train.py's config block and to loss_weights, its term here, and
-    a word to train.log_line. Everything else (log.jsonl, curves, bench.py) follows the names in `terms`.
+    a word to train.log_line. Everything else (log.jsonl, curves, bench.py) follows the names in
+    `terms`.
 
     The DINO loss is the mean over all pairs of a teacher crop and another student crop. Two terms
     show it: V * (V - 1) pairs have a global student crop, V * L a local one. Each term is the mean

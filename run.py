@@ -443,7 +443,8 @@ def restore(state, run):
                     f"{state.iteration}")
         state.anchor.load_state_dict(state.anchor.state_dict() | anchor)
     if state.start:
-        state.start.load_state_dict(state.start.state_dict() | (saved.get("start") or {}))
+        start = saved.get("start") or {}
+        state.start.load_state_dict(state.start.state_dict() | start)
     run.knn = saved["knn"]
     run.saved = None  # every tensor of it, whole, would stay in memory on every rank
 

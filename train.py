@@ -128,7 +128,7 @@ gram_refresh_iterations = 0      # 'snapshot': copy the teacher every N iteratio
 gram_crops_size = 0              # pixels of the anchor's crops; DINOv3: 1.5 to 2 times; 0 = global
 cls_anchor_loss_weight = 0.0     # keeps CLS of plain crops near that of the first weights; 0.1
 
-# ---- losses without prototypes: for them alone set dino_head_loss_weight to 0; no teacher runs ----
+# ---- losses without prototypes: with dino_head_loss_weight=0 no teacher runs ----
 lejepa_loss_weight = 0.0         # every crop predicts the mean of its global crops (LeJEPA)
 lejepa_sigreg_weight = 0.05      # share of SIGReg in it, which prevents collapse: 0.01 to 0.1
 lejepa_out_dim = 64              # width of the embeddings that it compares
@@ -226,9 +226,9 @@ def log_line(record, device):
     local_share = L / (V - 1 + L)
     uniform, parts = math.log(dino_head_out_dim), [f"Total Loss: {record['loss']:.4f}"]
     if "dino_local_loss" in record:
-        parts += [f"Local DINO: {record['dino_local_loss']:.4f} (ln K: {local_share * uniform:.4f})",
-                  f"Global DINO: {record['dino_global_loss']:.4f} "
-                  f"(ln K: {(1 - local_share) * uniform:.4f})"]
+        shares = dict(dino_local_loss=local_share, dino_global_loss=1 - local_share)
+        for name, words in (("dino_local_loss", "Local DINO"), ("dino_global_loss", "Global DINO")):
+            parts.append(f"{words}: {record[name]:.4f} (ln K: {shares[name] * uniform:.4f})")
     if ibot_loss_weight > 0:
         uniform_ibot = ibot_mask_sample_probability * math.log(ibot_out_dim)
         parts.append(f"iBOT: {record['ibot_loss']:.4f} (ln K: {uniform_ibot:.4f})")
