@@ -487,9 +487,9 @@ def masked_tokens(masks):
     """(rows, most): where the masked patches are. The loader calls it, so that a GPU never waits.
 
     Args: masks [B,P] bool, True = masked; or None.
-    Returns: None without masks, else rows [3,M] int64: of every masked patch, in row-major order, its crop, its number in
-    the crop, and how many masked patches of the crop come before it; most: int, the largest number
-    of masked patches in a crop.
+    Returns: None without masks, else rows [3,M] int64: of every masked patch, in row-major order,
+    its crop, its number in the crop, and how many masked patches of the crop come before it; most:
+    int, the largest number of masked patches in a crop.
     """
     if masks is None:
         return None

@@ -45,7 +45,8 @@ def used_tokens(tokens, first_patch, masked=None):
     if masked is None:
         return crops, zeros, zeros, 1
     (masked_crops, patches, before), most = masked
-    numbers, places = torch.cat([zeros, first_patch + patches]), torch.cat([zeros, 1 + before])
+    numbers = torch.cat([zeros, first_patch + patches])
+    places = torch.cat([zeros, 1 + before])
     return torch.cat([crops, masked_crops]), numbers, places, 1 + most
 
 
@@ -102,8 +103,10 @@ def attend_used(attention, x, used, position_embeddings=None):
     if position_embeddings is not None:
         cos, sin = position_embeddings
         others = (0, 0, x.shape[1] - len(cos), 0)  # CLS and registers are not rotated
-        cos, sin = F.pad(cos, others, value=1.0)[:, None], F.pad(sin, others)[:, None]  # [N,1,d]
-        q, k = rotate(q, cos[numbers], sin[numbers]), rotate(k, cos, sin)
+        cos = F.pad(cos, others, value=1.0)[:, None]  # [N,1,d]
+        sin = F.pad(sin, others)[:, None]
+        q = rotate(q, cos[numbers], sin[numbers])
+        k = rotate(k, cos, sin)
     queries = q[:, None]  # [B,1,heads,d]
     if n_places > 1:  # crops differ in their number of used tokens: the rest is zeros
         queries = q.new_zeros(len(x), n_places, *q.shape[1:])
