@@ -483,6 +483,22 @@ def sample_masks(n_crops, grid, generator, sample_probability=0.5, ratio_min_max
     return torch.from_numpy(masks.reshape(n_crops, h * w))
 
 
+def masked_tokens(masks):
+    """(rows, most): where the masked patches are. The loader calls it, so that a GPU never waits.
+
+    Args: masks [B,P] bool, True = masked; or None.
+    Returns: None without masks, else rows [3,M] int64: of every masked patch, in row-major order,
+    its crop, its number in the crop, and how many masked patches of the crop come before it; most:
+    int, the largest number of masked patches in a crop.
+    """
+    if masks is None:
+        return None
+    crops, patches = masks.nonzero(as_tuple=True)
+    before = masks.cumsum(dim=1)[crops, patches] - 1
+    most = int(masks.sum(dim=1).max())
+    return torch.stack([crops, patches, before]), most
+
+
 def block_mask(mask, target, rng, exact):
     """Mask up to `target` patches of one [h,w] bool array, in place.
 

@@ -20,7 +20,7 @@ from distributed import no_sync, unwrap
 from losses import (cls_anchor_loss, diet_loss, dino_loss, gram_loss, ibot_loss, koleo_loss,
                     lejepa_prediction_loss, move_center, random_directions, sigreg_loss,
                     sinkhorn_knopp, softmax_center, sum_rows)
-from model import forward_features
+from model import forward_cls, forward_features
 from optim import clip_gradients, cosine_schedule, linear_schedule, warmup_factor
 
 
@@ -57,13 +57,14 @@ def augment_batch(batch, photometrics, config, device):
     The first global crop of an image is blurred more often than the others (DINO).
     Returns dict: global [V*B,C,S,S]; local [L*B,C,s,s] or None; guided [G*B,C,s,s] or None, the
     last local crops, if the teacher sees them too; masks [V*B,P] bool or None, True = masked;
-    gram [V*B,C,g,g] or None, larger crops for the Gram anchor; plain [B,C,S,S] or None, the first
-    global crops without augmentation, for the CLS anchor; index [B], numbers of the images; shared:
-    None, see prefix.py. The crops are those of the batch's fresh samples; if there are none, global
-    is None.
+    masked, of augment.masked_tokens, or None; gram [V*B,C,g,g] or None, larger crops for the Gram
+    anchor; plain [B,C,S,S] or None, the first global crops without augmentation, for the CLS
+    anchor; index [B], numbers of the images; shared: None, see prefix.py. The crops are those of
+    the batch's fresh samples; if there are none, global is None.
     """
-    crops = dict(local=None, guided=None, masks=None, gram=None, plain=None, shared=None)
-    crops["global"], crops["index"] = None, torch.tensor(batch["index"], device=device)
+    names = "global", "local", "guided", "masks", "masked", "gram", "plain", "shared"
+    crops = dict.fromkeys(names)
+    crops["index"] = torch.tensor(batch["index"]).to(device, non_blocking=True)
     if "global_crops" not in batch:
         return crops
     native, seeds = batch["global_crops"].to(device, non_blocking=True), batch["global_seeds"]
@@ -72,16 +73,18 @@ def augment_batch(batch, photometrics, config, device):
     others = photometrics(native[B:], seeds[B:], "global2")
     crops["global"] = torch.cat([first, others])  # [V*B,C,S,S]
     if len(batch["local_crops"]) > 0:
-        native = batch["local_crops"].to(device, non_blocking=True)
-        crops["local"] = photometrics(native, batch["local_seeds"], "local")  # [L*B,C,s,s]
+        local = batch["local_crops"].to(device, non_blocking=True)
+        crops["local"] = photometrics(local, batch["local_seeds"], "local")  # [L*B,C,s,s]
     if config.label_guided_loss_weight > 0:
         crops["guided"] = crops["local"][-config.label_guided_crops_number * B:]
     if config.ibot_loss_weight > 0:
         crops["masks"] = batch["masks"].to(device, non_blocking=True)
+        rows, most = batch["masked"]
+        crops["masked"] = rows.to(device, non_blocking=True), most
     if "gram_crops" in batch:
-        crops["gram"] = photometrics.plain(batch["gram_crops"].to(device))
+        crops["gram"] = photometrics.plain(batch["gram_crops"].to(device, non_blocking=True))
     if config.cls_anchor_loss_weight > 0:
-        crops["plain"] = photometrics.plain(batch["global_crops"][:B].to(device))
+        crops["plain"] = photometrics.plain(native[:B])
     return crops
 
 
@@ -114,11 +117,11 @@ def make_targets(teacher_out, centers, teacher_temp, config):
 
 def anchor_targets(state, crops, gram_patches, shared, config, autocast, lap=lambda part: None):
     """What the student has to stay near: dict of patches for the Gram loss, start_cls [B,D] for the
-    CLS anchor. gram_patches [V*B,P,D]: of the teacher, None if it did not run; shared: what frozen
-    blocks made of the global crops, or None."""
+    CLS anchor. gram_patches [V*B,P,D]: of the teacher, None if it is not the anchor; shared: what
+    frozen blocks made of the global crops, or None."""
     targets = dict(patches=gram_patches)
     other_crops = crops["gram"] is not None
-    if config.gram_loss_weight > 0 and (state.anchor or other_crops or gram_patches is None):
+    if config.gram_loss_weight > 0 and gram_patches is None:
         gram_crops = crops["gram"] if other_crops else crops["global"]
         shared = None if other_crops else shared
         with (state.anchor or state.ema).teacher_weights(state.student) as anchor, autocast():
@@ -126,7 +129,7 @@ def anchor_targets(state, crops, gram_patches, shared, config, autocast, lap=lam
         lap("Gram anchor")
     if config.cls_anchor_loss_weight > 0:
         with state.start.teacher_weights(state.student) as start, autocast():
-            targets["start_cls"], _ = forward_features(start.backbone, crops["plain"])
+            targets["start_cls"] = forward_cls(start.backbone, crops["plain"])
         lap("CLS anchor")
     return targets
 
@@ -223,10 +226,12 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
     # runs only if there is something to predict: without prototypes the student is compared with
     # itself (LeJEPA) or told which image it sees (DIET)
     teacher_out, targets, row_sums = {}, {}, {}
+    masked, with_gram = crops["masked"], config.gram_loss_weight > 0
+    is_anchor = state.anchor is None and crops["gram"] is None  # the teacher, of the Gram loss
     if uses_prototypes(config):
         with state.ema.teacher_weights(state.student) as teacher, autocast():
-            teacher_out = teacher(crops["global"], crops["guided"], crops["masks"],
-                                  apply_masks=False, shared=crops["shared"],
+            teacher_out = teacher(crops["global"], crops["guided"], masked=masked,
+                                  with_patches=with_gram and is_anchor, shared=crops["shared"],
                                   n_shared_blocks=state.n_shared_blocks)
         lap("teacher")
         targets = make_targets(teacher_out, state.centers, teacher_temp, config)
@@ -245,8 +250,8 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
 
     # Step 3. The student sees all crops, masked where iBOT asks
     with autocast():
-        student_out = state.student(crops["global"], crops["local"], crops["masks"],
-                                    shared=shared, plain_crops=crops.get("plain"))
+        student_out = state.student(crops["global"], crops["local"], crops["masks"], masked,
+                                    with_gram, shared=shared, plain_crops=crops.get("plain"))
     lap("student forward")
     total, terms = compute_losses(student_out, targets, crops["masks"], targets["patches"], config)
     lap("losses")

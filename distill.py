@@ -479,7 +479,8 @@ def main(sources, at_end):
             targets = make_targets(statistics, *teacher_tokens(batch, native_crops), config)
             # Step 3. The student sees all crops
             with autocast():
-                student_out = state.student(crops["global"], crops["local"])
+                student_out = state.student(crops["global"], crops["local"],
+                                            with_patches=with_patches)
             total, terms = compute_losses(student_out, targets, config)
             with no_sync(state.student, last=micro == micro_batches - 1):
                 state.scaler.scale(total / micro_batches).backward()

@@ -20,7 +20,7 @@ from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
 from metrics import knn_classify
-from model import blocks, core, embed, forward_features, run_blocks
+from model import blocks, core, embed, final_norm, forward_features, run_blocks
 from probe import fit_probe
 from signals import ignore_signals
 from teachers import FrozenTeacher
@@ -157,7 +157,7 @@ class KeptTokens:
 
     def features(self, backbone, autocast, block_numbers):
         """What stream_features yields, from the kept tokens."""
-        norm = _final_norm(backbone)
+        norm = final_norm(backbone)
         for shared, shallow, about in self.batches:
             with autocast(), cls_of_blocks(backbone, block_numbers) as block_cls:
                 cls, patches = forward_features(backbone, None, shared=shared)
@@ -177,7 +177,9 @@ def cls_of_blocks(backbone, numbers):
     these blocks after the final norm, at unit length. backbone: of stream_features."""
     found, handles = {}, []
     if len(numbers):
-        layers, norm = block_list(backbone), _final_norm(backbone)
+        layers = block_list(backbone)
+        is_teacher = isinstance(backbone, FrozenTeacher)
+        norm = final_norm(backbone.network if is_teacher else backbone)
 
     def keep(number):
         def hook(_, inputs, tokens):
@@ -196,15 +198,6 @@ def cls_of_blocks(backbone, numbers):
 def block_list(backbone):
     """The transformer blocks of a backbone of stream_features."""
     return backbone.blocks() if isinstance(backbone, FrozenTeacher) else blocks(backbone)
-
-
-def _final_norm(backbone):
-    """The norm after the last block."""
-    network = backbone
-    if isinstance(backbone, FrozenTeacher):
-        network = backbone.network
-    network = core(network)
-    return network.norm if hasattr(network, "norm") else network.layernorm
 
 
 # ---- readout of several blocks ----

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment import foreground_share, sample_masks
+from augment import foreground_share, masked_tokens, sample_masks
 from checks import uses_prototypes
 from configurator import UserError
 from data import READING, describe_source, error_text, load_dataset, n_shared_groups
@@ -415,9 +415,9 @@ class CropDataset(torch.utils.data.Dataset):
         """One batch of items.
 
         Returns: dict of global_crops [V*B,...], local_crops [L*B,...], global_seeds [V*B],
-        local_seeds [L*B], view-major; gram_crops [V*B,...] and masks [V*B,P] bool if any; n, index,
-        view and row, lists of B ints; bad, list of files; fresh, the positions of the samples that
-        have crops. Or a dict of error only.
+        local_seeds [L*B], view-major; if any gram_crops [V*B,...], masks [V*B,P] bool, and
+        masked, of masked_tokens; n, index, view and row, lists of B ints; bad, list of files;
+        fresh, the positions of the samples that have crops. Or a dict of error only.
         """
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
@@ -434,6 +434,7 @@ class CropDataset(torch.utils.data.Dataset):
         if self.mask_settings is not None:
             n_views = len(batch["global_crops"]) // len(samples)
             batch["masks"] = self.masks(batch["n"], n_views)
+            batch["masked"] = masked_tokens(batch["masks"])
         return batch
 
     def masks(self, numbers, n_views):

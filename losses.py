@@ -168,8 +168,8 @@ def ibot_loss(student_logits, teacher_probs, masks, student_temp=0.1):
     Returns: scalar fp32. If nothing is masked it is 0, with a gradient of zeros. If half of the
     crops have a mask, a uniform student has half of ln K.
     """
-    per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)  # [n_crops,1]
-    weight = (1.0 / per_crop).expand_as(masks)[masks]  # [M]
+    per_crop, n_masked = masks.sum(dim=1), len(student_logits)  # [n_crops], M
+    weight = torch.repeat_interleave(1.0 / per_crop, per_crop, output_size=n_masked)  # [M]
     cross_entropy = CrossEntropy.apply(student_logits, teacher_probs, student_temp)  # [M]
     return (cross_entropy * weight).sum() / len(masks)
 

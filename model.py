@@ -17,10 +17,12 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from augment import masked_tokens
 from checks import step_bytes, uses_prototypes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
+from last_block import LastBlock, split_last_block, use_plain_attention, used_tokens
 from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values)
 
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
@@ -68,6 +70,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
     for part in blocks(backbone).modules():
         if isinstance(part, nn.LayerNorm):
             part.register_forward_hook(round_once)
+    split_last_block(blocks(backbone)[-1])
     return backbone
 
 
@@ -256,24 +259,26 @@ def embed(backbone, pixels, masks=None):
     return tokens, dict(position_embeddings=model.rope_embeddings(pixels))  # DINOv3
 
 
-def run_blocks(backbone, tokens, rope, first=0, last=None):
-    """Tokens [B,1+R+P,D] through blocks `first` up to, not including, `last` (None: to the end)."""
+def run_blocks(backbone, tokens, rope, first=0, last=None, used=None):
+    """Tokens [B,1+R+P,D] through blocks `first` up to, not including, `last` (None: to the end).
+    With `used`, of used_tokens, only those tokens are computed in the last block and returned,
+    [number of used tokens,D]. Compiled blocks and block hooks do not mind."""
     for block in list(blocks(backbone))[first:last]:
+        if used is not None and isinstance(block, LastBlock):
+            return block(tokens, used=used, **rope)
         tokens = block(tokens, **rope)
-    return tokens
+    return tokens if used is None else tokens[used[:2]]
 
 
-def last_norm(backbone):
-    """The norm behind the last block."""
-    model = core(backbone)
-    return model.norm if backbone.config.model_type == "dinov3_vit" else model.layernorm
+def final_norm(backbone):
+    """The norm after the last block, a module."""
+    network = core(backbone)
+    return network.norm if hasattr(network, "norm") else network.layernorm
 
 
-def final_norm(backbone, tokens):
-    """Tokens after the last block -> normalised (cls [B,D], patches [B,P,D]), without registers."""
-    tokens = last_norm(backbone)(tokens)
-    first_patch = 1 + getattr(backbone.config, "num_register_tokens", 0)
-    return tokens[:, 0], tokens[:, first_patch:]
+def first_patch(backbone):
+    """The number of the first patch among the tokens: behind CLS and the registers."""
+    return 1 + getattr(backbone.config, "num_register_tokens", 0)
 
 
 def forward_features(backbone, pixels, masks=None, shared=None):
@@ -282,25 +287,31 @@ def forward_features(backbone, pixels, masks=None, shared=None):
     True = the mask token replaces the patch; shared: what the first blocks made of the pixels
     (Student.forward), or None. UserError if H or W is no multiple of the patch."""
     shared = shared or embed(backbone, pixels, masks)
-    return final_norm(backbone, run_blocks(backbone, *shared))
+    tokens = final_norm(backbone)(run_blocks(backbone, *shared))
+    return tokens[:, 0], tokens[:, first_patch(backbone):]
 
 
-def plain_attention(module, query, key, value, attention_mask=None, scaling=None,
-                    dropout=0.0, **_):
-    """softmax(q k^T * scaling) v, for training on a CPU. ViTs have no attention masks.
-    A block of ViT-S on 16 crops of 197 tokens takes 51 ms with torch's fused kernel, 25 ms with
-    transformers' eager attention (which copies the scores to fp32 and back), 17 ms with this.
-    Args: query, key, value [B,heads,N,d]. Returns: [B,N,heads,d], and None for the weights."""
-    scores = (query * scaling) @ key.mT  # [B,heads,N,N]
-    with torch.autocast(scores.device.type, enabled=False):
-        weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2), None
+def forward_cls(backbone, pixels):
+    """The CLS token of forward_features, [B,D], without the other tokens of the last block."""
+    return used_features(backbone, *embed(backbone, pixels))[0]
 
 
-def use_plain_attention(backbone):
-    """Let a backbone compute attention with plain_attention."""
-    transformers.AttentionInterface.register("plain", plain_attention)
-    backbone.set_attn_implementation("plain")
+def used_features(backbone, tokens, rope, first=0, masked=None, with_patches=False):
+    """The features that training uses, after the final norm: cls [B,D], masked patches [M,D], and
+    all patches [B,P,D] or None.
+
+    Here is decided what the last block computes: all tokens if all patches are wanted, else CLS
+    and, with `masked` of augment.masked_tokens, the masked patches (last_block.py).
+    Args: tokens, rope: of embed, or after the blocks before block `first`.
+    """
+    used, patches = used_tokens(tokens, first_patch(backbone), masked), None
+    B = len(tokens)
+    tokens = run_blocks(backbone, tokens, rope, first, used=None if with_patches else used)
+    tokens = final_norm(backbone)(tokens)
+    if with_patches:
+        patches = tokens[:, first_patch(backbone):]
+        tokens = tokens[used[:2]]
+    return tokens[:B], tokens[B:], patches
 
 
 # ---- what is trained ----
@@ -540,35 +551,39 @@ class Student(nn.Module):
             block.eval()
         return self
 
-    def forward(self, global_crops, local_crops=None, masks=None, apply_masks=True, shared=None,
-                n_shared_blocks=0, plain_crops=None):
+    def forward(self, global_crops, local_crops=None, masks=None, masked=None, with_patches=True,
+                shared=None, n_shared_blocks=0, plain_crops=None):
         """Features and logits of all crops.
 
-        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None;
-        apply_masks: True = the mask token replaces masked patches (student), False = masks only
-        choose the patches for the iBOT head (teacher); n_shared_blocks: of shared_blocks; the
-        teacher returns the output of these blocks as 'shared', and the student starts from it;
-        plain_crops [B,C,S,S]: without augmentation, for the CLS anchor.
-        Returns: dict with global_cls [V*B,D], patches [V*B,P,D], global_logits [V*B,K]; if asked
+        Args: global_crops [V*B,C,S,S]; local_crops [L*B,C,s,s] or None; masks [V*B,P] bool or None:
+        the mask token replaces these patches (student); masked: of augment.masked_tokens, the
+        patches that the iBOT head reads (student and teacher), None = those of masks; with_patches:
+        False if nobody reads 'patches', then the last block is cheaper; n_shared_blocks: of
+        shared_blocks; the teacher returns the output of these blocks as 'shared', and the student
+        starts from it; plain_crops [B,C,S,S]: without augmentation, for the CLS anchor.
+        Returns: dict with global_cls [V*B,D], global_logits [V*B,K]; if asked patches [V*B,P,D],
         local_cls [L*B,D], local_logits [L*B,K], masked_logits [M,K] in row-major order of masks,
         shared (tokens, rope, n_shared_blocks), projected_cls [V*B,E], projected_patches [V*B,P,F],
         plain_cls [B,D], embeddings [(V+L)*B,E] of LeJEPA, image_logits [(V+L)*B,N] of DIET.
         """
+        masked = masked or masked_tokens(masks)
         if shared is None:
-            tokens, rope = embed(self.backbone, global_crops, masks if apply_masks else None)
+            tokens, rope = embed(self.backbone, global_crops, masks)
             tokens = run_blocks(self.backbone, tokens, rope, 0, n_shared_blocks)
             shared = tokens, rope, n_shared_blocks
-        cls, patches = final_norm(self.backbone, run_blocks(self.backbone, *shared))
-        out = dict(global_cls=cls, patches=patches)
+        cls, masked_patches, patches = used_features(self.backbone, *shared, masked, with_patches)
+        out = dict(global_cls=cls)
+        if with_patches:
+            out["patches"] = patches
         if n_shared_blocks > 0:
             out["shared"] = shared
         for name, projector in (self.projectors or {}).items():
             out[f"projected_{name}"] = projector(cls if name == "cls" else patches)
         if plain_crops is not None:
-            out["plain_cls"], _ = forward_features(self.backbone, plain_crops)
+            out["plain_cls"] = forward_cls(self.backbone, plain_crops)
         heads = self.dino_head, self.lejepa_head, self.diet_head
         if local_crops is not None and any(heads):
-            out["local_cls"], _ = forward_features(self.backbone, local_crops)  # [L*B,D]
+            out["local_cls"] = forward_cls(self.backbone, local_crops)  # [L*B,D]
         all_cls = torch.cat([cls, out["local_cls"]]) if "local_cls" in out else cls
         if self.lejepa_head is not None:
             out["embeddings"] = self.lejepa_head(all_cls)
@@ -581,14 +596,13 @@ class Student(nn.Module):
         tokens = dict(global_logits=cls)  # input of the DINO head, by the name of its output
         if local_crops is not None:
             tokens["local_logits"] = out["local_cls"]
-        masked = None if masks is None else patches[masks]  # [M,D]
-        if masks is not None and self.ibot_head is None:
-            tokens["masked_logits"] = masked
+        if masked is not None and self.ibot_head is None:
+            tokens["masked_logits"] = masked_patches  # [M,D]
         logits = self.dino_head(torch.cat(list(tokens.values())))
         sizes = [len(part) for part in tokens.values()]
         out.update(zip(tokens, logits.split(sizes)))  # split, not slices: one copy in the backward
-        if masks is not None and self.ibot_head is not None:
-            out["masked_logits"] = self.ibot_head(masked)
+        if masked is not None and self.ibot_head is not None:
+            out["masked_logits"] = self.ibot_head(masked_patches)
         return out
 
 

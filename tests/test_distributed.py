@@ -22,6 +22,7 @@ import torch.multiprocessing
 
 import dino
 import distributed
+from augment import masked_tokens
 from configurator import UserError, one_line_errors, override
 from distributed import (all_reduce_max, all_reduce_mean, all_reduce_sum, any_rank, autocast_for,
                          built_by_main, compute_dtype, gather_full, gather_objects, local_shard,
@@ -115,7 +116,7 @@ def step(student, teacher, rank, centering, seed=0):
     global_crops = images_of(normal(V * B, 3, 32, 32, seed=seed + 6), rank)
     local_crops = images_of(normal(L * B, 3, 16, 16, seed=seed + 7), rank)
     with teacher.teacher_weights(student) as network:
-        teacher_out = network(global_crops, masks=masks, apply_masks=False)
+        teacher_out = network(global_crops, masked=masked_tokens(masks))
     to_probs = TARGETS[centering]
     dino_probs = to_probs(teacher_out["global_logits"], normal(1, 12, seed=3) / 10)
     dino_probs = dino_probs.unflatten(0, (V, -1))
@@ -166,7 +167,7 @@ def recipe_crops(config, rank, seed):
     masks = None
     if config.ibot_loss_weight > 0:
         masks = images_of(normal(2 * size, 16, seed=seed) > 0.5, rank, size)
-    crops = dict(masks=masks, guided=None, gram=None)
+    crops = dict(masks=masks, masked=masked_tokens(masks), guided=None, gram=None)
     for name, n_views, pixels in (("global", 2, 32), ("local", n_local, 16)):
         images = normal(n_views * size, 3, pixels, pixels, seed=seed + n_views)
         crops[name] = images_of(images, rank, size)

@@ -50,7 +50,7 @@ def test_the_readout_is_the_normed_cls_token_of_each_block(tiny_backbone, datase
         first, rope = embed(backbone, pixels_of(dataset))
         for number in (0, 2, 3):
             after = run_blocks(backbone, first, rope, last=number + 1)
-            tokens.append(F.normalize(final_norm(backbone, after)[0], dim=1))
+            tokens.append(F.normalize(final_norm(backbone)(after)[:, 0], dim=1))
     expected = torch.cat(tokens, dim=1)
     torch.testing.assert_close(found["readout"], expected, atol=1e-5, rtol=1e-5)
     plain, _ = extract_features(backbone, dataset, batch_size=4, **INPUT)

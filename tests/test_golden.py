@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import dino
-from augment import sample_masks
+from augment import masked_tokens, sample_masks
 from losses import (dino_loss, gram_loss, ibot_loss, koleo_loss, move_center, sinkhorn_knopp,
                     softmax_center, update_center)
 from metrics import knn_classify
@@ -701,7 +701,7 @@ def crops_of(g, step, full_size_locals=False):
         local_crops = torch.stack(windows)
     masks = tensor(g["masks"][step]) if "masks" in g else None
     return {"global": global_crops, "local": local_crops, "guided": None, "masks": masks,
-            "gram": None}
+            "masked": masked_tokens(masks), "gram": None}
 
 
 def moved_error(w, reference, start):
@@ -784,7 +784,7 @@ def run_trajectory(g, student, config, full_size_locals=False):
     outputs = {}
 
     def keep_output(module, args, kwargs, out):
-        is_teacher = kwargs.get("apply_masks") is False
+        is_teacher = "n_shared_blocks" in kwargs
         outputs["teacher" if is_teacher else "student"] = out
     student.register_forward_hook(keep_output, with_kwargs=True)
     for step in range(len(g["lr"])):

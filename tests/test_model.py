@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from augment import masked_tokens
 from configurator import UserError
+from last_block import use_plain_attention
 from losses import dino_loss, ibot_loss, koleo_loss, softmax_center
 from model import (FAMILIES, SIZE_KEYS, DINOHead, EMATeacher, Student, add_lora, blocks,
                    build_backbone, check_crop_sizes, forward_features, freeze_layers,
-                   inflate_patch_embed, keys_without_effect, use_plain_attention)
+                   inflate_patch_embed, keys_without_effect)
 from tests_support import ROOT
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -312,12 +314,12 @@ def test_importing_model_registers_no_attention():
     code = """
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 before = set(functions.valid_keys())
-import model
+import model, last_block
 assert set(functions.valid_keys()) == before and "plain" not in before
 sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
 model.use_plain_attention(model.build_backbone("vit", use_pretrained=False, **sizes))
 assert set(functions.valid_keys()) == before | {"plain"}
-assert functions["plain"] is model.plain_attention
+assert functions["plain"] is last_block.plain_attention
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
@@ -333,7 +335,7 @@ def test_one_forward_is_its_parts(tiny_student, family):
     global_crops, local_crops = pixels(4), pixels(6, size=16, seed=1)
     with torch.no_grad():
         out = student(global_crops, local_crops, masks)
-        teacher_out = student(global_crops, masks=masks, apply_masks=False)
+        teacher_out = student(global_crops, masked=masked_tokens(masks))
     cls, patches = features(student.backbone, global_crops, masks)
     local_cls = features(student.backbone, local_crops)[0]
     tokens = []
@@ -371,7 +373,7 @@ def training_step(student, optimizer):
     teacher, masks = EMATeacher(student), some_masks(4)
     crops = pixels(4)
     with teacher.teacher_weights(student) as network:
-        teacher_out = network(crops, masks=masks, apply_masks=False)
+        teacher_out = network(crops, masked=masked_tokens(masks))
     center = torch.zeros(1, teacher_out["global_logits"].shape[1])
     out = student(crops, pixels(4, size=16, seed=1), masks)
     probs = softmax_center(teacher_out["global_logits"], center, 0.04)
