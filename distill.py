@@ -61,7 +61,7 @@ global_crops_number = 2          # views for teacher and student; all recipes us
 global_crops_size = 224          # pixels; a multiple of the patch size
 global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 0           # for the prototype objective only, see train.py; paper: 8
-local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
+local_crops_size = 96            # pixels; a multiple of the patch size, as 98 of 14, or made one
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
 min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 horizontal_flip = 0.5            # probability; 0 if left and right must not be confused
@@ -372,7 +372,8 @@ def main(sources, at_end):
     micro_batches = accumulation_steps(global_batch_size, gradient_accumulation_steps)
     batch_size = global_batch_size // world_size() // micro_batches
     V, grid = global_crops_number, global_crops_size // backbone.config.patch_size
-    multi_crop = MultiCrop(global_crops_size, global_crops_scale, V, local_crops_size,
+    small = local_crops_size - local_crops_size % backbone.config.patch_size
+    multi_crop = MultiCrop(global_crops_size, global_crops_scale, V, small,
                            local_crops_scale, local_crops_number, horizontal_flip=horizontal_flip,
                            vertical_flip=vertical_flip, min_foreground=min_foreground,
                            background=low_high[0])

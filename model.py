@@ -125,7 +125,7 @@ def adapted_backbone(config, num_channels, device, say=print, changed=()):
     Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
     check_memory(config, num_channels, device, say)
     backbone = backbone_from_config(vars(config), num_channels)
-    check_crop_sizes(config, backbone.config.patch_size)
+    check_crop_sizes(config, backbone.config.patch_size, say)
     for note in keys_without_effect(config, backbone.config, changed):
         say(f"note: {note}")
     if device.type == "cpu":
@@ -175,8 +175,10 @@ def check_memory(config, num_channels, device, say):
         say(f"!!!! {text} !!!!")
 
 
-def check_crop_sizes(config, patch_size):
-    """UserError if the size of a crop that the config asks for is not a multiple of the patch."""
+def check_crop_sizes(config, patch_size, say=print):
+    """UserError if the size of a crop that the config asks for is not a multiple of the patch.
+    Local crops are made smaller by the rest, as the paper's own need it (96 pixels, patches of 14):
+    `say` gets a note."""
     keys = ["global_crops_size"]
     if config.local_crops_number + getattr(config, "label_guided_crops_number", 0) > 0:
         keys.append("local_crops_size")
@@ -187,6 +189,10 @@ def check_crop_sizes(config, patch_size):
         below = size // patch_size * patch_size
         if size != below:
             sizes = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+            if key == "local_crops_size" and below:
+                say(f"note: local_crops_size={size} is not a multiple of patch_size={patch_size}: "
+                    f"local crops have {below} pixels; {below + patch_size} is the next size")
+                continue
             raise UserError(f"{key}={size} is not a multiple of patch_size={patch_size} of "
                             f"{config.model_type}; use {sizes}")
 

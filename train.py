@@ -19,7 +19,8 @@ from types import SimpleNamespace
 
 from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
-# ==== config: defaults are the paper's Listings 2-8. Durations are in iterations (optimizer steps)
+# ==== config: the paper's Listings 2-8, except for model_name, model_type, dataset_path, use_lora,
+# which config/listing8.py has. Durations are in iterations (optimizer steps)
 # ---- run ----
 model_name = 'pathmnist'         # name of the run
 out_dir = ''                     # folder of the run; '' = out/{model_name}
@@ -61,7 +62,7 @@ global_crops_number = 2          # views for teacher and student; all recipes us
 global_crops_size = 224          # pixels; a multiple of the patch size
 global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 8           # small views for the student only; 0 = none
-local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
+local_crops_size = 96            # pixels; a multiple of the patch size, as 98 of 14, or made one
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
 min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 slab_mm = 0.0                    # volumes: other crops come from slices so near, like 12; 0 = off
@@ -320,8 +321,9 @@ def main(sources, at_end):
     batch_size = global_batch_size // world_size() // micro_batches
     if koleo_loss_weight > 0:
         koleo_groups(batch_size * world_size(), koleo_group_size)
+    rest = local_crops_size % backbone.config.patch_size  # model.check_crop_sizes has told
     multi_crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number,
-                           local_crops_size, local_crops_scale, local_crops_number,
+                           local_crops_size - rest, local_crops_scale, local_crops_number,
                            label_guided_crops_number, label_guided_crops_scale,
                            horizontal_flip, vertical_flip,
                            gram_crops_size if gram_loss_weight > 0 else 0, label_guided_classes,

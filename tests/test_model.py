@@ -204,13 +204,21 @@ def settings(**changed):
 
 @pytest.mark.parametrize("changed, key", [
     (dict(global_crops_size=33), "global_crops_size"),
-    (dict(local_crops_size=17), "local_crops_size"),
-    (dict(local_crops_size=17, local_crops_number=0, label_guided_crops_number=1),
+    (dict(local_crops_size=7), "local_crops_size"),
+    (dict(local_crops_size=7, local_crops_number=0, label_guided_crops_number=1),
      "local_crops_size"),
     (dict(gram_crops_size=44, gram_loss_weight=1.0), "gram_crops_size")])
 def test_the_size_of_every_crop_that_exists_is_checked(changed, key):
-    with pytest.raises(UserError, match=f"{key}=.. is not a multiple of patch_size=8 of vit; use"):
+    with pytest.raises(UserError, match=f"{key}=.*is not a multiple of patch_size=8 of vit; use"):
         check_crop_sizes(settings(**changed), 8)
+
+
+def test_local_crops_are_made_a_multiple_of_the_patch():
+    """As in the paper's Listings: 96 pixels for a network of 14-pixel patches."""
+    said = []
+    check_crop_sizes(settings(local_crops_size=96, global_crops_size=224), 14, said.append)
+    assert said == ["note: local_crops_size=96 is not a multiple of patch_size=14: local crops have "
+                    "84 pixels; 98 is the next size"]
 
 
 @pytest.mark.parametrize("changed", [{}, dict(local_crops_size=17, local_crops_number=0),
