@@ -51,6 +51,10 @@ class Checks:
 
     def network(self, families):
         """The width of a network from scratch divides by its heads. families: model.FAMILIES."""
+        entries = getattr(self.config, "backbone_config", {})
+        self.need(not entries or not self.config.use_pretrained, f"backbone_config={entries} with "
+                  "use_pretrained=true: released weights have a shape of their own; leave it out, "
+                  "or set --use_pretrained=false")
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         family = self.config.model_type
         self.need(family not in families or width % heads == 0,
@@ -72,6 +76,11 @@ class Checks:
             self.note(why, f"{key}={getattr(config, key)!r} has no effect: {why}")
         self.note(n_ranks == 1 and config.distribution == "fsdp",
                   "distribution='fsdp' has no effect: there is one process")
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self.note(asked not in ("no", config.mixed_precision), f"accelerate's mixed_precision="
+                  f"{asked} has no effect: mixed_precision={config.mixed_precision!r} has")
+        self.note(os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.distribution != "fsdp",
+                  "accelerate's FSDP settings have no effect: use --distribution=fsdp")
         n_small = config.local_crops_number + getattr(config, "label_guided_crops_number", 0)
         self.note(n_small == 0 and "local_crops_size" in changed, "local_crops_size="
                   f"{config.local_crops_size} has no effect: there are no local crops")

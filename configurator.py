@@ -101,7 +101,7 @@ def list_keys(namespace):
             if name == name.lower() and not name.startswith("_") and isinstance(value, plain)]
 
 
-def _coerce(value, default):
+def coerce(value, default):
     """`value` in the type of `default`, if nothing is lost; else TypeError with what is needed."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):  # before int: in Python a bool is an int
@@ -130,10 +130,10 @@ def _coerce(value, default):
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"tuple like {default}" if default else "tuple of numbers")
     if not default:  # () means: not set; then any number of numbers may be given
-        return tuple(_coerce(item, 0.0) for item in value)
+        return tuple(coerce(item, 0.0) for item in value)
     if len(value) != len(default):
         raise TypeError(f"tuple of {len(default)} like {default}")
-    return tuple(_coerce(item, like) for item, like in zip(value, default))
+    return tuple(coerce(item, like) for item, like in zip(value, default))
 
 
 def _parse(text, default):
@@ -150,7 +150,7 @@ def _parse(text, default):
     try:
         value = ast.literal_eval(text)  # for Python, 0.4,1.0 is a tuple like (0.4, 1.0)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text  # not a number; _coerce words the error
+        return text  # not a number; coerce words the error
     if isinstance(default, tuple) and isinstance(value, (int, float)):
         return (value,)
     return value
@@ -294,7 +294,8 @@ def override(namespace, keys, argv):
     for arg in argv:
         if arg in ("--help", "-h") or arg.startswith("--help="):
             _print_and_exit(help_text(namespace, arg.partition("=")[2]))
-    defaults, sources, errors, notes = {key: namespace[key] for key in keys}, {}, [], []
+    defaults = {key: namespace[key] for key in keys}
+    sources, errors, notes = {}, [], []
     script, argv = script_name(namespace), our_arguments(argv)
 
     def assign(key, value, source):
@@ -302,7 +303,7 @@ def override(namespace, keys, argv):
             errors.append(f"{source}: {_unknown(key, keys)}")
             return
         try:
-            value = _expand(key, _coerce(value, defaults[key]))
+            value = _expand(key, coerce(value, defaults[key]))
         except (TypeError, OverflowError, ValueError) as error:
             kind = type(value).__name__
             errors.append(f"{source}: {key} = {shown(value)} ({kind}), needs {error}")
@@ -315,7 +316,8 @@ def override(namespace, keys, argv):
 
     def assign_text(flag, text, source):
         """A flag, or a line of YAML."""
-        key, (section, _, entry) = find_key(flag, keys), flag.replace("-", "_").partition(".")
+        key = find_key(flag, keys)
+        *_, section, entry = f".{flag}".replace("-", "_").split(".")
         if key == "mixed_precision" and key in defaults:
             text = precision(text, namespace[key])
         try:
@@ -324,11 +326,10 @@ def override(namespace, keys, argv):
         except ValueError as error:
             errors.append(f"{source}: {error}")
             return
-        if key in defaults or entry == "" or not isinstance(defaults.get(section), dict):
-            if not known:
-                assign(key, _parse(text, defaults.get(key)), source)
-        else:
+        if key not in defaults and entry and isinstance(defaults.get(section), dict):
             assign(section, {**namespace[section], entry: _parse(text, None)}, source)
+        elif not known:
+            assign(key, _parse(text, defaults.get(key)), source)
 
     for path in [arg for arg in argv if not arg.startswith("--")]:
         current = {key: namespace[key] for key in keys}

@@ -86,6 +86,7 @@ num_hidden_layers = 12           # from scratch: number of blocks
 num_attention_heads = 6          # from scratch: must divide hidden_size
 patch_size = 16                  # from scratch: pixels
 num_register_tokens = 4          # from scratch: dinov2_with_registers and dinov3_vit only
+backbone_config = {}             # from scratch: other keys of the HF config, as {'mlp_ratio': 2}
 drop_path_rate = 0.0             # stochastic depth of the student; not in family vit; DINOv2: 0.3
 pos_embed_rescale = 0.0          # DINOv3: scale positions at random, up to this (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper 2.2.1)

@@ -21,7 +21,8 @@ from checks import step_bytes
 from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
-from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values)
+from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values,
+                     with_entries)
 
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
              "num_register_tokens")  # config keys that give a family its shape
@@ -29,13 +30,15 @@ SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_he
 
 # ---- backbone ----
 
-def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys):
+def build_backbone(model_type, use_pretrained=True, num_channels=3, backbone_config=None,
+                   **size_keys):
     """A Hugging Face ViT of one of the four families, with a patch embedding for num_channels.
 
     Args: model_type: a hub id, a local directory or an original .pth file, for its weights or
     (use_pretrained=False) its shape with random weights; or a family, from scratch; num_channels: 0
-    = as many as model_type has; size_keys: keys of the HF config (hidden_size, ...). Those that the
-    family lacks are ignored. Pretrained weights allow only keys that change no shape.
+    = as many as model_type has; backbone_config: dict, from scratch only: other keys of the HF
+    config, UserError if the family lacks one; size_keys: keys of the HF config (hidden_size, ...).
+    Those that the family lacks are ignored. With pretrained weights only keys that change no shape.
     Returns: PreTrainedModel in fp32, without pooler, with a mask token. Raises UserError if it
     cannot be loaded.
     """
@@ -49,6 +52,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
             setattr(config, key, value)
     if not use_pretrained:
         config.num_channels = num_channels
+        config = with_entries(config, backbone_config or {})
     if hasattr(config, "use_mask_token"):  # iBOT needs one; if the weights lack it, it is new
         config.use_mask_token = True
     try:
@@ -114,6 +118,7 @@ def backbone_from_config(config, num_channels):
     if config["model_type"] in FAMILIES:
         sizes.update({key: config[key] for key in SIZE_KEYS})
     return build_backbone(config["model_type"], config["use_pretrained"], num_channels,
+                          config.get("backbone_config"),
                           drop_path_rate=config["drop_path_rate"],
                           pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
 
@@ -159,6 +164,8 @@ def check_memory(config, num_channels, device, say):
         return
     sizes = {key: getattr(config, key) for key in SIZE_KEYS}
     network, _ = find_config(config.model_type, config.use_pretrained, sizes)
+    if not config.use_pretrained:
+        network = with_entries(network, getattr(config, "backbone_config", {}))
     n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
     batch = config.global_batch_size // world_size() // n_micro
     n_shares = world_size() if config.distribution == "fsdp" else 1

@@ -7,7 +7,8 @@
 configurator.override applies them. Functions raise ValueError with what is needed, in one line.
 """
 
-ON_OFF = dict(true=True, yes=True, on=True, false=False, no=False, off=False)  # as in YAML
+ON_OFF = dict.fromkeys(("true", "yes", "on"), True)  # the words of YAML
+ON_OFF.update(dict.fromkeys(("false", "no", "off"), False))
 # Section and setting, joined, where no end of it is the key that is meant
 ALIASES = dict(distribution_type="distribution", lora_config_r="lora_r",
                lora_config_alpha="lora_alpha", lora_config_dropout="lora_dropout",
@@ -44,7 +45,9 @@ def our_arguments(argv):
         if flag.startswith("-") and name in ("train_config_file", "resume_from"):
             if not equals and rest and not rest[0].startswith("-"):
                 equals, value = "=", rest.pop(0)
-            arg = value if name == "train_config_file" and value else f"--{name}{equals}{value}"
+            arg = f"--{name}{equals}{value}"
+            if name == "train_config_file" and value:
+                arg = value
         arguments.append(arg)
     return arguments
 
@@ -66,7 +69,8 @@ def without_key(flag, text, script, is_file):
     if script not in LACKS:
         return False, ""
     [other] = LACKS.keys() - {script}
-    name, key = flag.replace("-", "_").split(".")[-1], find_key(flag, LACKS[script])
+    name = flag.replace("-", "_").split(".")[-1]
+    key = find_key(flag, LACKS[script])
     if key in LACKS[script] and is_file:
         return True, f"{key} has no effect here, only in {other}.py"
     if name not in ("downcast_bf16", "do_distillation"):
@@ -76,7 +80,8 @@ def without_key(flag, text, script, is_file):
         raise ValueError(f"{name}={text!r}: needs true or false")
     if name == "downcast_bf16":
         return True, f"{name}={text} has no effect: it is a setting of Accelerate for TPUs"
-    if on != (script == "distill"):
+    distills = script == "distill"
+    if on != distills:
         raise ValueError(f"{name}={text}: {script}.py does not do that, {other}.py does; start it "
                          "with the same arguments")
     return True, ""
@@ -96,8 +101,10 @@ def read_yaml(path):
 
     def walk(node, name=""):
         if isinstance(node, yaml.MappingNode):
-            pairs = [(f"{name}.{text(key, name)}", item) for key, item in node.value]
-            return sum([walk(item, flag.lstrip(".")) for flag, item in pairs], [])
+            found = []
+            for key, item in node.value:
+                found += walk(item, f"{name}.{text(key, name)}".lstrip("."))
+            return found
         if not name:
             raise ValueError("needs sections and keys, like train: {lr: 1e-4}")
         if isinstance(node, yaml.SequenceNode):

@@ -3,10 +3,11 @@ own flags give. listings.yaml has Listings 1 to 8 of the paper in one file, as t
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from configurator import UserError, override
+from configurator import UserError, config_text, override
 from spellings import our_arguments, read_yaml
 from tests_support import ROOT, load_script
 
@@ -132,6 +133,48 @@ def test_settings_without_effect_are_named_once(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     config_of("train", "--distribution.downcast_bf16=no")
     assert capsys.readouterr().out == ""
+
+
+# ---- keys of the Hugging Face config ----
+
+@pytest.mark.parametrize("flags", [
+    ["--backbone_config.mlp_ratio=2", "--backbone_config.qkv_bias=false",
+     "--backbone_config.hidden_act=relu"],
+    ["--backbone-config.mlp_ratio=2", "--backbone_config={'qkv_bias': False, 'mlp_ratio': 2,"
+     "'hidden_act': 'relu'}"],
+    ["--backbone_config={'qkv_bias': False}", "--backbone_config.hidden_act=relu",
+     "--backbone_config.mlp_ratio=2"]])
+def test_keys_of_the_backbone_as_flags(flags):
+    found = config_of("train", *flags)
+    assert found["backbone_config"] == dict(mlp_ratio=2, qkv_bias=False, hidden_act="relu")
+    assert config_of("distill", *flags)["backbone_config"] == found["backbone_config"]
+
+
+def test_keys_of_the_backbone_in_files(tmp_path, yaml_file):
+    path = tmp_path / "a.py"
+    path.write_text("backbone_config = {'mlp_ratio': 2, 'hidden_size': 96}\n")
+    expected = dict(config_of("train"), backbone_config=dict(mlp_ratio=2), hidden_size=96)
+    assert config_of("train", path) == expected  # hidden_size is a key of its own
+    text = "train:\n  backbone_config:\n    mlp_ratio: 2\n    hidden_size: 96\n"
+    assert config_of("train", yaml_file(text)) == expected
+    assert config_of("train", path, "--backbone_config.qkv_bias=no")["backbone_config"] == \
+        dict(mlp_ratio=2, qkv_bias=False)
+    saved = tmp_path / "config.py"
+    saved.write_text(config_text(SimpleNamespace(**expected)))
+    assert config_of("train", saved) == expected
+    assert config_of("train", path, "--backbone_config={}")["backbone_config"] == {}
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--backbone_config=3", "backbone_config = 3 (int), needs dict of plain values"),
+    ("--backbone_config.a=1e999", "needs dict of plain values"),  # inf does not run in config.py
+    ("--backbone_config", "has no value, write --backbone_config=VALUE like --backbone_config={}"),
+    ("--backbone_config.=3", "unknown key 'backbone_config_'"),
+    ("--backbone_config.hidden_size=x", "hidden_size = 'x' (str), needs int like 384"),
+    ("--backbone_confg.mlp_ratio=2", "unknown key 'backbone_confg_mlp_ratio'")])
+def test_a_wrong_backbone_config_is_one_line(flag, words):
+    [line] = refused("train", flag)
+    assert words in line
 
 
 # ---- the paper's file ----
