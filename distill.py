@@ -21,7 +21,7 @@ from configurator import UserError, describe, list_keys, one_line_errors, read_c
 
 # ==== config: train.py says what the shared keys mean. Durations are in iterations
 # ---- run ----
-model_name = 'distill'           # name of the run
+model_name = 'distill'           # name of the run; '' = that of the data set
 out_dir = ''                     # folder of the run; '' = out/{model_name}
 seed = 0                         # of weights, data order, crops, masks; an equal seed repeats a run
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
@@ -149,9 +149,10 @@ from augment import MultiCrop, Photometrics, augmentation_values, choose_preset
 from checkpoint import check_fits
 from checks import Checks
 from data import READING
-from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, main_first, memory_gb, move_or_shard, no_sync, quick_exit,
-                         setup, stop_together, unwrap, world_size, wrap)
+from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup,
+                         describe_memory, is_main, lost_ranks, main_first, memory_gb,
+                         move_or_shard, no_sync, quick_exit, setup, stop_together, unwrap,
+                         world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
@@ -267,8 +268,9 @@ def uninformed_losses(targets, config):
     return values
 
 
-def log_line(record, uninformed, device):
-    """One line of the log. Each loss is followed by that of a student without information."""
+def log_line(record, uninformed, memory):
+    """One line of the log. Each loss is followed by that of a student without information.
+    memory: of distributed.describe_memory."""
     names = dict(feature_cls_loss="Feature CLS", feature_patch_loss="Feature patches",
                  dino_local_loss="Local DINO", dino_global_loss="Global DINO")
     parts = [f"Total Loss: {record['loss']:.4f}"]
@@ -277,8 +279,7 @@ def log_line(record, uninformed, device):
             parts.append(f"{name}: {record[key]:.4f} (uninformed: {uninformed[key]:.4f})")
     parts += [f"LR: {record['lr']:.6f}", f"EMA momentum: {record['momentum_teacher']:.6f}",
               f"Current Batch Size: {global_batch_size}",
-              f"Iteration: {record['iteration']}/{max_iterations}", f"Device: {device}",
-              f"Memory: {record['memory_gb']:.2f}/{memory_gb(device)[1]:.2f} GB",
+              f"Iteration: {record['iteration']}/{max_iterations}", memory,
               f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |",
               f"RankMe {record['rankme']:.1f}"]
     return " ".join(parts)
@@ -509,7 +510,8 @@ def main(sources, at_end):
                           memory_gb=memory_gb(run_device)[0],
                           **parameter_counts(state.student), **health)
             uninformed = uninformed_losses(targets, config)
-            run.say(f"{log_line(record, uninformed, run_device)} | {seconds:.2f} s/it, {left} left")
+            line = log_line(record, uninformed, describe_memory(run_device))
+            run.say(f"{line} | {seconds:.2f} s/it, {left} left", stamped=True)
             if iteration >= max(50, max_iterations // 5):
                 for name, value in uninformed.items():
                     if value > 0 and record[name] > 0.97 * value:

@@ -22,7 +22,7 @@ from configurator import UserError, describe, list_keys, one_line_errors, read_c
 # ==== config: the paper's Listings 2-8, except for model_name, model_type, dataset_path, use_lora,
 # which config/listing8.py has. Durations are in iterations (optimizer steps)
 # ---- run ----
-model_name = 'pathmnist'         # name of the run
+model_name = 'pathmnist'         # name of the run; '' = that of the data set
 out_dir = ''                     # folder of the run; '' = out/{model_name}
 seed = 0                         # of weights, data order, crops, masks; an equal seed repeats a run
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
@@ -162,9 +162,9 @@ import dino
 from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from checkpoint import check_fits
 from checks import Checks
-from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, quick_exit, setup, unwrap,
-                         world_size, wrap)
+from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup,
+                         describe_memory, is_main, lost_ranks, memory_gb, move_or_shard,
+                         quick_exit, setup, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -207,9 +207,10 @@ def check_config(config, changed=()):
     return check.report()
 
 
-def log_line(record, device):
+def log_line(record, memory):
     """The paper's log line (section 2.1.3). Each loss is followed by the loss of a uniform
-    prediction: ln K times the term's share of the pairs, or of the masked crops."""
+    prediction: ln K times the term's share of the pairs, or of the masked crops. memory: of
+    distributed.describe_memory."""
     V, L = global_crops_number, local_crops_number + label_guided_crops_number
     local_share = L / (V - 1 + L)
     uniform = math.log(dino_head_out_dim)
@@ -232,8 +233,7 @@ def log_line(record, device):
     parts += [f"LR: {record['lr']:.6f}", f"Weight Decay: {record['weight_decay']:.6f}",
               f"Teacher momentum: {record['momentum_teacher']:.6f}",
               f"Current Batch Size: {global_batch_size}",
-              f"Iteration: {record['iteration']}/{max_iterations}", f"Device: {device}",
-              f"Memory: {record['memory_gb']:.2f}/{memory_gb(device)[1]:.2f} GB",
+              f"Iteration: {record['iteration']}/{max_iterations}", memory,
               f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |",
               f"entropy {record['teacher_entropy']:.2f}",
               f"prototypes {record['prototype_use']:.0%}", f"RankMe {record['rankme']:.1f}"]
@@ -402,7 +402,8 @@ def main(sources, at_end):
                           grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,
                           memory_gb=memory_gb(run_device)[0], **parameter_counts(state.student),
                           **monitor(teacher_view["cls"], teacher_view["probs"]))
-            run.say(f"{log_line(record, run_device)} | {seconds:.2f} s/it, {left} left")
+            line = log_line(record, describe_memory(run_device))
+            run.say(f"{line} | {seconds:.2f} s/it, {left} left", stamped=True)
             early = iteration < max(50, max_iterations // 5)
             if advice := diagnose(record, dino_head_out_dim, early):
                 run.say(f"!!!! {advice} !!!!")

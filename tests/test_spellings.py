@@ -1,19 +1,22 @@
 """What the paper prints and what a reader may type like it: each spelling gives the config that our
 own flags give. listings.yaml has Listings 1 to 8 of the paper in one file, as they are printed."""
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from checks import Checks
 from configurator import UserError, config_text, override
 from spellings import our_arguments, read_yaml
-from tests_support import ROOT, load_script
+from tests_support import ROOT, SHRUNK, load_script, log, state
 
 SCRIPTS = {name: vars(load_script(name)) for name in ("train", "distill", "evaluate")}
 LISTINGS = os.path.join(ROOT, "tests", "listings.yaml")
-LISTING8 = os.path.join(ROOT, "config", "listing8.py")
+CONFIG = os.path.join(ROOT, "config")
+LISTING8 = os.path.join(CONFIG, "listing8.py")
 
 
 def config_of(script, *argv):
@@ -224,6 +227,20 @@ def test_the_listings_for_distill(yaml_file, capsys):
     assert "start it with the same arguments" in line
 
 
+def test_one_file_serves_every_medmnist_set():
+    """pathmnist.py and organamnist.py stay: the paper's own set, and one without flips."""
+    found = config_of("train", f"{CONFIG}/medmnist.py", "--dataset_path=bloodmnist")
+    assert (found["model_name"], found["dataset_path"]) == ("", "bloodmnist")
+    organs = config_of("train", f"{CONFIG}/organamnist.py")
+    flips = ["--horizontal_flip=0", "--vertical_flip=0"]
+    assert organs == config_of("train", f"{CONFIG}/medmnist.py", "--dataset_path=organamnist",
+                               *flips)
+    path = config_of("train", f"{CONFIG}/pathmnist.py")
+    assert path == config_of(
+        "train", f"{CONFIG}/medmnist.py", "--dataset_path=pathmnist", "--model_name=pathmnist",
+        "--model_type=facebook/dino-vits16", "--local_crops_size=96") == config_of("train")
+
+
 # ---- other YAML files ----
 
 @pytest.mark.parametrize("text, flags", [
@@ -303,3 +320,63 @@ def test_yaml_files_python_files_and_flags_apply_in_their_order(yaml_file, tmp_p
 def test_yaml_is_imported_only_where_it_is_read():
     code = "import sys, configurator; assert 'yaml' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- runs ----
+
+# Section 2.1.3: 2025-04-01 01:03:24,093 - dino_trainer_rank0 - INFO - Total Loss: 13.6886 ...
+PAPERS_LINE = (
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - dino_trainer_rank0 - INFO - Total Loss: [\d.]+ "
+    r"Local DINO: [\d.]+ .*Global DINO: [\d.]+ .*iBOT: .*LR: [\d.]+ Weight Decay: [\d.]+ "
+    r"Teacher momentum: [\d.]+ Current Batch Size: 8 Iteration: 1/1 Gpu ID: cpu "
+    r"Memory: [\d.]+/[\d.]+ GB")
+
+
+def test_a_run_is_named_after_its_data_and_repeats_from_its_config(npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = load_script("train")
+    argv = [*SHRUNK, f"--dataset_path={npz}", "--cache_dir=cache", "--max_iterations=1",
+            "--eval_interval=0", "--model_name=", "--backbone_config.intermediate_size=24"]
+    module.main(override(vars(module), module.config_keys, argv))
+    saved = config_of("train", "out/phantom40/config.py")
+    assert saved == dict(config_of("train", *argv), model_name="phantom40")
+    assert saved["backbone_config"] == dict(intermediate_size=24)
+    weights = state("out/phantom40")["student"]
+    assert weights["backbone.layers.0.mlp.fc1.weight"].shape == (24, 32)
+
+
+@pytest.mark.parametrize("launcher", [["--cpu", "--num_processes=1"],
+                                      ["--multi_gpu", "--num_processes=2"]])
+def test_accelerate_launch_is_another_torchrun(launcher, npz, tmp_path):
+    """--multi_gpu starts processes on a CPU, too; --cpu starts one, whatever their number."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher,
+               "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+               "--main_process_port=0", "train.py", *SHRUNK, f"--dataset_path={npz}",
+               f"--cache_dir={tmp_path}/cache", f"--out_dir={tmp_path}/run", "--max_iterations=1",
+               "--eval_interval=0", "--eval_max_images=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    n_ranks = launcher[-1][-1]
+    assert f"batch: 8 images = {n_ranks} rank(s)" in done.stdout
+    assert [record["iteration"] for record in log(tmp_path / "run")] == [0, 1]
+    line = next(line for line in done.stdout.splitlines() if "Total Loss" in line)
+    assert re.match(PAPERS_LINE, line), line
+    assert len(re.findall(r"rank \d+ [\d.]+/", line)) == int(n_ranks) - 1  # memory of the others
+    with open(tmp_path / "run/logs/train.log") as file:
+        assert line in file.read().splitlines()
+
+
+def test_what_accelerate_asks_for_without_effect_is_noted(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    config = SimpleNamespace(**config_of("train"))
+    check = Checks(config)
+    check.training(2, ())
+    assert check.report()[:2] == [
+        "accelerate's mixed_precision=fp16 has no effect: mixed_precision='bf16' has",
+        "accelerate's FSDP settings have no effect: use --distribution=fsdp"]
+    config.distribution, config.mixed_precision = "fsdp", "fp16"
+    check = Checks(config)
+    check.training(2, ())
+    assert check.report() == []
