@@ -359,8 +359,8 @@ def download(url, md5, path):
             free = shutil.disk_usage(folder).free
             if 2 * expected > free:  # the archive and its arrays, which are larger
                 raise UserError(f"{url}: has {in_words(expected)} and is unpacked to more, but "
-                                f"{folder} has {in_words(free)} free; set --cache_dir, or a smaller "
-                                "--dataset_size")
+                                f"{folder} has {in_words(free)} free; set --cache_dir, or a "
+                                "smaller --dataset_size")
             print(f"downloading {title}, {in_words(expected)}, to {folder}. A smaller "
                   "--dataset_size is a smaller file", file=sys.stderr)
             seconds = 0.1 if sys.stderr.isatty() else 30  # between two looks at the time left

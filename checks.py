@@ -137,10 +137,13 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
 
     width, patch = network.hidden_size, network.patch_size
     hidden = getattr(network, "intermediate_size", 0) or int(width * network.mlp_ratio)
+    is_gated = getattr(network, "use_gated_mlp", False)
+    if getattr(network, "use_swiglu_ffn", False):  # two thirds, up to a multiple of 8
+        is_gated, hidden = True, (hidden * 2 // 3 + 7) // 8 * 8
     trained_blocks = max(0, network.num_hidden_layers - config.freeze_backbone_layers)
     if config.freeze_backbone_iterations >= config.max_iterations:
         trained_blocks = 0  # only the heads are ever trained
-    block = 4 * width**2 + 2 * width * hidden  # parameters
+    block = 4 * width**2 + (3 if is_gated else 2) * width * hidden  # parameters
     embedding = num_channels * patch**2 * width
     backbone = network.num_hidden_layers * block + embedding
     prototypes = []  # K of each head
@@ -159,7 +162,7 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     step = 0
     for number, side in ((V, config.global_crops_size), (L, config.local_crops_size)):
         n = (side // patch) ** 2 + 1  # tokens
-        block = n * (8 * width + 2 * hidden) * half
+        block = n * (8 * width + (4 if is_gated else 2) * hidden) * half
         if plain_attention:
             block += network.num_attention_heads * n**2 * half
         blocks = max(1, trained_blocks) * block  # the teacher computes one, too

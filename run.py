@@ -12,6 +12,7 @@ call every method; rank 0 prints and writes.
     out/NAME/results/summary.json   the numbers of a finished run
 """
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -56,8 +57,8 @@ class Run:
         read."""
         self.script, self.config, self.at_end = script, config, at_end
         if not config.model_name:
-            name = os.path.basename(os.path.abspath(os.path.expanduser(config.dataset_path)))
-            config.model_name = name.removesuffix(".npz") or "root"
+            path = os.path.abspath(os.path.expanduser(config.dataset_path))
+            config.model_name = os.path.basename(path).removesuffix(".npz") or "root"
         self.folder = os.path.normpath(config.out_dir or f"out/{config.model_name}")
         self.run_folder = RunFolder(self.folder, script, at_end)
         self.is_open, self.unwritten = False, []
@@ -81,9 +82,8 @@ class Run:
         too."""
         if not is_main():
             return
-        now = time.time()
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        stamp = f"{moment},{int(now % 1 * 1000):03d} - dino_trainer_rank{rank()} - INFO - "
+        now = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        stamp = f"{now} - dino_trainer_rank{rank()} - INFO - "
         try:
             print(stamp + text if stamped else text, flush=True)
         except OSError:  # the reader has gone, as the terminal after SIGHUP: logs/train.log stays
