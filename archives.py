@@ -339,16 +339,33 @@ def _md5(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+def in_words(n_bytes):
+    """A number of bytes as text, like 12.6 GB; 0 = unknown."""
+    if n_bytes == 0:
+        return "of unknown size"
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+
+
 def download(url, md5, path):
-    """Fetch url to path: write beside it, check length and MD5, rename. A failed attempt leaves
-    nothing behind and raises UserError."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part, title = part_of(path), os.path.basename(path)
+    """Fetch url to path: print the size, write beside it, check length and MD5, rename. A failed
+    attempt leaves nothing behind and raises UserError, as a disk without room for it does."""
+    folder, title = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    part = part_of(path)
     advice = f"try again, name a mirror with --download_url, or put the file at {path} yourself"
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
             expected = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=title) as bar:
+            free = shutil.disk_usage(folder).free
+            if 2 * expected > free:  # the archive and its arrays, which are larger
+                raise UserError(f"{url}: has {in_words(expected)} and is unpacked to more, but "
+                                f"{folder} has {in_words(free)} free; set --cache_dir, or a "
+                                "smaller --dataset_size")
+            print(f"downloading {title}, {in_words(expected)}, to {folder}. A smaller "
+                  "--dataset_size is a smaller file", file=sys.stderr)
+            seconds = 0.1 if sys.stderr.isatty() else 30  # between two looks at the time left
+            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=title,
+                      mininterval=seconds) as bar:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))

@@ -8,6 +8,7 @@
         --local_crops_size=98                      # DINOv2
     python bench.py --what=data --n_images=100000  # a folder of JPEG files
     python bench.py --what=growth                  # time against batch, crops, K, number of images
+    python bench.py --what=memory                  # GB that a GPU needs, counted for released ViTs
     python bench.py --what=all --n_images=100000   # all of these, for docs/RESULTS.md
 
 A step is that of train.py: the same functions in the same order. `strategy` uses the same random
@@ -20,7 +21,8 @@ from types import SimpleNamespace
 from configurator import list_keys, one_line_errors, read_command_line
 
 # ==== config ====
-what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'all'
+what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'memory' |
+#                                'all' = each of them
 strategy = 'all'                 # 'all' | standard | lora | freeze | freeze_shared | lora_freeze
 model_type = 'vit'               # as in train.py: a hub id, a directory or a family
 use_pretrained = False           # True = the weights of model_type; a family has none
@@ -61,13 +63,14 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageFilter, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino
 import train
 from augment import MultiCrop, Photometrics
-from checks import Checks
+from checks import Checks, step_bytes
 from data import Dataset, load_dataset
 from distributed import autocast_for, compute_dtype, loader_workers, memory_gb, setup
 from loader import CropDataset, make_loader
@@ -684,10 +687,56 @@ def bench_data(config, sizes=(512, 2048), n_batches=8):
                 print(f"{n:8} {size:7} {workers:8} {rate:9.0f} {decoding:9.2f} {with_crops:11.2f}")
 
 
+# ---- GPU memory, counted ----
+
+# The sizes in the config.json of released networks: family, width, blocks, heads, patch
+RELEASED = {
+    "dino-vits16": ("vit", 384, 12, 6, 16),
+    "dino-vitb8": ("vit", 768, 12, 12, 8),
+    "dino-vitb16": ("vit", 768, 12, 12, 16),
+    "dinov2-small": ("dinov2", 384, 12, 6, 14),
+    "dinov2-base": ("dinov2", 768, 12, 12, 14),
+    "dinov2-large": ("dinov2", 1024, 24, 16, 14),
+    "dinov2-giant": ("dinov2", 1536, 40, 24, 14)}
+
+
+def counted_gb(name, strategy, n_gpus=1, distribution="ddp"):
+    """GB that each GPU needs at least for train.py's default step of 64 images on a released
+    network. strategy: 'standard', 'lora', or 'freeze' = the first half of the blocks. fsdp is with
+    activation checkpointing, as in config/fsdp.py."""
+    family, width, depth, heads, patch = RELEASED[name]
+    more = dict(use_swiglu_ffn=True) if name == "dinov2-giant" else {}
+    if family == "vit":
+        more = dict(intermediate_size=4 * width)
+    network = transformers.AutoConfig.for_model(
+        family, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+        patch_size=patch, **more)
+    config = SimpleNamespace(**{key: getattr(train, key) for key in train.config_keys})
+    config.use_lora = strategy == "lora"
+    config.freeze_backbone_layers = depth // 2 if strategy == "freeze" else 0
+    config.activation_checkpointing = distribution == "fsdp"
+    n_shares = n_gpus if distribution == "fsdp" else 1
+    batch = config.global_batch_size // n_gpus
+    return sum(step_bytes(config, network, 3, batch, n_shares)) / 1e9
+
+
+def bench_memory(config=None):
+    """Print the table of counted_gb. Nothing is allocated or measured: real peaks were 1.6 to 2.2
+    times what is counted (model.check_memory)."""
+    columns = [(n, "ddp") for n in (1, 2, 4)] + [(n, "fsdp") for n in (2, 4)]
+    header = " ".join(f"{n:2} {distribution:4}" for n, distribution in columns)
+    print(f"\nGB on each GPU, counted; real peaks are up to 2.2 times that\n{'':22} {header}")
+    for name in RELEASED:
+        for strategy in ("standard", "lora", "freeze"):
+            cells = [counted_gb(name, strategy, *column) for column in columns]
+            row = " ".join(f"{gb:7.1f}" for gb in cells)
+            print(f"{name:13}{strategy:9} {row}")
+
+
 def main(config):
     """Measure what a config of read_config asks for."""
     benches = dict(strategy=bench_strategies, augment=bench_augment, step=bench_step,
-                   data=bench_data, growth=bench_growth)
+                   data=bench_data, growth=bench_growth, memory=bench_memory)
     check = Checks(config)
     check.network(FAMILIES)
     check.report()

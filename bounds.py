@@ -81,7 +81,7 @@ BOUNDS = dict(
     neighbours=(1, 1000),
     heat=("auto", "mean", "pca", "headN"), low_threshold=SHARE, high_threshold=SHARE, min_iou=SHARE,
     # ---- bench.py ----
-    what=("strategy", "augment", "step", "data", "growth", "all"),
+    what=("strategy", "augment", "step", "data", "growth", "memory", "all"),
     strategy=("all", "standard", "lora", "freeze", "freeze_shared", "lora_freeze"),
     n_steps=SIZE, rounds=SIZE,
 )

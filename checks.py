@@ -60,6 +60,10 @@ class Checks:
 
     def network(self, families):
         """The width of a network from scratch divides by its heads. families: model.FAMILIES."""
+        entries = getattr(self.config, "backbone_config", {})
+        self.need(not entries or not self.config.use_pretrained, f"backbone_config={entries} with "
+                  "use_pretrained=true: released weights have a shape of their own; leave it out, "
+                  "or set --use_pretrained=false")
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         family = self.config.model_type
         self.need(family not in families or width % heads == 0,
@@ -81,6 +85,11 @@ class Checks:
             self.note(why, f"{key}={getattr(config, key)!r} has no effect: {why}")
         self.note(n_ranks == 1 and config.distribution == "fsdp",
                   "distribution='fsdp' has no effect: there is one process")
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self.note(asked not in ("no", config.mixed_precision), f"accelerate's mixed_precision="
+                  f"{asked} has no effect: mixed_precision={config.mixed_precision!r} has")
+        self.note(os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.distribution != "fsdp",
+                  "accelerate's FSDP settings have no effect: use --distribution=fsdp")
         n_small = config.local_crops_number + getattr(config, "label_guided_crops_number", 0)
         self.note(n_small == 0 and "local_crops_size" in changed, "local_crops_size="
                   f"{config.local_crops_size} has no effect: there are no local crops")
@@ -155,6 +164,9 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
 
     width, patch = network.hidden_size, network.patch_size
     hidden = getattr(network, "intermediate_size", 0) or int(width * network.mlp_ratio)
+    is_gated = getattr(network, "use_gated_mlp", False)
+    if getattr(network, "use_swiglu_ffn", False):  # two thirds, up to a multiple of 8
+        is_gated, hidden = True, (hidden * 2 // 3 + 7) // 8 * 8
     trained_blocks = max(0, network.num_hidden_layers - config.freeze_backbone_layers)
     whole_blocks = 0 if config.use_lora else trained_blocks  # whose weights are trained
     if config.train_last_blocks > 0:
@@ -162,7 +174,7 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
         trained_blocks = trained_blocks if config.use_lora else whole_blocks
     if config.freeze_backbone_iterations >= config.max_iterations:
         trained_blocks = whole_blocks = 0  # only the heads are ever trained
-    block = 4 * width**2 + 2 * width * hidden  # parameters
+    block = 4 * width**2 + (3 if is_gated else 2) * width * hidden  # parameters
     embedding = num_channels * patch**2 * width
     backbone = network.num_hidden_layers * block + embedding
     prototypes = []  # K of each head
@@ -186,7 +198,7 @@ def step_bytes(config, network, num_channels, batch, n_shares=1, plain_attention
     step = 0
     for number, side in ((V, config.global_crops_size), (L, config.local_crops_size)):
         n = (side // patch) ** 2 + 1  # tokens
-        block = n * (8 * width + 2 * hidden) * half
+        block = n * (8 * width + (4 if is_gated else 2) * hidden) * half
         if only_output:  # no input of a frozen Linear
             block = n * (6 * width + hidden) * half
         if plain_attention:

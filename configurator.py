@@ -1,8 +1,8 @@
 """Config files and --key=value flags, applied to the globals of a script; or one clear error.
 
-A script (train.py) begins with a block of lower-case globals, one line each: bool, int, float, str
-or tuple. The block stands before the imports that take seconds, so that --help, a typo and a
-missing file answer at once:
+A script (train.py) begins with a block of lower-case globals, one line each: bool, int, float,
+str, tuple or dict. The block stands before the imports that take seconds, so that --help, a typo
+and a missing file answer at once:
 
     # ==== config ====
     lr = 1e-4           # peak, absolute
@@ -14,8 +14,9 @@ missing file answer at once:
     ...
 
 A config file is a Python file of plain assignments. It runs in a scratch namespace that holds the
-current values, so `warmup_iterations = max_iterations // 10` works. Files apply from left to right,
-then the flags: what comes later wins.
+current values, so `warmup_iterations = max_iterations // 10` works. A YAML file, as the paper
+prints it (Listings 1 to 8), is a list of flags: `dino_head: {out_dim: 8}` is --dino_head.out_dim=8.
+Files apply from left to right, then the flags: what comes later wins.
 """
 import ast
 import contextlib
@@ -29,6 +30,7 @@ import sys
 
 from bounds import problem, range_text, shown
 from signals import end_by
+from spellings import ON_OFF, find_key, our_arguments, precision, read_yaml, without_key
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -93,13 +95,13 @@ def read_command_line(namespace, keys):
 
 def list_keys(namespace):
     """Names of the config keys, in their order: the lower-case globals above the call whose value
-    is a bool, int, float, str or tuple."""
-    plain = (bool, int, float, str, tuple)
+    is a bool, int, float, str, tuple or dict."""
+    plain = (bool, int, float, str, tuple, dict)
     return [name for name, value in namespace.items()
             if name == name.lower() and not name.startswith("_") and isinstance(value, plain)]
 
 
-def _coerce(value, default):
+def coerce(value, default):
     """`value` in the type of `default`, if nothing is lost; else TypeError with what is needed."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):  # before int: in Python a bool is an int
@@ -120,25 +122,35 @@ def _coerce(value, default):
         if "\0" in value or re.search("[\ud800-\udfff]", value):
             raise TypeError("text in UTF-8 without NUL")
         return str(value)
+    if isinstance(default, dict):
+        with contextlib.suppress(ValueError, SyntaxError):  # only what runs again in config.py
+            if isinstance(value, dict) and ast.literal_eval(repr(value)) == value:
+                return {str(name): item for name, item in value.items()}
+        raise TypeError("dict of plain values like {'mlp_ratio': 2}")
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"tuple like {default}" if default else "tuple of numbers")
     if not default:  # () means: not set; then any number of numbers may be given
-        return tuple(_coerce(item, 0.0) for item in value)
+        return tuple(coerce(item, 0.0) for item in value)
     if len(value) != len(default):
         raise TypeError(f"tuple of {len(default)} like {default}")
-    return tuple(_coerce(item, like) for item, like in zip(value, default))
+    return tuple(coerce(item, like) for item, like in zip(value, default))
 
 
 def _parse(text, default):
-    """The text after `--key=` as a Python value. A str stays as typed; it is never evaluated."""
+    """The text after `--key=`, or a list of texts, as a Python value. A str stays as typed; it is
+    never evaluated. default=None: the type is unknown, and words like true are a bool."""
     if isinstance(default, str):
-        return text
-    if isinstance(default, bool):
-        return {"true": True, "false": False}.get(text.lower(), text)
+        return text if isinstance(text, str) else ",".join(text)
+    if not isinstance(text, str):
+        return tuple(_parse(item, None) for item in text)
+    if isinstance(default, bool) or default is None and text.lower() in ON_OFF:
+        return ON_OFF.get(text.lower(), text)
+    if not text and not default and not isinstance(default, (int, float)):
+        return default  # () or {}: not set
     try:
         value = ast.literal_eval(text)  # for Python, 0.4,1.0 is a tuple like (0.4, 1.0)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text  # not a number; _coerce words the error
+        return text  # not a number; coerce words the error
     if isinstance(default, tuple) and isinstance(value, (int, float)):
         return (value,)
     return value
@@ -164,18 +176,6 @@ def _unknown(name, keys):
     near = difflib.get_close_matches(name, keys, n=1)
     advice = f", did you mean {near[0]!r}?" if near else "; --help lists the keys"
     return f"unknown key {name!r}{advice}"
-
-
-def _flag_key(flag, keys):
-    """The key that a flag means: --dino_head.out_dim and --dino-head-out-dim are dino_head_out_dim,
-    and the paper's section names may stand before a key, as in --crops.global_crops_size."""
-    def key_of(text):
-        return text.replace(".", "_").replace("-", "_")
-
-    joined, without_section = key_of(flag), key_of(flag.split(".", 1)[-1])
-    if joined not in keys and without_section in keys:
-        return without_section
-    return joined
 
 
 def _no_config_file(path):
@@ -294,43 +294,71 @@ def override(namespace, keys, argv):
     for arg in argv:
         if arg in ("--help", "-h") or arg.startswith("--help="):
             _print_and_exit(help_text(namespace, arg.partition("=")[2]))
-    defaults, sources, errors = {key: namespace[key] for key in keys}, {}, []
-    script = script_name(namespace)
+    defaults = {key: namespace[key] for key in keys}
+    sources, errors, notes = {}, [], []
+    script, argv = script_name(namespace), our_arguments(argv)
 
     def assign(key, value, source):
         if key not in defaults:
             errors.append(f"{source}: {_unknown(key, keys)}")
             return
         try:
-            value = _expand(key, _coerce(value, defaults[key]))
+            value = _expand(key, coerce(value, defaults[key]))
         except (TypeError, OverflowError, ValueError) as error:
             kind = type(value).__name__
             errors.append(f"{source}: {key} = {shown(value)} ({kind}), needs {error}")
             return
+        if isinstance(value, dict):
+            for name in [name for name in value if name in defaults]:  # hidden_size is a key itself
+                assign(name, value.pop(name), source)
         if value != namespace[key]:
             namespace[key], sources[key] = value, (defaults[key], source)
+
+    def assign_text(flag, text, source):
+        """A flag, or a line of YAML."""
+        key = find_key(flag, keys)
+        *_, section, entry = f".{flag}".replace("-", "_").split(".")
+        if key == "mixed_precision" and key in defaults:
+            text = precision(text, namespace[key])
+        try:
+            known, note = without_key(flag, text, script, is_file=source != "command line")
+            notes.append(note)
+        except ValueError as error:
+            errors.append(f"{source}: {error}")
+            return
+        if key not in defaults and entry and isinstance(defaults.get(section), dict):
+            assign(section, {**namespace[section], entry: _parse(text, None)}, source)
+        elif not known:
+            assign(key, _parse(text, defaults.get(key)), source)
 
     for path in [arg for arg in argv if not arg.startswith("--")]:
         current = {key: namespace[key] for key in keys}
         try:
-            for key, value in _run_file(path, current).items():
-                assign(key, value, path)
-        except UserError as error:
+            if path.endswith((".yaml", ".yml")) and os.path.isfile(path):
+                for flag, text in read_yaml(path):
+                    assign_text(flag, text, path)
+            else:
+                for key, value in _run_file(path, current).items():
+                    assign(key, value, path)
+        except ValueError as error:
             errors.append(str(error))
     for arg in [arg for arg in argv if arg.startswith("--")]:
         flag, equals, text = arg[2:].partition("=")
-        key = _flag_key(flag, keys)
-        if not equals and key in defaults:
+        key = find_key(flag, keys)
+        if not equals and key in (*defaults, "train_config_file"):
             errors.append(f"command line: {arg} has no value, write --{key}=VALUE like "
-                          f"--{key}={defaults[key]}")
+                          f"--{key}={defaults.get(key, 'config.yaml')}")
         else:
-            assign(key, _parse(text, defaults.get(key)), "command line")
+            assign_text(flag, text, "command line")
     for key in keys:  # those of the script, too: its block is there to be edited
         if wrong := problem(key, namespace[key], script):
             _, source = sources.get(key, ("", f"{script}.py"))
             errors.append(f"{source}: {wrong}")
     if errors:
         raise UserError("\n       ".join(errors))
+    for note in filter(None, notes):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: {note}")
     return sources
 
 

@@ -337,8 +337,10 @@ def _open_source(dataset_path, size, download_url, settings):
         return open_folder(path, settings)
     if os.path.isfile(path):
         return _open_file(path, settings)
-    raise UserError(f"dataset_path={dataset_path!r} does not exist; give 'phantom', a MedMNIST "
-                    f"name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
+    name = os.path.basename(path)  # the paper has dataset/pathmnist
+    advice = f"did you mean {name!r}, a download? Else " if name in MEDMNIST else ""
+    raise UserError(f"dataset_path={dataset_path!r} does not exist; {advice}give 'phantom', "
+                    f"a MedMNIST name ({', '.join(MEDMNIST)}), a .npz file or a folder of images")
 
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")

@@ -21,7 +21,7 @@ from configurator import UserError, describe, list_keys, one_line_errors, read_c
 
 # ==== config: train.py says what the shared keys mean. Durations are in iterations
 # ---- run ----
-model_name = 'distill'           # name of the run
+model_name = 'distill'           # name of the run; '' = that of the data set
 out_dir = ''                     # folder of the run; '' = out/{model_name}
 seed = 0                         # of weights, data order, crops, masks; an equal seed repeats a run
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
@@ -61,7 +61,7 @@ global_crops_number = 2          # views for teacher and student; all recipes us
 global_crops_size = 224          # pixels; a multiple of the patch size
 global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 0           # for the prototype objective only, see train.py; paper: 8
-local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
+local_crops_size = 96            # pixels; a multiple of the patch size, as 98 of 14, or made one
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
 min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 horizontal_flip = 0.5            # probability; 0 if left and right must not be confused
@@ -86,6 +86,7 @@ num_hidden_layers = 12           # from scratch: number of blocks
 num_attention_heads = 6          # from scratch: must divide hidden_size
 patch_size = 16                  # from scratch: pixels
 num_register_tokens = 4          # from scratch: dinov2_with_registers and dinov3_vit only
+backbone_config = {}             # from scratch: other keys of the HF config, as {'mlp_ratio': 2}
 drop_path_rate = 0.0             # stochastic depth of the student; not in family vit; DINOv2: 0.3
 pos_embed_rescale = 0.0          # DINOv3: scale positions at random, up to this (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper 2.2.1)
@@ -153,9 +154,9 @@ from checkpoint import check_fits
 from checks import Checks
 from data import READING
 from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, compute_dtype,
-                         is_main, lost_ranks, main_first, memory_gb, move_or_shard, no_sync,
-                         precision_notes, quick_exit, setup, stop_together, unwrap, world_size,
-                         wrap)
+                         describe_memory, is_main, lost_ranks, main_first, memory_gb,
+                         move_or_shard, no_sync, precision_notes, quick_exit, setup,
+                         stop_together, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
@@ -272,8 +273,9 @@ def uninformed_losses(targets, config):
     return values
 
 
-def log_line(record, uninformed, device):
-    """One line of the log. Each loss is followed by that of a student without information."""
+def log_line(record, uninformed, memory):
+    """One line of the log. Each loss is followed by that of a student without information.
+    memory: of distributed.describe_memory."""
     names = dict(feature_cls_loss="Feature CLS", feature_patch_loss="Feature patches",
                  dino_local_loss="Local DINO", dino_global_loss="Global DINO")
     parts = [f"Total Loss: {record['loss']:.4f}"]
@@ -282,8 +284,7 @@ def log_line(record, uninformed, device):
             parts.append(f"{name}: {record[key]:.4f} (uninformed: {uninformed[key]:.4f})")
     parts += [f"LR: {record['lr']:.6f}", f"EMA momentum: {record['momentum_teacher']:.6f}",
               f"Current Batch Size: {global_batch_size}",
-              f"Iteration: {record['iteration']}/{max_iterations}", f"Device: {device}",
-              f"Memory: {record['memory_gb']:.2f}/{memory_gb(device)[1]:.2f} GB",
+              f"Iteration: {record['iteration']}/{max_iterations}", memory,
               f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |",
               f"RankMe {record['rankme']:.1f}"]
     return " ".join(parts)
@@ -378,7 +379,8 @@ def main(sources, at_end):
     micro_batches = accumulation_steps(global_batch_size, gradient_accumulation_steps)
     batch_size = global_batch_size // world_size() // micro_batches
     V, grid = global_crops_number, global_crops_size // backbone.config.patch_size
-    multi_crop = MultiCrop(global_crops_size, global_crops_scale, V, local_crops_size,
+    small = local_crops_size - local_crops_size % backbone.config.patch_size
+    multi_crop = MultiCrop(global_crops_size, global_crops_scale, V, small,
                            local_crops_scale, local_crops_number, horizontal_flip=horizontal_flip,
                            vertical_flip=vertical_flip, min_foreground=min_foreground,
                            background=low_high[0])
@@ -516,7 +518,8 @@ def main(sources, at_end):
                           memory_gb=memory_gb(run_device)[0],
                           **parameter_counts(state.student), **health)
             uninformed = uninformed_losses(targets, config)
-            run.say(f"{log_line(record, uninformed, run_device)} | {seconds:.2f} s/it, {left} left")
+            line = log_line(record, uninformed, describe_memory(run_device))
+            run.say(f"{line} | {seconds:.2f} s/it, {left} left", stamped=True)
             if iteration >= max(50, max_iterations // 5):
                 for name, value in uninformed.items():
                     if value > 0 and record[name] > 0.97 * value:

@@ -441,6 +441,18 @@ def shard_like(tensor, like):
 
 # ---- the machine ----
 
+def describe_memory(device):
+    """The paper's words for a log line, like 'Gpu ID: 0 Memory: 22.96/47.32 GB': used and total
+    memory (memory_gb) of rank 0, then of the other ranks. All ranks call it."""
+    pairs = gather_objects(memory_gb(device))
+    first, *others = [f"{used:.2f}/{total:.2f}" for used, total in pairs]
+    name = device.index if device.type == "cuda" else device.type
+    text = f"Gpu ID: {name} Memory: {first} GB"
+    for number, pair in enumerate(others, 1):
+        text += f", rank {number} {pair}"
+    return text
+
+
 def accumulation_steps(global_batch_size, given=0):
     """Micro-batches per step and rank: as given, or with 0 the smallest divisor of a rank's share
     whose micro-batches have MICRO_BATCH images at most."""

@@ -23,7 +23,8 @@ from configurator import UserError
 from distributed import (accumulation_steps, local_shard, memory_gb, only_shapes, regathered,
                          shard_like, swap, unwrap, world_size)
 from last_block import LastBlock, split_last_block, use_plain_attention, used_tokens
-from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values)
+from weights import (FAMILIES, constructor_arguments, find_config, first_line, load_values,
+                     with_entries)
 
 SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_heads",
              "num_register_tokens")  # config keys that give a family its shape
@@ -31,13 +32,15 @@ SIZE_KEYS = ("hidden_size", "num_hidden_layers", "patch_size", "num_attention_he
 
 # ---- backbone ----
 
-def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys):
+def build_backbone(model_type, use_pretrained=True, num_channels=3, backbone_config=None,
+                   **size_keys):
     """A Hugging Face ViT of one of the four families, with a patch embedding for num_channels.
 
     Args: model_type: a hub id, a local directory or an original .pth file, for its weights or
     (use_pretrained=False) its shape with random weights; or a family, from scratch; num_channels: 0
-    = as many as model_type has; size_keys: keys of the HF config (hidden_size, ...). Those that the
-    family lacks are ignored. Pretrained weights allow only keys that change no shape.
+    = as many as model_type has; backbone_config: dict, from scratch only: other keys of the HF
+    config, UserError if the family lacks one; size_keys: keys of the HF config (hidden_size, ...).
+    Those that the family lacks are ignored. With pretrained weights only keys that change no shape.
     Returns: PreTrainedModel in fp32, without pooler, with a mask token. Raises UserError if it
     cannot be loaded.
     """
@@ -51,6 +54,7 @@ def build_backbone(model_type, use_pretrained=True, num_channels=3, **size_keys)
             setattr(config, key, value)
     if not use_pretrained:
         config.num_channels = num_channels
+        config = with_entries(config, backbone_config or {})
     if hasattr(config, "use_mask_token"):  # iBOT needs one; if the weights lack it, it is new
         config.use_mask_token = True
     try:
@@ -117,6 +121,7 @@ def backbone_from_config(config, num_channels):
     if config["model_type"] in FAMILIES:
         sizes.update({key: config[key] for key in SIZE_KEYS})
     return build_backbone(config["model_type"], config["use_pretrained"], num_channels,
+                          config.get("backbone_config"),
                           drop_path_rate=config["drop_path_rate"],
                           pos_embed_rescale=config["pos_embed_rescale"] or None, **sizes)
 
@@ -129,7 +134,7 @@ def adapted_backbone(config, num_channels, device, say=print, changed=(), n_imag
     Returns: the backbone on the CPU, or its peft wrapper. Raises UserError."""
     check_memory(config, num_channels, device, say, n_images)
     backbone = backbone_from_config(vars(config), num_channels)
-    check_crop_sizes(config, backbone.config.patch_size)
+    check_crop_sizes(config, backbone.config.patch_size, say)
     for note in keys_without_effect(config, backbone.config, changed):
         say(f"note: {note}")
     if device.type == "cpu":
@@ -163,6 +168,8 @@ def check_memory(config, num_channels, device, say, n_images=0):
         return
     sizes = {key: getattr(config, key) for key in SIZE_KEYS}
     network, _ = find_config(config.model_type, config.use_pretrained, sizes)
+    if not config.use_pretrained:
+        network = with_entries(network, getattr(config, "backbone_config", {}))
     n_micro = accumulation_steps(config.global_batch_size, config.gradient_accumulation_steps)
     batch = config.global_batch_size // world_size() // n_micro
     n_shares = world_size() if config.distribution == "fsdp" else 1
@@ -180,8 +187,10 @@ def check_memory(config, num_channels, device, say, n_images=0):
         say(f"!!!! {text} !!!!")
 
 
-def check_crop_sizes(config, patch_size):
-    """UserError if the size of a crop that the config asks for is not a multiple of the patch."""
+def check_crop_sizes(config, patch_size, say=print):
+    """UserError if the size of a crop that the config asks for is not a multiple of the patch.
+    Local crops are made smaller by the rest, as the paper's own need it (96 pixels, patches of 14):
+    `say` gets a note."""
     keys = ["global_crops_size"]
     if config.local_crops_number + getattr(config, "label_guided_crops_number", 0) > 0:
         keys.append("local_crops_size")
@@ -192,6 +201,10 @@ def check_crop_sizes(config, patch_size):
         below = size // patch_size * patch_size
         if size != below:
             sizes = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+            if key == "local_crops_size" and below:
+                say(f"note: local_crops_size={size} is not a multiple of patch_size={patch_size}: "
+                    f"local crops have {below} pixels; {below + patch_size} is the next size")
+                continue
             raise UserError(f"{key}={size} is not a multiple of patch_size={patch_size} of "
                             f"{config.model_type}; use {sizes}")
 

@@ -12,6 +12,7 @@ call every method; rank 0 prints and writes.
     out/NAME/results/summary.json   the numbers of a finished run
 """
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -56,6 +57,9 @@ class Run:
         UserError if the folder is not ours or in use, or if the checkpoint to resume cannot be
         read."""
         self.script, self.config, self.at_end = script, config, at_end
+        if not config.model_name:
+            path = os.path.abspath(os.path.expanduser(config.dataset_path))
+            config.model_name = os.path.basename(path).removesuffix(".npz") or "root"
         self.folder = os.path.normpath(config.out_dir or f"out/{config.model_name}")
         self.run_folder = RunFolder(self.folder, script, at_end)
         self.is_open, self.unwritten, self.choice = False, [], None
@@ -75,15 +79,19 @@ class Run:
 
     # ---- words and numbers ----
 
-    def say(self, text):
-        """Print a text. Append it to logs/train.log as soon as the folder is open."""
+    def say(self, text, stamped=False):
+        """Print a text. Append it to logs/train.log as soon as the folder is open, with the time,
+        the logger's name and the level, as the paper does (section 2.1.3). stamped: print them,
+        too."""
         if not is_main():
             return
+        now = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        stamp = f"{now} - dino_trainer_rank{rank()} - INFO - "
         try:
-            print(text, flush=True)
+            print(stamp + text if stamped else text, flush=True)
         except OSError:  # the reader has gone, as the terminal after SIGHUP: logs/train.log stays
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.unwritten.append(f"{stamp}{text}\n")
         if self.is_open:
             with open(f"{self.folder}/logs/train.log", "a") as file:
                 file.writelines(self.unwritten)

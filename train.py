@@ -19,9 +19,10 @@ from types import SimpleNamespace
 
 from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
-# ==== config: defaults are the paper's Listings 2-8. Durations are in iterations (optimizer steps)
+# ==== config: the paper's Listings 2-8, except for model_name, model_type, dataset_path, use_lora,
+# which config/listing8.py has. Durations are in iterations (optimizer steps)
 # ---- run ----
-model_name = 'pathmnist'         # name of the run
+model_name = 'pathmnist'         # name of the run; '' = that of the data set
 out_dir = ''                     # folder of the run; '' = out/{model_name}
 seed = 0                         # of weights, data order, crops, masks; an equal seed repeats a run
 device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
@@ -61,7 +62,7 @@ global_crops_number = 2          # views for teacher and student; all recipes us
 global_crops_size = 224          # pixels; a multiple of the patch size
 global_crops_scale = (0.4, 1.0)  # share of the image area; DINOv2: (0.32, 1)
 local_crops_number = 8           # small views for the student only; 0 = none
-local_crops_size = 96            # pixels; a multiple of the patch size: 98 for patch 14
+local_crops_size = 96            # pixels; a multiple of the patch size, as 98 of 14, or made one
 local_crops_scale = (0.1, 0.4)   # paper Listing 6; DINO: from 0.05 to where the global scale begins
 min_foreground = 0.0             # least share of pixels above the window's lower end; CT: 0.25
 slab_mm = 0.0                    # volumes: other crops come from slices so near, like 12; 0 = off
@@ -83,6 +84,7 @@ num_hidden_layers = 12           # from scratch: number of blocks
 num_attention_heads = 6          # from scratch: must divide hidden_size
 patch_size = 16                  # from scratch: pixels
 num_register_tokens = 4          # from scratch: dinov2_with_registers and dinov3_vit only
+backbone_config = {}             # from scratch: other keys of the HF config, as {'mlp_ratio': 2}
 drop_path_rate = 0.0             # stochastic depth of the student; not in family vit; DINOv2: 0.3
 pos_embed_rescale = 0.0          # DINOv3: scale positions at random, up to this (7B: 2.0); 0 = off
 freeze_backbone_layers = 0       # freeze the embeddings and the first N blocks (paper 2.2.1)
@@ -173,9 +175,9 @@ from augment import MultiCrop, Photometrics, choose_preset, is_labelled
 from candidates import hand_back
 from checkpoint import check_fits
 from checks import Checks, uses_prototypes
-from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup, is_main,
-                         lost_ranks, memory_gb, move_or_shard, precision_notes, quick_exit,
-                         setup, unwrap, world_size, wrap)
+from distributed import (accumulation_steps, autocast_for, built_by_main, cleanup,
+                         describe_memory, is_main, lost_ranks, memory_gb, move_or_shard,
+                         precision_notes, quick_exit, setup, unwrap, world_size, wrap)
 from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
@@ -219,9 +221,10 @@ def check_config(config, changed=()):
     return check.report()
 
 
-def log_line(record, device):
+def log_line(record, memory):
     """The paper's log line (section 2.1.3). Each loss is followed by the loss of a uniform
-    prediction: ln K times the term's share of the pairs, or of the masked crops."""
+    prediction: ln K times the term's share of the pairs, or of the masked crops. memory: of
+    distributed.describe_memory."""
     V, L = global_crops_number, local_crops_number + label_guided_crops_number
     local_share = L / (V - 1 + L)
     uniform, parts = math.log(dino_head_out_dim), [f"Total Loss: {record['loss']:.4f}"]
@@ -245,8 +248,7 @@ def log_line(record, device):
     parts += [f"LR: {record['lr']:.6f}", f"Weight Decay: {record['weight_decay']:.6f}",
               f"Teacher momentum: {record['momentum_teacher']:.6f}",
               f"Current Batch Size: {global_batch_size}",
-              f"Iteration: {record['iteration']}/{max_iterations}", f"Device: {device}",
-              f"Memory: {record['memory_gb']:.2f}/{memory_gb(device)[1]:.2f} GB",
+              f"Iteration: {record['iteration']}/{max_iterations}", memory,
               f"Trainable: {record['trainable_m']:.2f}/{record['total_m']:.2f} M |"]
     if "teacher_entropy" in record:
         parts += [f"entropy {record['teacher_entropy']:.2f}",
@@ -338,8 +340,9 @@ def main(sources, at_end):
                 f"loss of {math.log(len(train_set)):.4f}")
     if koleo_loss_weight > 0:
         koleo_groups(batch_size * world_size(), koleo_group_size)
+    rest = local_crops_size % backbone.config.patch_size  # model.check_crop_sizes has told
     multi_crop = MultiCrop(global_crops_size, global_crops_scale, global_crops_number,
-                           local_crops_size, local_crops_scale, local_crops_number,
+                           local_crops_size - rest, local_crops_scale, local_crops_number,
                            label_guided_crops_number, label_guided_crops_scale,
                            horizontal_flip, vertical_flip,
                            gram_crops_size if gram_loss_weight > 0 else 0, label_guided_classes,
@@ -423,7 +426,8 @@ def main(sources, at_end):
                           grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,
                           memory_gb=memory_gb(run_device)[0], **parameter_counts(state.student),
                           **monitor(teacher_view["cls"], teacher_view["probs"]))
-            run.say(f"{log_line(record, run_device)} | {seconds:.2f} s/it, {left} left")
+            line = log_line(record, describe_memory(run_device))
+            run.say(f"{line} | {seconds:.2f} s/it, {left} left", stamped=True)
             early = iteration < max(50, max_iterations // 5)
             if advice := diagnose(record, dino_head_out_dim, early):
                 run.say(f"!!!! {advice} !!!!")

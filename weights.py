@@ -6,6 +6,7 @@ pretrained_input reads what the weights expect of their input.
 """
 import argparse
 import contextlib
+import difflib
 import glob
 import os
 import re
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.activations import ACT2FN
 
-from configurator import UserError
+from configurator import UserError, coerce
 from convert import convert
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -180,6 +182,40 @@ def _family_config(family, size_keys):
     if "hidden_size" in size_keys and hasattr(known, "intermediate_size"):  # dinov2: mlp_ratio = 4
         size_keys.setdefault("intermediate_size", 4 * size_keys["hidden_size"])
     return transformers.AutoConfig.for_model(family, **size_keys)
+
+
+def with_entries(config, entries):
+    """A transformers config with other values for some of its keys, those of the config key
+    backbone_config, a dict. UserError if the family has no such key, or if the value does not fit.
+    """
+    family, known = config.model_type, config.to_dict()
+    without_effect = {"use_mask_token", "encoder_stride", "pooler_output_size", "pooler_act",
+                      "apply_layernorm", "reshape_hidden_states", "stage_names", "out_features",
+                      "out_indices", *transformers.PretrainedConfig().to_dict()}
+    names = sorted(known.keys() - without_effect)
+    changed = {}
+    for name, value in entries.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            raise UserError(f"backbone_config: {family} has no key {name!r}; {advice}")
+        given = f"backbone_config: {name} = {value!r}"
+        try:
+            changed[name] = value if known[name] is None else coerce(value, known[name])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{given}, needs {error}") from None
+        if isinstance(value, (int, float)):
+            least = 1 if type(known[name]) is int else 0
+            most = 0.99 if "dropout" in name else 2**16
+            if not least <= value <= most:
+                raise UserError(f"{given}: must be in {least}..{most}")
+    if changed.get("hidden_act", "gelu") not in ACT2FN:
+        raise UserError(f"backbone_config: hidden_act = {changed['hidden_act']!r}: choose one of "
+                        f"{', '.join(sorted(ACT2FN))}")
+    try:
+        return type(config).from_dict(known | changed) if changed else config
+    except Exception as error:  # transformers' own rules have their own kind
+        raise UserError(f"backbone_config={entries}: {first_line(error)}") from None
 
 
 # ---- values ----

@@ -8,6 +8,8 @@ hf/adapter (peft). Adapters have no effect at the start. Like a whole backbone t
 random heads learn (freeze_backbone_iterations). With --freeze_backbone_layers=6 or config/freeze.py
 the first blocks get no adapters.
 With config/adapt.py on brain MRI, expect 5-NN accuracy on test_iid to rise from 0.686 to 0.712.
+GPU memory of a step, counted by bench.py --what=memory: dinov2-large lora 42.9 GB on one GPU,
+22.4 on each of two, 12.1 on each of four; real peaks are up to 2.2 times that.
 """
 use_lora = True
 lora_targets = 'qv'              # 'all' = every Linear of attention and MLP: 4.5 times the adapters

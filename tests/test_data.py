@@ -734,6 +734,27 @@ def archive(server, tmp_path, monkeypatch):
     return content
 
 
+def test_a_download_says_its_size_before_and_the_time_left(load, tmp_path, server, archive,
+                                                            capsys):
+    load("tinymnist", size=28)
+    said = capsys.readouterr().err
+    megabytes = f"{len(archive) / 1e6:.1f} MB"
+    begin = f"downloading tinymnist.npz, {megabytes}, to {tmp_path}/cache. A smaller --dataset_size"
+    assert said.startswith(begin)
+    assert re.search(r"tinymnist.npz: 100%.*\d\d:\d\d<\d\d:\d\d", said)
+    assert archives.in_words(12_600_000_000) == "12.6 GB"
+    assert archives.in_words(0) == "of unknown size"
+
+
+def test_a_download_that_the_disk_cannot_hold_does_not_begin(load, server, archive, monkeypatch,
+                                                             capsys):
+    free = SimpleNamespace(free=2 * len(archive) - 1)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda folder: free)
+    wrong(load, r"tinymnist.npz.*: has 0.\d MB and is unpacked to more, but .*cache has 0.\d MB free",
+          "tinymnist", size=28)
+    assert "downloading" not in capsys.readouterr().err
+
+
 def test_medmnist_is_downloaded_once(load, tmp_path, server, archive):
     for split, n in zip(archives.SPLITS, (5, 6, 7)):
         dataset = load("tinymnist", split, size=28)

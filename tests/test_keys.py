@@ -92,7 +92,7 @@ def test_a_value_at_its_bounds_is_taken(script, key):
 def test_every_number_has_bounds_and_every_text_is_free_or_a_choice():
     for script, key in KEYS:
         default = getattr(MODULES[script], key)
-        if isinstance(default, bool):
+        if isinstance(default, (bool, dict)):
             assert not bounds_of(key, script), key
         elif isinstance(default, str):
             assert (key in FREE_TEXT) != bool(bounds_of(key, script)), key
@@ -409,7 +409,8 @@ CHANGED = dict(
     model_type=("dinov2", "is .* in the checkpoint, .* now"),
     use_pretrained=("true", "is a family and has no weights"), hidden_size=("48", SHAPE),
     num_hidden_layers=("3", SHAPE), num_attention_heads=("4", "losses"),
-    patch_size=("16", SHAPE), num_register_tokens=("3", SHAPE), drop_path_rate=("0.5", "losses"),
+    patch_size=("16", SHAPE), backbone_config=("{'intermediate_size': 24}", SHAPE),
+    num_register_tokens=("3", SHAPE), drop_path_rate=("0.5", "losses"),
     pos_embed_rescale=("2", "losses"), freeze_backbone_layers=("1", "trained"),
     freeze_backbone_until=("9", "nothing is frozen"), train_last_blocks=("1", "trained"),
     train_only=("attention_output", "trained"), use_lora=("true", SHAPE),

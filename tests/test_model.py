@@ -195,6 +195,59 @@ def test_from_scratch_with_other_channels(tiny_backbone, family):
 
 # ---- what of a script's config acts on a model ----
 
+@pytest.mark.parametrize("family, entries, n_mlp", [  # width 16
+    ("vit", dict(intermediate_size=24), 2 * 16 * 24 + 24 + 16),
+    ("dinov2", dict(mlp_ratio=2), 2 * 16 * 32 + 32 + 16),
+    ("dinov2", dict(use_swiglu_ffn=True), 3 * 16 * 48 + 2 * 48 + 16),  # 48: 64 * 2 / 3 up to 8s
+    ("dinov2_with_registers", dict(mlp_ratio=3.0, qkv_bias=False), 2 * 16 * 48 + 48 + 16),
+    ("dinov3_vit", dict(use_gated_mlp=True, intermediate_size=40), 3 * 16 * 40 + 2 * 40 + 16),
+    ("dinov3_vit", dict(layerscale_value=1, key_bias=True), 2 * 16 * 64 + 64 + 16)])
+def test_other_keys_of_the_hf_config_shape_the_network(tiny_backbone, family, entries, n_mlp):
+    backbone = tiny_backbone(family, backbone_config=entries)
+    params = dict(blocks(backbone)[0].named_parameters())
+    assert sum(param.numel() for name, param in params.items() if "mlp" in name) == n_mlp
+    biases = {name for name in params if "k_proj.bias" in name}
+    assert bool(biases) == (family != "dinov2_with_registers" and entries.get("key_bias", True)
+                            and (family != "dinov3_vit" or "key_bias" in entries))
+    for key, value in entries.items():
+        default = getattr(transformers.AutoConfig.for_model(family), key)
+        assert getattr(backbone.config, key) == value
+        assert type(getattr(backbone.config, key)) is type(default)
+    cls, patches = forward_features(backbone, torch.randn(2, 3, 32, 32))
+    assert cls.shape == (2, 16) and patches.shape == (2, 16, 16)
+
+
+def test_image_size_and_norm_of_the_hf_config(tiny_backbone):
+    backbone = tiny_backbone("vit", backbone_config=dict(image_size=64, layer_norm_eps=1e-3))
+    assert backbone.embeddings.position_embeddings.shape == (1, 1 + 64, 16)
+    assert {m.eps for m in backbone.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-3}
+
+
+def test_keys_of_the_hf_config_for_the_shape_of_a_folder(tiny_backbone, tmp_path):
+    tiny_backbone("dinov2").save_pretrained(tmp_path)
+    backbone = build_backbone(str(tmp_path), False, 3, dict(mlp_ratio=1))
+    assert backbone.config.mlp_ratio == 1 and backbone.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("family, entries, words", [
+    ("vit", dict(mlp_ratio=2), "vit has no key 'mlp_ratio'; it has attention_probs_dropout_prob"),
+    ("dinov2", dict(mlp_ration=2), "dinov2 has no key 'mlp_ration'; did you mean 'mlp_ratio'?"),
+    ("dinov2", dict(mlp_ratio=2.5), r"mlp_ratio = 2.5, needs int like 4"),
+    ("dinov2", dict(mlp_ratio="two"), r"mlp_ratio = 'two', needs int like 4"),
+    ("dinov2", dict(mlp_ratio=0), r"mlp_ratio = 0: must be in 1..65536"),
+    ("dinov2", dict(use_swiglu_ffn=1), r"use_swiglu_ffn = 1, needs true or false"),
+    ("dinov2", dict(layer_norm_eps=-1), r"layer_norm_eps = -1: must be in 0..65536"),
+    ("dinov2", dict(use_mask_token=False), "has no key 'use_mask_token'"),
+    ("dinov3_vit", dict(attention_dropout=7), r"attention_dropout = 7: must be in 0..0.99"),
+    ("dinov3_vit", dict(pos_embed_shift="a"), r"backbone_config=.*pos_embed_shift"),
+    ("vit", dict(hidden_act="geluu"), "hidden_act = 'geluu': choose one of .*gelu, "),
+    ("vit", dict(image_size=[32, 64]), "image_size = .32, 64., needs int like")])
+def test_what_the_hf_config_does_not_have_is_one_line(tiny_backbone, family, entries, words):
+    with pytest.raises(UserError, match=words) as error:
+        tiny_backbone(family, backbone_config=entries)
+    assert "\n" not in str(error.value)
+
+
 def settings(**changed):
     """The keys that check_crop_sizes and keys_without_effect read."""
     return SimpleNamespace(**{**dict(
@@ -206,13 +259,22 @@ def settings(**changed):
 
 @pytest.mark.parametrize("changed, key", [
     (dict(global_crops_size=33), "global_crops_size"),
-    (dict(local_crops_size=17), "local_crops_size"),
-    (dict(local_crops_size=17, local_crops_number=0, label_guided_crops_number=1),
+    (dict(local_crops_size=7), "local_crops_size"),
+    (dict(local_crops_size=7, local_crops_number=0, label_guided_crops_number=1),
      "local_crops_size"),
     (dict(gram_crops_size=44, gram_loss_weight=1.0), "gram_crops_size")])
 def test_the_size_of_every_crop_that_exists_is_checked(changed, key):
-    with pytest.raises(UserError, match=f"{key}=.. is not a multiple of patch_size=8 of vit; use"):
+    with pytest.raises(UserError, match=f"{key}=.*is not a multiple of patch_size=8 of vit; use"):
         check_crop_sizes(settings(**changed), 8)
+
+
+def test_local_crops_are_made_a_multiple_of_the_patch():
+    """As in the paper's Listings: 96 pixels for a network of 14-pixel patches."""
+    said = []
+    check_crop_sizes(settings(local_crops_size=96, global_crops_size=224), 14, said.append)
+    [note] = said
+    assert note.startswith("note: local_crops_size=96 is not a multiple of patch_size=14: ")
+    assert note.endswith("local crops have 84 pixels; 98 is the next size")
 
 
 @pytest.mark.parametrize("changed", [{}, dict(local_crops_size=17, local_crops_number=0),
