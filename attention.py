@@ -78,7 +78,7 @@ from loader import reading_keys
 from model import blocks, embed, forward_features, run_blocks
 from networks import find_networks, find_runs, load_network, split_names
 from run_folder import make_results
-from tables import jsonable, markdown
+from report import jsonable, markdown
 from volumes import list_images
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)  # of val patches: what heat may count as 1

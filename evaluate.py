@@ -76,7 +76,7 @@ from networks import (find_networks, find_runs, load_network, save_probe, split_
                       weights_hash)
 from positions import hold_out_volumes, slice_position
 from run_folder import make_results, read_log
-from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
+from report import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
                     tabulate, write_medmnist, write_scores)
 
 # checks outside the repository look for these functions here
@@ -96,7 +96,7 @@ def measure(backbone, data, settings, values, patch, numbers):
     blocks for the readout of several blocks, [] = none. Without labels only the places of slices
     are measured.
     Returns: results, {split: {probe: {metric: value}}}; scores, {split: {features: dict}} of
-    tables.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
+    report.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
     """
     is_raw, image_settings, collected = backbone is None, dict(settings), {}
     if is_raw:  # 32 pixels are enough, and there is no CLS token to put the mean patch behind

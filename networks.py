@@ -20,7 +20,7 @@ from configurator import UserError
 from loader import input_settings
 from metrics import Probe
 from model import backbone_from_config, build_backbone
-from tables import jsonable
+from report import jsonable
 from teachers import build_teacher
 from weights import pretrained_input
 
