@@ -81,6 +81,8 @@ BOUNDS = dict(
     what=("strategy", "augment", "step", "data", "growth", "all"),
     strategy=("all", "standard", "lora", "freeze", "freeze_shared", "lora_freeze"),
     n_steps=SIZE, rounds=SIZE,
+    # ---- tables.py ----
+    table=(5, 12), n_seeds=(1, 1000), n_processes=(1, 10**4), bench_steps=(0, 10**6),
 )
 OF_SCRIPT = dict(
     train=dict(global_crops_number=(2, 100)),  # one view teaches the others

@@ -322,8 +322,8 @@ def write_report(measured, data, collected, notes, mask_names, folder, value_ran
     print("\n" + text)
     with open(f"{path}.md", "w") as file:
         file.write(text)
-    keys = ("name", "model", "adaptation", "size", "blocks", "results")
-    rows = [{key: network[key] for key in keys} for network in measured]
+    keys = ("name", "model", "adaptation", "losses", "start", "size", "blocks", "results")
+    rows = [{key: network.get(key, "") for key in keys} for network in measured]
     report = dict(notes=notes, config=vars(config), networks=rows)
     with open(f"{path}.json", "w") as file:
         json.dump(jsonable(report), file, indent=1)

@@ -79,7 +79,7 @@ def tabulate(networks, split, mask_names):
             if any(len(network["blocks"]) > 1 for network in group):
                 lines.append((f"{kind}, several blocks", BLOCKS_SUFFIX))
             for text, suffix in lines:
-                cells = [_cell(results, probe + suffix, metric) for _, probe, metric in columns]
+                cells = [cell(results, probe + suffix, metric) for _, probe, metric in columns]
                 if suffix == "" or set(cells) != {"-"}:
                     rows.append([model, text, *cells])
         return markdown(["Model", "Adaptation", *(header for header, _, _ in columns)], rows)
@@ -115,7 +115,7 @@ def _row_titles(groups):
     return distinct
 
 
-def _cell(results, probe, metric):
+def cell(results, probe, metric):
     """A number of one group as text, '-' if it is missing or nan.
 
     Args: results: of each network {probe: {metric: value}}; metric: a name, or for Dice the index

@@ -310,8 +310,8 @@ def test_evaluate_puts_teacher_untaught_and_distilled_side_by_side(tmp_path, npz
         "--image_size=48", f"--out_dir={tmp_path}/table", f"--cache_dir={tmp_path}/cache")
     assert [(network["model"], network["adaptation"]) for network in networks] == [
         ("raw pixels", "-"), ("dinov2", "pretrained"), ("vit", "untrained"),
-        ("vit", "from scratch"), ("vit", "untrained"),
-        ("vit", "from scratch, distilled from dinov2 (feature)")]
+        ("vit", "from scratch: DINO"), ("vit", "untrained"),
+        ("vit", "from scratch, distilled from dinov2: feature")]
     # both started from the weights that seed 0 draws
     knn = [network["results"]["test"]["knn"] for network in networks]
     assert knn[2] == knn[4]
