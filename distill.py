@@ -30,7 +30,7 @@ max_iterations = 2000            # length of the run; paper: 2000
 log_interval = 10                # iterations between log lines
 eval_interval = 250              # iterations between k-NN measurements; 0 = only at start and end
 saveckp_freq = 250               # iterations between checkpoints that are kept
-generate_samples = True          # draw samples/crops.png: the first batch as the network sees it
+generate_samples = True          # draw samples/: the first batch; at checkpoints, the attention
 wandb_log = False                # log to Weights & Biases, too (pip install wandb)
 
 # ---- data ----
@@ -155,6 +155,7 @@ from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
+from maps import AttentionSamples
 from metrics import monitor, rankme
 from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
                    describe_student, parameter_counts, set_trainable)
@@ -430,6 +431,7 @@ def main(sources, at_end):
     run.open(state, inputs, statistics=statistics.state_dict())
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
+    attention = AttentionSamples(train_set, measured, inputs, config)
 
     def student_knn(splits):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as averaged:
@@ -438,6 +440,8 @@ def main(sources, at_end):
     if measured and state.iteration == 0 and not run.knn:
         run.record_start(knn.pixels(), student_knn(measured))
         run.save()  # if training only harms, `best` stays at the start
+    if state.iteration == 0:
+        attention.draw(run, state)
 
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
@@ -523,6 +527,8 @@ def main(sources, at_end):
         if set_trainable(unwrap(state.student), train_from, iteration):  # the backbone begins
             state.ema.take_in(state.student)
             state.student = wrap(unwrap(state.student), distribution, run_device)
+        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
+            attention.draw(run, state)
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 

@@ -30,7 +30,7 @@ max_iterations = 2000            # length of the run; paper: 2000
 log_interval = 10                # iterations between log lines
 eval_interval = 250              # iterations between k-NN measurements; 0 = only at start and end
 saveckp_freq = 250               # iterations between checkpoints that are kept
-generate_samples = True          # draw samples/crops.png: the first batch as the network sees it
+generate_samples = True          # draw samples/: the first batch; at checkpoints, the attention
 wandb_log = False                # log to Weights & Biases, too (pip install wandb)
 
 # ---- data ----
@@ -167,6 +167,7 @@ from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
 from losses import koleo_groups
+from maps import AttentionSamples
 from metrics import diagnose, monitor
 from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
                    describe_student, parameter_counts, set_trainable, shared_blocks)
@@ -344,6 +345,7 @@ def main(sources, at_end):
     run.open(state, inputs)
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
+    attention = AttentionSamples(train_set, measured, inputs, config)
 
     def teacher_knn(splits):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as teacher:
@@ -352,6 +354,9 @@ def main(sources, at_end):
     if measured and state.iteration == 0 and not run.knn:
         run.record_start(knn.pixels(), teacher_knn(measured))
         run.save()  # if training only harms, `best` stays at the start
+
+    if state.iteration == 0:
+        attention.draw(run, state)
 
     # ---- the loop ----
     batches = iter(loader)
@@ -413,6 +418,8 @@ def main(sources, at_end):
             for ema in filter(None, (state.ema, state.anchor)):
                 ema.take_in(state.student)
             make_ready(unwrap(state.student))
+        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
+            attention.draw(run, state)
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 
