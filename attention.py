@@ -7,9 +7,10 @@ the maps.
     python attention.py --run="out/lg*,out/random*" --detection=true  # regions against masks
 
 The script writes results/attention/ in the run's folder: sheet.png (image, attention, principal
-components of heads and of patch features, regions), NAME-heads.png (every head of an image), and
-with --detection=true the table of the paper's section 3.2 as .md and .json. Whatever is chosen is
-chosen on val. It runs as one process on one device.
+components of heads and of patch features, regions), NAME-heads.png (every head of an image), with
+masks clusters.png (label heatmap beside the clusters in the heat), and with --detection=true the
+table of the paper's section 3.2 as .md and .json. Whatever is chosen is chosen on val. It runs as
+one process on one device.
 """
 from types import SimpleNamespace
 
@@ -42,6 +43,8 @@ intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run
 intensity_scaling = 'set'        # 'image' | 'dtype' as in train.py | 'set' = the run's
 label_guided_classes = ()        # mask values that are labels; () = the run's, else all except 0
 n_images = 16                    # the first n images are drawn; 0 = no pictures
+pca_components = 1               # channels that the heads become in NAME-heads.png; paper: 1
+save_arrays = False              # also write NAME.npz: attention [heads,h,w], pca [n,h,w], heat
 
 # ---- heat and detection ----
 heat = 'auto'                    # of the heads: 'mean' | 'pca' | 'head0', ... | 'auto' = by val
@@ -263,8 +266,7 @@ def sheet_row(picture, name, label, maps, color, network):
         return under if label is None or not label.any() else pictures.outline(under, label)
 
     def mosaic(values):  # [h,w,3] in 0..1
-        small = Image.fromarray((values * 255).round().astype(np.uint8))
-        return tile(small.resize(picture.size, Image.NEAREST))
+        return tile(pictures.mosaic(values, picture.size))
     hot = scaled(heat_of(maps, network["heat"]), network["scale"])
     regions = detect(hot, low_threshold, high_threshold)
     found = np.zeros(hot.shape, bool)
@@ -285,8 +287,32 @@ def sheet_row(picture, name, label, maps, color, network):
             (mosaic(color), "", None), (outlined, caption, None)]
 
 
+def clusters_row(picture, name, label, maps, network):
+    """The row of an image in clusters.png, the steps of the paper's Figure 10: the slice, which
+    share of each patch is labelled, attention, its first component, and the regions, each in a
+    colour of its own. Args: of sheet_row; label [H,W] bool."""
+    h, w = maps["labelled"].shape
+    share = Image.fromarray(label.astype(np.float32)).resize((w, h), Image.BOX)
+    share = np.asarray(share)  # [h,w]
+    hot = scaled(heat_of(maps, network["heat"]), network["scale"])
+    regions = detect(hot, low_threshold, high_threshold)
+    numbers = np.zeros(hot.shape, int)  # 0 = no region
+    for n, region in enumerate(regions):
+        numbers[tuple(region["patches"].T)] = n + 1
+    counts = detection_metrics(regions, maps["labelled"], min_iou)
+    heats = [share, scaled(heat_of(maps, "mean"), ()), heat_of(maps, "pca")]
+    captions = [f"{int(maps['labelled'].sum())} patches with a label", "", ""]
+    row = [(pictures.to_picture(picture, side=SIDE), name, None)]
+    for heat_map, caption in zip(heats, captions):
+        row.append((pictures.patch_heat(picture, heat_map, SIDE), caption, None))
+    found = pictures.patch_groups(picture, numbers, SIDE)
+    return [*row, (pictures.outline(found, label), "{tp} found, {fn} missed, {fp} false".format(
+        **counts), None)]
+
+
 def draw(network, backbone, inputs, dataset, classes, folder):
-    """The pictures of the first n_images images: a sheet of all of them, every head of each.
+    """The pictures of the first n_images images: a sheet of all of them, every head of each, the
+    clusters of those with a label; and their arrays, if asked for.
 
     Args: network: dict of name, heat, scale; backbone, inputs: of networks.load_network.
     """
@@ -295,7 +321,7 @@ def draw(network, backbone, inputs, dataset, classes, folder):
     colors = patch_colors(backbone, dataset, inputs, indices)
     title = os.path.basename(network["name"].rstrip("/"))
     remark = "; cyan: the label" if dataset.masks is not None else ""
-    sheet = []
+    sheet, clustered = [], []
     for i, maps, color in zip(indices, all_maps, colors):
         image, mask = dataset[i]
         label = None if mask is None else is_labelled(mask, classes)
@@ -305,10 +331,20 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         if isinstance(dataset.images, ImageFiles) and dataset.groups is None and not is_slice:
             name = Path(dataset.path(i)).stem  # else it may be the name of a patient
         sheet.append(sheet_row(picture, name, label, maps, color, network))
+        if label is not None and label.any():
+            clustered.append(clusters_row(picture, name, label, maps, network))
+        components = pca_heads(maps["attention"][None], pca_components)[0].numpy()  # [n,h,w]
+        if save_arrays:
+            hot = scaled(heat_of(maps, network["heat"]), network["scale"])
+            np.savez_compressed(f"{folder}/{name}.npz", attention=maps["attention"].numpy(),
+                                pca=components, heat=hot.astype(np.float32))
         tiles = sheet[-1][:1]
         for n, head in enumerate(maps["attention"]):
             tile = pictures.overlay(picture, scaled(head.numpy(), ()), SIDE)
             tiles.append((tile, f"head {n}\n{head.sum():.0%}, peak {head.max():.3f}", None))
+        for n, component in enumerate(components):
+            tile = pictures.overlay(picture, component, SIDE)
+            tiles.append((tile, f"component {n + 1}\nof the heads", None))
         width = 4 if len(tiles) <= 8 else 7
         pictures.contact_sheet(
             f"{folder}/{name}-heads.png",
@@ -324,6 +360,13 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         SIDE, ["image", "mean of the heads", "heads, 1st component", "3 components, RGB",
                "patch features, PCA", "regions"],
         ("least", "largest of the image", "attention of CLS to the patches"))
+    if clustered:
+        pictures.contact_sheet(
+            f"{folder}/clusters.png", clustered,
+            f"Clusters of {title}\nheat = {network['heat']}; a cluster: connected patches from "
+            f"{low_threshold}, one at {high_threshold}; each has a colour{remark}", SIDE,
+            ["image", "label heatmap", "mean of the heads", "heads, 1st component", "clusters"],
+            ("least", "largest", "labelled share of a patch; attention"))
 
 
 # ---- the script ----

@@ -155,7 +155,6 @@ from features import KnnMeasure
 from loader import (CropDataset, check_scaling, describe_batches, describe_data, input_settings,
                     make_loader, open_splits)
 from losses import dino_loss, feature_loss, resize_grid, sinkhorn_knopp, softmax_center
-from maps import AttentionSamples
 from metrics import monitor, rankme
 from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
                    describe_student, parameter_counts, set_trainable)
@@ -164,6 +163,7 @@ from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learnin
 from pictures import save_samples
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
+from samples import AttentionSamples
 from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
 from weights import FAMILIES, pretrained_input

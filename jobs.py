@@ -1,12 +1,14 @@
 """Runs as processes of their own: commands that are printed, settings beside a run's folder, and
 what a finished run has cost. tables.py makes its runs with these functions."""
 import json
+import math
 import os
 import shlex
 import sys
 
 import numpy as np
 
+from archives import MEDMNIST
 from configurator import UserError
 from report import data_title
 from run_folder import make_results, read_log, write_whole
@@ -56,7 +58,8 @@ def call(words, n_processes=1, output=None):
     print(f"\n$ {text}", flush=True)
     if n_processes > 1:
         start += ["-m", "torch.distributed.run", *text.split()[1:3]]
-    status, number = run_process([*start, os.path.join(HERE, words[0]), *words[1:]], output)
+    start.append(os.path.join(HERE, words[0]))
+    status, number = run_process(start + words[1:], output)
     if number:
         print("stopped; the same command goes on", flush=True)
         end_by(number)
@@ -122,7 +125,16 @@ def summary(folder):
 
 def knn_on_val(folders):
     """Mean k-NN accuracy of finished runs on val, 0 if val was not measured."""
-    return float(np.mean([summary(folder)["final"].get("val", 0) for folder in folders]))
+    final = [summary(folder)["final"] for folder in folders]
+    return float(np.mean([accuracy.get("val", 0) for accuracy in final]))
+
+
+def published(dataset):
+    """[(method, AUC, accuracy)] of config/medmnist.json for a MedMNIST name, the most accurate
+    first; [('-', nan, nan)] if there is nothing."""
+    known = MEDMNIST.get(dataset, {}).get("published", {"-": (math.nan, math.nan)})
+    rows = [(method, *numbers) for method, numbers in known.items()]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def cost(folder):

@@ -1,21 +1,10 @@
-"""Attention maps of CLS: of every head of the last block, in fewer channels by PCA, and as strips in
-which one sees them change over a run."""
-import contextlib
-
-import numpy as np
+"""Attention maps of CLS: of every head of the last block, and in fewer channels by PCA."""
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from augment import Photometrics, is_labelled, resize
-from detection import scaled
-from distributed import gather_objects, is_main, whole
+from augment import Photometrics, resize
+from distributed import whole
 from model import blocks, embed, run_blocks
-from pictures import contact_sheet, outline, overlay, to_picture
-from run_folder import whole_file
-
-N_IMAGES, N_TRIED = 3, 200  # of AttentionSamples
-SIDE = 112  # pixels of a picture in a strip
 
 
 def cls_attention(backbone, pixels):
@@ -97,87 +86,3 @@ def network_input(image, backbone, inputs):
     photometrics = Photometrics("medical", inputs["intensity_range"], inputs["mean"],
                                 inputs["std"])
     return pixels, photometrics.plain(pixels.to(next(backbone.parameters()).device))
-
-
-# ---- strips of a run ----
-
-class AttentionSamples:
-    """The same three images during a whole run, with the teacher's attention on them.
-
-    The images are drawn by seed from the split that k-NN classifies, else from train; with
-    label-guided crops from those with a label. draw() writes samples/ITERATION-attention.png.
-    Drawing again gives the same file, so a run that is killed and resumed has the same pictures.
-    """
-
-    def __init__(self, train_set, measured, inputs, config):
-        """Args: measured: of loader.open_splits; inputs: of loader.input_settings; config:
-        namespace of train.py's or distill.py's keys. All ranks call it."""
-        self.is_on, found = config.generate_samples, None
-        self.inputs = dict(inputs, size=config.global_crops_size)
-        if self.is_on and is_main():
-            dataset = next(iter(measured.values()), train_set)
-            n_guided = getattr(config, "label_guided_crops_number", 0)
-            classes = getattr(config, "label_guided_classes", ())
-            found = choose_images(dataset, config.seed, classes, n_guided > 0)
-        # one reader: with FSDP the ranks have to call the network equally often
-        self.images = gather_objects(found)[0] or []
-
-    @torch.no_grad()
-    def draw(self, run, state):
-        """Write the picture of this moment. All ranks call it; run: a run.Run; state: its State."""
-        if not self.images:
-            return
-        with run.clock_stopped(), state.ema.teacher_weights(state.student) as teacher:
-            maps = []
-            for image, _ in self.images:
-                _, x = network_input(image, teacher.backbone, self.inputs)
-                maps.append(cls_attention(teacher.backbone, x)[0].cpu())
-            if is_main():
-                rows = [self.strip(image, label, attention)
-                        for (image, label), attention in zip(self.images, maps)]
-                heads = [f"head {n}" for n in range(len(maps[0]))]
-                title = (f"Attention of CLS in the last block, iteration {state.iteration}\nthe "
-                         "teacher; each map from its least to its largest value; per cent = "
-                         "attention on patches")
-                path = f"{run.folder}/samples/{state.iteration:07d}-attention.png"
-                with whole_file(path) as part:
-                    contact_sheet(part, rows, title, SIDE,
-                                  ["image", *heads, "heads, PCA 1", "PCA 1 to 3, RGB"],
-                                  ("least", "largest of the map", "attention of CLS"))
-
-    def strip(self, image, label, attention):
-        """A row of contact_sheet: the image, its heads, their principal components. attention
-        [heads,h,w]; label [H,W] bool or None."""
-        picture = to_picture(image, self.inputs["intensity_range"])
-        components = pca_heads(attention[None], 3)[0].numpy()  # [3,h,w]
-        tiles = [(to_picture(picture, side=SIDE), "", None)]
-        if label is not None and label.any():
-            tiles = [(outline(tiles[0][0], label), "cyan: the label", None)]
-        for head in attention:
-            heat = overlay(picture, scaled(head.numpy(), ()), SIDE)
-            tiles.append((heat, f"{head.sum():.0%}", None))
-        tiles.append((overlay(picture, components[0], SIDE), "", None))
-        tiles.append((mosaic(components.transpose(1, 2, 0), picture.size), "", None))
-        return tiles
-
-
-def choose_images(dataset, seed, classes, labelled_first):
-    """[(image [H,W,C], what the label shows [H,W] bool or None)] of N_IMAGES images, drawn by seed
-    from those that can be read. labelled_first: images that show a label come before others;
-    classes: of augment.is_labelled."""
-    found, others = [], []
-    for i in np.random.default_rng(seed).permutation(len(dataset))[:N_TRIED]:
-        with contextlib.suppress(Exception):  # where the image is trained on, its error is told
-            image, mask = dataset[int(i)]
-            label = None if mask is None else is_labelled(mask, classes)
-            is_first = not labelled_first or label is not None and label.any()
-            (found if is_first else others).append((image, label))
-        if len(found) == N_IMAGES:
-            break
-    return (found + others)[:N_IMAGES]
-
-
-def mosaic(colors, size):
-    """Patch colours [h,w,3] in 0..1 as a picture of `size` (width, height), without smoothing."""
-    small = Image.fromarray((colors * 255).round().astype(np.uint8))
-    return small.resize(size, Image.NEAREST)

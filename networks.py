@@ -145,7 +145,8 @@ def losses(config):
     """Which losses a run had, like 'DINO + iBOT + KoLeo': the recipe, whatever file set it."""
     if "objective" in config:  # of distill.py
         return "feature + prototype" if config["objective"] == "both" else config["objective"]
-    return " + ".join(name for key, name in LOSSES.items() if config.get(key, 0) > 0)
+    weights = {name: config.get(key, 0) for key, name in LOSSES.items()}
+    return " + ".join(name for name, weight in weights.items() if weight > 0)
 
 
 def adaptation(config):

@@ -136,6 +136,13 @@ def cell(results, probe, metric):
     return text
 
 
+def cells(networks, names, *columns):
+    """A cell for each (probe, metric) of columns, the mean over the networks of these names.
+    networks: {name: dict with results, {probe: {metric: value}}}."""
+    results = [networks[name]["results"] for name in names]
+    return [cell(results, *column) for column in columns]
+
+
 def _changes(networks, split):
     """A line for each run and probe: the change of accuracy from the run's start. A run that harms
     its features must not go unnoticed."""

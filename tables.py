@@ -50,20 +50,18 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and a
 
 import itertools
 import json
-import math
 import os
 import shlex
 
-from archives import MEDMNIST
 from checks import Checks
-from jobs import HERE, call, cost, items, knn_on_val, measure, rounded, short, train
-from report import PAPER_COLUMNS, cell, data_title, jsonable, markdown
+from jobs import HERE, call, cost, items, knn_on_val, measure, published, rounded, short, train
+from report import PAPER_COLUMNS, cells, data_title, jsonable, markdown
 from run_folder import make_results, write_whole
 
 STRATEGIES = dict(standard="Standard", lora="LoRA", freeze="Layer freezing")
 LINEAR, KNN = ("linear", "accuracy"), ("knn", "accuracy")
 SOURCE = ("\nBenchmark: test set, Table 3 of MedMNIST v2 (Yang et al., Scientific Data 10:41, "
-          "2023), pixels in brackets. Ours: of all models and strategies the best by k-NN on val.\n")
+          "2023), pixels in brackets. Ours: the best by k-NN on val of the runs.\n")
 
 
 # ---- runs ----
@@ -122,10 +120,8 @@ def evaluate(dataset, folders, more=()):
         cache_dir=cache_dir, test_splits=test_split, out_dir=folder, device=device))
 
 
-def cells(networks, names, *columns):
-    """A cell for each (probe, metric) of columns: the mean over the networks of these names."""
-    results = [networks[name]["results"] for name in names]
-    return [cell(results, *column) for column in columns]
+def titles(model, strategy):
+    return [short(model), STRATEGIES[strategy]]
 
 
 # ---- tables: each returns its header, its rows, text below it, and the networks ----
@@ -138,7 +134,7 @@ def strategies_table(dataset):
         if strategy == items(strategies)[0]:
             start = [networks[names[0]]["start"]]
             rows.append([short(model), "Pretrained", *cells(networks, start, *columns)])
-        rows.append([short(model), STRATEGIES[strategy], *cells(networks, names, *columns)])
+        rows.append(titles(model, strategy) + cells(networks, names, *columns))
     return ["Model", "Adaptation", *(title for title, *_ in PAPER_COLUMNS)], rows, "", networks
 
 
@@ -149,11 +145,10 @@ def published_table(*datasets):
         runs = by_strategy(dataset)
         networks = evaluate(dataset, sum(runs.values(), []))
         measured.update(networks)
-        model, strategy = max(runs, key=lambda pair: knn_on_val(runs[pair]))
-        ours = [f"{short(model)} ({STRATEGIES[strategy]})",
-                *cells(networks, runs[model, strategy], LINEAR, ("linear", "auc"))]
-        known = MEDMNIST.get(dataset, {}).get("published", {"-": (math.nan, math.nan)})
-        for method, (auc, accuracy) in sorted(known.items(), key=lambda item: -item[1][1]):
+        best = max(runs, key=lambda pair: knn_on_val(runs[pair]))
+        ours = ["{} ({})".format(*titles(*best)),
+                *cells(networks, runs[best], LINEAR, ("linear", "auc"))]
+        for method, auc, accuracy in published(dataset):
             rows.append([data_title(dataset), method, f"{accuracy:.3f}", f"{auc:.3f}", *ours])
             ours = ["", "", ""]
     header = ["Dataset", "Benchmark model", "Accuracy", "AUC", "DINO-MX, linear probe"]
@@ -163,10 +158,11 @@ def published_table(*datasets):
 def cost_table(dataset):
     """Table 10: minutes of training, without measurements, and memory of real runs."""
     runs, rows, text = by_strategy(dataset), [], ""
-    networks = {name: dict(results=dict(cost=cost(name))) for name in sum(runs.values(), [])}
-    for (model, strategy), names in runs.items():
+    folders = sum(runs.values(), [])
+    networks = {name: dict(results=dict(cost=cost(name))) for name in folders}
+    for pair, names in runs.items():
         minutes, gb = cells(networks, names, ("cost", "minutes"), ("cost", "gb"))
-        rows.append([short(model), STRATEGIES[strategy], minutes, f"{gb} x {n_processes}"])
+        rows.append([*titles(*pair), minutes, f"{gb} x {n_processes}"])
     for model in items(models) if bench_steps else ():
         path = f"{out_dir}/{data_title(dataset)}/bench-{short(model)}.txt"
         sizes = dict(crop_sizes(model), local_crops_number=local_crops_number, device=device,
@@ -188,8 +184,9 @@ def recipes_table(dataset):
     networks = evaluate(dataset, sum(runs.values(), []))
     for (model, recipe), crossed in runs.items():
         own = runs[model, own_recipe(model)]
+        start = [networks[own[0]]["start"]]
         for title, column in (("linear probe", LINEAR), ("k-NN", KNN)):
-            row = [short(model), title, *cells(networks, [networks[own[0]]["start"]], column)]
+            row = [short(model), title, *cells(networks, start, column)]
             for names in (own, crossed):
                 row.append(f"{cells(networks, names, column)[0]}: {networks[names[0]]['losses']}")
             rows += [row] if recipe != own_recipe(model) else []
@@ -201,15 +198,15 @@ def distillation_table(dataset):
     """Table 12: students that were fine-tuned, beside those distilled from each teacher."""
     tuned, columns, rows = by_strategy(dataset), (LINEAR, KNN), []
     groups = {teacher: by_strategy(dataset, teacher=teacher) for teacher in items(teachers)}
-    runs = [*tuned.values(), *itertools.chain(*(group.values() for group in groups.values()))]
-    networks = evaluate(dataset, sum(runs, []), items(teachers))
+    folders = [sum(group.values(), []) for group in (tuned, *groups.values())]
+    networks = evaluate(dataset, sum(folders, []), items(teachers))
     for teacher in groups:
-        rows.append([short(teacher), *"----", *cells(networks, [teacher], *columns)])
+        numbers = cells(networks, [teacher], *columns)
+        rows.append([short(teacher), *"----", *numbers])
     for teacher, group in groups.items():
-        for (model, strategy), names in group.items():
-            rows.append([short(teacher), short(model), STRATEGIES[strategy],
-                         *cells(networks, tuned[model, strategy], *columns),
-                         *cells(networks, names, *columns)])
+        for pair, names in group.items():
+            numbers = [cells(networks, which, *columns) for which in (tuned[pair], names)]
+            rows.append([short(teacher), *titles(*pair), *sum(numbers, [])])
     header = ["Teacher", "Student", "Strategy", "Fine-tuning linear acc.", "k-NN acc."]
     return [*header, "Distill linear acc.", "k-NN acc."], rows, "", networks
 
@@ -238,9 +235,9 @@ def main(sources):
     text = (f"# Table {table}: {', '.join(map(data_title, datasets))}, {test_split}\n\n"
             f"{markdown(header, rows)}\n\n{n_seeds} seed(s), {max_iterations} iterations of "
             f"{global_batch_size} images\n{text}")
-    results = {name: networks[name]["results"] for name in networks}
-    kept = jsonable(dict(config=vars(config), header=header, rows=rows, results=results))
-    write_whole(f"{folder}/table{table}.json", json.dumps(kept, indent=1))
+    kept = dict(config=vars(config), header=header, rows=rows,
+                results={name: networks[name]["results"] for name in networks})
+    write_whole(f"{folder}/table{table}.json", json.dumps(jsonable(kept), indent=1))
     write_whole(f"{folder}/table{table}.md", text)
     print(f"\n{text}\nThe table is in {folder}/table{table}.md and .json")
 

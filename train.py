@@ -167,7 +167,6 @@ from features import KnnMeasure
 from loader import (CropDataset, describe_batches, describe_data, input_settings, make_loader,
                     open_splits)
 from losses import koleo_groups
-from maps import AttentionSamples
 from metrics import diagnose, monitor
 from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, compile_blocks,
                    describe_student, parameter_counts, set_trainable, shared_blocks)
@@ -175,6 +174,7 @@ from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
+from samples import AttentionSamples, draw_guided
 from signals import end_by
 from weights import FAMILIES, pretrained_input
 
@@ -357,6 +357,9 @@ def main(sources, at_end):
 
     if state.iteration == 0:
         attention.draw(run, state)
+        if generate_samples and label_guided_crops_number > 0 and is_main():
+            draw_guided(f"{run.folder}/samples/guided.png", train_set, multi_crop,
+                        inputs["intensity_range"], seed)
 
     # ---- the loop ----
     batches = iter(loader)

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
 from networks import find_networks
@@ -214,7 +215,7 @@ def test_a_student_learns_what_the_teacher_says(tmp_path, npz, teachers):
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 def test_two_processes_equal_one(tmp_path, npz, teachers, distribution):
-    extra = [*BOTH, "--max_iterations=4", "--generate_samples=false",
+    extra = [*BOTH, "--max_iterations=4",
              "--centering=sinkhorn_knopp", f"--distribution={distribution}"]
     teacher = teachers["dinov3_vit"]
     alone = losses(run(str(tmp_path / "one"), npz, teacher, *extra))
@@ -227,6 +228,11 @@ def test_two_processes_equal_one(tmp_path, npz, teachers, distribution):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     difference = (alone - losses(log(str(tmp_path / "two")))).abs()
     assert (difference <= 1e-5 * alone.abs()).all(), difference.max()
+    # FSDP gathers the last block for its attention; a rounding error may change a shade
+    for name in ("0000000-attention.png", "0000004-attention.png"):
+        shades = [np.asarray(Image.open(tmp_path / part / "samples" / name)).astype(int)
+                  for part in ("one", "two")]
+        assert np.abs(shades[0] - shades[1]).max() <= 3, name
     a, b = state(str(tmp_path / "one"))["ema"], state(str(tmp_path / "two"))["ema"]
     for name in a:  # the exported EMA
         assert torch.allclose(a[name], b[name], atol=1e-5), name

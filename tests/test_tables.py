@@ -154,10 +154,10 @@ def test_table_12_and_a_changed_setting(folder, data):
 
 
 def test_table_9_stands_beside_published_numbers(folder, data, monkeypatch):
-    module = load_script("tables")
     published = {"net A": [0.9, 0.7], "net B": [0.8, 0.95]}
-    monkeypatch.setitem(module.MEDMNIST, data, dict(published=published))
-    make(folder, data, "--table=9", f"--models={folder}/tiny-dinov2", "--strategies=standard,freeze")
+    monkeypatch.setattr(jobs, "MEDMNIST", {data: dict(published=published)})
+    make(folder, data, "--table=9", f"--models={folder}/tiny-dinov2",
+         "--strategies=standard,freeze")
     header, rows, results = table(folder, 9)
     assert [row[:4] for row in rows] == [["cells", "net B", "0.950", "0.800"],
                                          ["cells", "net A", "0.700", "0.900"]]
