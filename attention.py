@@ -292,8 +292,8 @@ def clusters_row(picture, name, label, maps, network):
     share of each patch is labelled, attention, its first component, and the regions, each in a
     colour of its own. Args: of sheet_row; label [H,W] bool."""
     h, w = maps["labelled"].shape
-    share = Image.fromarray(label.astype(np.float32)).resize((w, h), Image.BOX)
-    share = np.asarray(share)  # [h,w]
+    labels = Image.fromarray(label.astype(np.float32))
+    share = np.asarray(labels.resize((w, h), Image.BOX))
     hot = scaled(heat_of(maps, network["heat"]), network["scale"])
     regions = detect(hot, low_threshold, high_threshold)
     numbers = np.zeros(hot.shape, int)  # 0 = no region

@@ -132,7 +132,8 @@ def knn_on_val(folders):
 def published(dataset):
     """[(method, AUC, accuracy)] of config/medmnist.json for a MedMNIST name, the most accurate
     first; [('-', nan, nan)] if there is nothing."""
-    known = MEDMNIST.get(dataset, {}).get("published", {"-": (math.nan, math.nan)})
+    nothing = {"-": (math.nan, math.nan)}
+    known = MEDMNIST.get(dataset, {}).get("published", nothing)
     rows = [(method, *numbers) for method, numbers in known.items()]
     return sorted(rows, key=lambda row: -row[2])
 

@@ -198,7 +198,8 @@ def distillation_table(dataset):
     """Table 12: students that were fine-tuned, beside those distilled from each teacher."""
     tuned, columns, rows = by_strategy(dataset), (LINEAR, KNN), []
     groups = {teacher: by_strategy(dataset, teacher=teacher) for teacher in items(teachers)}
-    folders = [sum(group.values(), []) for group in (tuned, *groups.values())]
+    runs = [tuned, *groups.values()]
+    folders = [sum(group.values(), []) for group in runs]
     networks = evaluate(dataset, sum(folders, []), items(teachers))
     for teacher in groups:
         numbers = cells(networks, [teacher], *columns)
@@ -206,7 +207,8 @@ def distillation_table(dataset):
     for teacher, group in groups.items():
         for pair, names in group.items():
             numbers = [cells(networks, which, *columns) for which in (tuned[pair], names)]
-            rows.append([short(teacher), *titles(*pair), *sum(numbers, [])])
+            row = [short(teacher), *titles(*pair)]
+            rows.append(row + sum(numbers, []))
     header = ["Teacher", "Student", "Strategy", "Fine-tuning linear acc.", "k-NN acc."]
     return [*header, "Distill linear acc.", "k-NN acc."], rows, "", networks
 
