@@ -7,9 +7,10 @@ the maps.
     python attention.py --run="out/lg*,out/random*" --detection=true  # regions against masks
 
 The script writes results/attention/ in the run's folder: sheet.png (image, attention, principal
-components of heads and of patch features, regions), NAME-heads.png (every head of an image), and
-with --detection=true the table of the paper's section 3.2 as .md and .json. Whatever is chosen is
-chosen on val. It runs as one process on one device.
+components of heads and of patch features, regions), NAME-heads.png (every head of an image), with
+masks clusters.png (label heatmap beside the clusters in the heat), and with --detection=true the
+table of the paper's section 3.2 as .md and .json. Whatever is chosen is chosen on val. It runs as
+one process on one device.
 """
 from types import SimpleNamespace
 
@@ -42,6 +43,8 @@ intensity_range = (0.0, 0.0)     # pixel values mapped to 0..1; (0, 0) = the run
 intensity_scaling = 'set'        # 'image' | 'dtype' as in train.py | 'set' = the run's
 label_guided_classes = ()        # mask values that are labels; () = the run's, else all except 0
 n_images = 16                    # the first n images are drawn; 0 = no pictures
+pca_components = 1               # channels that the heads become in NAME-heads.png; paper: 1
+save_arrays = False              # also write NAME.npz: attention [heads,h,w], pca [n,h,w], heat
 
 # ---- heat and detection ----
 heat = 'auto'                    # of the heads: 'mean' | 'pca' | 'head0', ... | 'auto' = by val
@@ -66,7 +69,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from augment import Photometrics, is_labelled, resize
+from augment import is_labelled
 from checks import Checks
 from data import Dataset, cache_of, describe_source, load_dataset
 from detection import (detect, detection_metrics, labelled_patches, patch_metrics, pool_detections,
@@ -75,99 +78,18 @@ from distributed import setup
 from images import ImageFiles
 from layouts import is_system_name, stem_of
 from loader import reading_keys
-from model import blocks, embed, forward_features, run_blocks
+from maps import cls_attention, network_input, pca_heads
+from model import forward_features
 from networks import find_networks, find_runs, load_network, split_names
 from run_folder import make_results
-from tables import jsonable, markdown
+from report import jsonable, markdown
 from volumes import list_images
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)  # of val patches: what heat may count as 1
 SIDE = 200  # pixels of a picture on a sheet
 
 
-# ---- attention maps ----
-
-def cls_attention(backbone, pixels):
-    """What the CLS token attends to in the last block, for each head: the CLS row of
-    softmax(q k^T / sqrt(d)), equation 3 of the paper.
-
-    The matrix of all tokens is never made: one query against all keys is O(heads * patches)
-    numbers. For 12 heads and 4096 patches this is 0.2 MB, the matrix would take 0.8 GB.
-    Args: backbone: of any family, or its peft wrapper, in eval mode; pixels [B,C,H,W], normalised,
-    H and W multiples of the patch size.
-    Returns: [B,heads,h,w] fp32. A head's map sums to less than 1: the attention on CLS itself and
-    on registers is left out, so the map of a head that attends to them is dark.
-    """
-    tokens, rope = embed(backbone, pixels)
-    tokens = run_blocks(backbone, tokens, rope, last=-1)  # [B,1+R+P,D]
-    block, config = blocks(backbone)[-1], backbone.config
-    norm = block.layernorm_before if hasattr(block, "layernorm_before") else block.norm1
-    tokens = norm(tokens)
-    # LoRA may have wrapped the projections, so they are called. transformers 5 renamed them
-    modules = block.attention.named_modules()
-    layers = {name.split(".")[-1]: module for name, module in modules}
-    query = layers.get("q_proj", layers.get("query"))
-    key = layers.get("k_proj", layers.get("key"))
-    heads = config.num_attention_heads
-    q = query(tokens[:, :1]).unflatten(-1, (heads, -1))  # [B,1,heads,d]
-    k = key(tokens).unflatten(-1, (heads, -1))  # [B,1+R+P,heads,d]
-    q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B,heads,1,d], [B,heads,1+R+P,d]
-    first_patch = 1 + getattr(config, "num_register_tokens", 0)
-    if rope:  # DINOv3 rotates the keys of patches; CLS has no position
-        cos, sin = rope["position_embeddings"]  # [P,d]
-        others, patches = k[:, :, :first_patch], k[:, :, first_patch:]
-        first, second = patches.chunk(2, dim=-1)
-        rotated = torch.cat([-second, first], dim=-1)
-        k = torch.cat([others, patches * cos + rotated * sin], dim=2)
-    scores = q.float() @ k.float().transpose(2, 3)  # [B,heads,1,1+R+P]
-    attention = (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
-    grid = [side // config.patch_size for side in pixels.shape[-2:]]
-    return attention[:, :, 0, first_patch:].unflatten(-1, grid)  # [B,heads,h,w]
-
-
-def pca_heads(attention, n_components=1):
-    """The heads' maps in fewer channels: the principal components of each image (section 2.2.5 of
-    the paper: 12 -> 1).
-
-    A patch is a point with one coordinate for each head; the components are the directions in which
-    the patches of one image differ most. Each image has its own, so no map depends on the batch.
-    Args: attention [B,heads,h,w]. Returns: [B,n,h,w] fp32 in 0..1, each from its smallest to its
-    largest value. PCA leaves the sign open; here high = attended (correlates with the mean over the
-    heads). Zeros for components that the heads lack, and if all patches are alike.
-    """
-    x = attention.flatten(2).double()  # [B,heads,P]
-    x = x - x.mean(dim=2, keepdim=True)
-    _, directions = torch.linalg.eigh(x @ x.transpose(1, 2))  # smallest first
-    directions = directions.flip(2)[:, :, :n_components]  # [B,heads,n]
-    scores = directions.transpose(1, 2) @ x  # [B,n,P]
-    mean = x.mean(dim=1, keepdim=True)
-    agreement = (scores * mean).sum(dim=2, keepdim=True)
-    scores = scores * torch.where(agreement < 0, -1.0, 1.0)
-    low = scores.amin(dim=2, keepdim=True)
-    span = scores.amax(dim=2, keepdim=True) - low
-    flat = span <= 1e-12
-    scores = (scores - low) / torch.where(flat, 1.0, span)
-    scores = torch.where(flat, 0.0, scores)
-    missing = n_components - scores.shape[1]
-    scores = F.pad(scores, (0, 0, 0, missing)).float()
-    return scores.unflatten(2, attention.shape[2:])
-
-
 # ---- one network on many images ----
-
-def network_input(image, backbone, inputs):
-    """(pixels, x): an image [H,W,C] as [1,C,H',W'] in its own dtype, and as the network's input.
-    The shorter side is inputs["size"], each side is rounded to a multiple of the patch size.
-    Nothing is cut off or padded; the aspect changes by half a patch. inputs: of load_network."""
-    patch = backbone.config.patch_size
-    shorter = min(image.shape[:2])
-    shape = [max(1, round(side * inputs["size"] / shorter / patch)) * patch
-             for side in image.shape[:2]]
-    pixels = resize(image, shape)[None]
-    photometrics = Photometrics("medical", inputs["intensity_range"], inputs["mean"],
-                                inputs["std"])
-    return pixels, photometrics.plain(pixels.to(next(backbone.parameters()).device))
-
 
 @torch.no_grad()
 def attention_maps(backbone, dataset, inputs, classes, indices=None):
@@ -344,8 +266,7 @@ def sheet_row(picture, name, label, maps, color, network):
         return under if label is None or not label.any() else pictures.outline(under, label)
 
     def mosaic(values):  # [h,w,3] in 0..1
-        small = Image.fromarray((values * 255).round().astype(np.uint8))
-        return tile(small.resize(picture.size, Image.NEAREST))
+        return tile(pictures.mosaic(values, picture.size))
     hot = scaled(heat_of(maps, network["heat"]), network["scale"])
     regions = detect(hot, low_threshold, high_threshold)
     found = np.zeros(hot.shape, bool)
@@ -366,8 +287,32 @@ def sheet_row(picture, name, label, maps, color, network):
             (mosaic(color), "", None), (outlined, caption, None)]
 
 
+def clusters_row(picture, name, label, maps, network):
+    """The row of an image in clusters.png, the steps of the paper's Figure 10: the slice, which
+    share of each patch is labelled, attention, its first component, and the regions, each in a
+    colour of its own. Args: of sheet_row; label [H,W] bool."""
+    h, w = maps["labelled"].shape
+    labels = Image.fromarray(label.astype(np.float32))
+    share = np.asarray(labels.resize((w, h), Image.BOX))
+    hot = scaled(heat_of(maps, network["heat"]), network["scale"])
+    regions = detect(hot, low_threshold, high_threshold)
+    numbers = np.zeros(hot.shape, int)  # 0 = no region
+    for n, region in enumerate(regions):
+        numbers[tuple(region["patches"].T)] = n + 1
+    counts = detection_metrics(regions, maps["labelled"], min_iou)
+    heats = [share, scaled(heat_of(maps, "mean"), ()), heat_of(maps, "pca")]
+    captions = [f"{int(maps['labelled'].sum())} patches with a label", "", ""]
+    row = [(pictures.to_picture(picture, side=SIDE), name, None)]
+    for heat_map, caption in zip(heats, captions):
+        row.append((pictures.patch_heat(picture, heat_map, SIDE), caption, None))
+    found = pictures.patch_groups(picture, numbers, SIDE)
+    return [*row, (pictures.outline(found, label), "{tp} found, {fn} missed, {fp} false".format(
+        **counts), None)]
+
+
 def draw(network, backbone, inputs, dataset, classes, folder):
-    """The pictures of the first n_images images: a sheet of all of them, every head of each.
+    """The pictures of the first n_images images: a sheet of all of them, every head of each, the
+    clusters of those with a label; and their arrays, if asked for.
 
     Args: network: dict of name, heat, scale; backbone, inputs: of networks.load_network.
     """
@@ -376,7 +321,7 @@ def draw(network, backbone, inputs, dataset, classes, folder):
     colors = patch_colors(backbone, dataset, inputs, indices)
     title = os.path.basename(network["name"].rstrip("/"))
     remark = "; cyan: the label" if dataset.masks is not None else ""
-    sheet = []
+    sheet, clustered = [], []
     for i, maps, color in zip(indices, all_maps, colors):
         image, mask = dataset[i]
         label = None if mask is None else is_labelled(mask, classes)
@@ -386,10 +331,20 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         if isinstance(dataset.images, ImageFiles) and dataset.groups is None and not is_slice:
             name = Path(dataset.path(i)).stem  # else it may be the name of a patient
         sheet.append(sheet_row(picture, name, label, maps, color, network))
+        if label is not None and label.any():
+            clustered.append(clusters_row(picture, name, label, maps, network))
+        components = pca_heads(maps["attention"][None], pca_components)[0].numpy()  # [n,h,w]
+        if save_arrays:
+            hot = scaled(heat_of(maps, network["heat"]), network["scale"])
+            np.savez_compressed(f"{folder}/{name}.npz", attention=maps["attention"].numpy(),
+                                pca=components, heat=hot.astype(np.float32))
         tiles = sheet[-1][:1]
         for n, head in enumerate(maps["attention"]):
             tile = pictures.overlay(picture, scaled(head.numpy(), ()), SIDE)
             tiles.append((tile, f"head {n}\n{head.sum():.0%}, peak {head.max():.3f}", None))
+        for n, component in enumerate(components):
+            tile = pictures.overlay(picture, component, SIDE)
+            tiles.append((tile, f"component {n + 1}\nof the heads", None))
         width = 4 if len(tiles) <= 8 else 7
         pictures.contact_sheet(
             f"{folder}/{name}-heads.png",
@@ -405,6 +360,13 @@ def draw(network, backbone, inputs, dataset, classes, folder):
         SIDE, ["image", "mean of the heads", "heads, 1st component", "3 components, RGB",
                "patch features, PCA", "regions"],
         ("least", "largest of the image", "attention of CLS to the patches"))
+    if clustered:
+        pictures.contact_sheet(
+            f"{folder}/clusters.png", clustered,
+            f"Clusters of {title}\nheat = {network['heat']}; a cluster: connected patches from "
+            f"{low_threshold}, one at {high_threshold}; each has a colour{remark}", SIDE,
+            ["image", "label heatmap", "mean of the heads", "heads, 1st component", "clusters"],
+            ("least", "largest", "labelled share of a patch; attention"))
 
 
 # ---- the script ----

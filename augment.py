@@ -168,6 +168,16 @@ class MultiCrop:
         V = self.globals[0]
         return cuts[:V], cuts[V:]
 
+    def boxes(self, image, label, rng):
+        """Boxes (top, left, height, width) in an image with a label, drawn as those of crops: a
+        list of guided ones, and of random local ones, at least one. label [H,W] bool, not empty."""
+        labelled = np.argwhere(label)
+        n_guided, _, guided_scale = self.guided
+        n_random, _, scale = self.locals
+        guided = [self.box(image, guided_scale, labelled, rng) for _ in range(n_guided)]
+        n_random = n_random or n_guided  # a run without random ones is compared all the same
+        return guided, [self.box(image, scale, (), rng) for _ in range(n_random)]
+
     def box(self, image, scale, labelled, rng):
         """A guided_box if there are labelled pixels, else a random_box with min_foreground."""
         shape = image.shape[:2]

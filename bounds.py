@@ -78,12 +78,15 @@ BOUNDS = dict(
     # ---- evaluate.py, attention.py, embed.py ----
     checkpoint=("best", "last"), image_size=PIXELS_OR_0, batch_size=SIZE, knn_k=SIZE,
     bootstrap=(0, 10**6), n_images=(0, 10**6),
-    neighbours=(1, 1000),
+    neighbours=(1, 1000), pca_components=(1, 1000),
     heat=("auto", "mean", "pca", "headN"), low_threshold=SHARE, high_threshold=SHARE, min_iou=SHARE,
     # ---- bench.py ----
     what=("strategy", "augment", "step", "data", "growth", "memory", "all"),
     strategy=("all", "standard", "lora", "freeze", "freeze_shared", "lora_freeze"),
     n_steps=SIZE, rounds=SIZE,
+    # ---- tables.py ----
+    table=(5, 12), n_seeds=(1, 1000),
+    n_processes=(1, 10**4), bench_steps=(0, 10**6),
 )
 OF_SCRIPT = dict(
     train=dict(global_crops_number=(2, 100)),  # one view teaches the others

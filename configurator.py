@@ -158,7 +158,7 @@ def _parse(text, default):
 
 PATH_ENDINGS = ("_path", "_dir", "_from", "_type", "_weights", "_cache")
 PATH_KEYS = ("run", "compare", "images", "masks",  # some of them are lists: out/a,out/b
-             "model", "output", "probe", "query")
+             "model", "models", "teachers", "output", "probe", "query")
 
 
 def _expand(key, value):

@@ -30,7 +30,7 @@ max_iterations = 2000            # length of the run; paper: 2000
 log_interval = 10                # iterations between log lines
 eval_interval = 250              # iterations between k-NN measurements; 0 = only at start and end
 saveckp_freq = 250               # iterations between checkpoints that are kept
-generate_samples = True          # draw samples/crops.png: the first batch as the network sees it
+generate_samples = True          # draw samples/: the first batch; at checkpoints, the attention
 wandb_log = False                # log to Weights & Biases, too (pip install wandb)
 
 # ---- data ----
@@ -169,6 +169,7 @@ from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learnin
 from pictures import save_samples
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
+from samples import AttentionSamples
 from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
 from verdict import LabelFree
@@ -439,6 +440,7 @@ def main(sources, at_end):
     autocast = autocast_for(run_device, mixed_precision)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast)
     label_free = LabelFree(held_out, train_set, config, inputs, autocast)
+    attention = AttentionSamples(train_set, measured, inputs, config)
 
     def of_student(measure, *args):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as averaged:
@@ -448,6 +450,8 @@ def main(sources, at_end):
         run.record_start(knn.pixels(), of_student(knn.accuracy, measured),
                          of_student(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
+    if state.iteration == 0:
+        attention.draw(run, state)
 
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
@@ -537,6 +541,8 @@ def main(sources, at_end):
         if set_trainable(unwrap(state.student), train_from, iteration):  # the backbone begins
             state.ema.take_in(state.student)
             state.student = wrap(unwrap(state.student), distribution, run_device)
+        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
+            attention.draw(run, state)
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 

@@ -410,6 +410,20 @@ def regathered(student):
             group.reshard()
 
 
+@contextlib.contextmanager
+def whole(block):
+    """Inside, the weights of a block are whole, so that its parts may be called directly. All ranks
+    call it. Without FSDP nothing happens."""
+    is_sharded = isinstance(block, FSDPModule)
+    if is_sharded:
+        block.unshard()
+    try:
+        yield
+    finally:
+        if is_sharded:
+            block.reshard()
+
+
 def local_shard(tensor):
     """This rank's share of a sharded tensor, in place; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -78,7 +78,7 @@ from networks import (find_networks, find_runs, load_network, save_probe, split_
 from positions import hold_out_splits, slice_position
 from probe import fit_probe, linear_probe
 from run_folder import make_results, read_log
-from tables import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
+from report import (data_title, find_copies, image_names, in_words, jsonable, name_classes,
                     tabulate, write_medmnist, write_scores)
 from verdict import VIEWS, LabelFree
 
@@ -99,7 +99,7 @@ def measure(backbone, data, settings, values, patch, numbers, views):
     blocks for the readout of several blocks, [] = none; views: namespace of verdict.VIEWS. Without
     labels only verdict.LabelFree and the places of slices are measured.
     Returns: results, {split: {probe: {metric: value}}}; scores, {split: {features: dict}} of
-    tables.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
+    report.write_scores; probes, {name: Probe}; collected, {split: dict of collect_features}.
     """
     is_raw, image_settings, collected = backbone is None, dict(settings), {}
     if is_raw:  # 32 pixels are enough, and there is no CLS token to put the mean patch behind
@@ -333,8 +333,8 @@ def write_report(measured, data, collected, notes, mask_names, folder, value_ran
     print("\n" + text)
     with open(f"{path}.md", "w") as file:
         file.write(text)
-    keys = ("name", "model", "adaptation", "size", "blocks", "results")
-    rows = [{key: network[key] for key in keys} for network in measured]
+    keys = ("name", "model", "adaptation", "losses", "start", "size", "blocks", "results")
+    rows = [{key: network.get(key, "") for key in keys} for network in measured]
     report = dict(notes=notes, config=vars(config), networks=rows)
     with open(f"{path}.json", "w") as file:
         json.dump(jsonable(report), file, indent=1)

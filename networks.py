@@ -20,7 +20,7 @@ from configurator import UserError
 from loader import input_settings
 from model import backbone_from_config, build_backbone
 from probe import Probe
-from tables import jsonable
+from report import jsonable
 from teachers import build_teacher
 from weights import pretrained_input
 
@@ -29,6 +29,10 @@ REPETITION_KEYS = {  # runs that differ in these keys only are repetitions of on
     "cache_dir", "generate_samples", "log_interval", "saveckp_freq", "teacher_cache"}
 RUN_KEYS = ("model_type", "use_pretrained", "use_lora", "freeze_backbone_layers",
             "global_crops_size", "intensity_range", "image_mean", "image_std")
+
+LOSSES = dict(  # weight in a run's config -> name of the loss
+    dino_head_loss_weight="DINO", ibot_loss_weight="iBOT", koleo_loss_weight="KoLeo",
+    gram_loss_weight="Gram", label_guided_loss_weight="guided")
 
 PROBE_TENSORS = ("mean", "std", "weight", "bias")
 PROBE_KEYS = ("model", "model_hash", "features", "blocks", "size", "intensity_range", "mean", "std",
@@ -137,8 +141,16 @@ def read_run(folder):
     return config
 
 
+def losses(config):
+    """Which losses a run had, like 'DINO + iBOT + KoLeo': the recipe, whatever file set it."""
+    if "objective" in config:  # of distill.py
+        return "feature + prototype" if config["objective"] == "both" else config["objective"]
+    weights = {name: config.get(key, 0) for key, name in LOSSES.items()}
+    return " + ".join(name for name, weight in weights.items() if weight > 0)
+
+
 def adaptation(config):
-    """What a run trains, in the words of the paper's tables."""
+    """What a run trains, in the words of the paper's tables, and its losses."""
     words = []
     if config["use_lora"]:
         words.append("LoRA")
@@ -153,8 +165,8 @@ def adaptation(config):
     text = " + ".join(words)
     teacher = os.path.basename(config.get("distilled_model_type", "").rstrip("/"))
     if teacher:
-        text += f", distilled from {teacher} ({config['objective']})"
-    return text
+        text += f", distilled from {teacher}"
+    return f"{text}: {losses(config)}"
 
 
 def short_name(path):
@@ -188,8 +200,8 @@ def run_networks(folder, checkpoint, start_inputs):
     start = dict(common, name=start_name, adaptation=kind, weights_path="",
                  group=repr((kind, model_type, inputs)))
     settings = {key: value for key, value in config.items() if key not in REPETITION_KEYS}
-    trained = dict(common, name=folder, adaptation=adaptation(config), weights_path=weights_path,
-                   start=start_name, group=repr(settings))
+    trained = dict(common, name=folder, adaptation=adaptation(config), losses=losses(config),
+                   weights_path=weights_path, start=start_name, group=repr(settings))
     return start, trained
 
 
@@ -205,7 +217,7 @@ def find_networks(names, checkpoint):
     weights_path: where its weights are; '' = those that the run of `config` started from.
     settings_path: where its input settings are.
     config: of its run, or None. run: the run's folder, or absent.
-    start: only of a trained network, the name of its start.
+    start, losses: only of a trained network, the name of its start; what it was trained with.
     Raises UserError for a run without the checkpoint, a folder without weights, a name that is like
     that of a run, and if nothing is found.
     """

@@ -162,6 +162,29 @@ def overlay(picture, heat, side, strength=0.75):
     return Image.fromarray(under.round().astype(np.uint8))
 
 
+def patch_heat(picture, heat, side, strength=0.85):
+    """Heat [h,w] in 0..1 as patches over a picture, without smoothing. Returns: as overlay."""
+    colors = mosaic(heat_colors(heat) / 255, picture.size)
+    alpha = mosaic(np.repeat(np.asarray(heat)[..., None] ** 0.7, 3, axis=2), picture.size)
+    return _blend(picture, colors, np.asarray(alpha) / 255 * strength, side)
+
+
+def patch_groups(picture, numbers, side, strength=0.75):
+    """Groups of patches over a picture, each in a colour of its own. numbers [h,w] int: 0 = none,
+    else the number of the group, from 1. Returns: as overlay."""
+    colors = [(0, 0, 0), *(class_color(n) for n in range(numbers.max()))]
+    painted = mosaic(np.array(colors)[numbers] / 255, picture.size)
+    alpha = mosaic(np.repeat(numbers[..., None] > 0, 3, axis=2), picture.size)
+    return _blend(picture, painted, np.asarray(alpha) / 255 * strength, side)
+
+
+def _blend(picture, colors, alpha, side):
+    """A dim grey picture under colours, alpha [H,W,3] in 0..1; side x side as of to_picture."""
+    under = np.asarray(picture, dtype=float).mean(axis=-1, keepdims=True) * 0.7
+    mixed = (1 - alpha) * under + alpha * np.asarray(colors)
+    return to_picture(Image.fromarray(mixed.round().astype(np.uint8)), side=side)
+
+
 def outline(picture, mask, color=OUTLINE):
     """A copy of a square picture with the border of a mask [H,W] (non-zero = inside), drawn just
     outside of the mask. The mask is placed as to_picture places an image of its shape."""
@@ -178,6 +201,26 @@ def outline(picture, mask, color=OUTLINE):
     pixels = np.array(picture)
     pixels[(near & ~room)[1:-1, 1:-1]] = ImageColor.getrgb(color)
     return Image.fromarray(pixels)
+
+
+def frames(picture, boxes, shape, color):
+    """A copy of a square picture with the frames of boxes (top, left, height, width), in pixels of
+    an image of `shape` (H, W), which is placed as to_picture places it."""
+    framed, side = picture.copy(), picture.width
+    draw = ImageDraw.Draw(framed)
+    width, height = _fitted(shape[::-1], side)
+    x0, y0, scale = (side - width) / 2, (side - height) / 2, width / shape[1]
+    for top, left, h, w in boxes:
+        corners = [x0 + left * scale, y0 + top * scale]
+        corners += [x0 + (left + w) * scale - 1, y0 + (top + h) * scale - 1]
+        draw.rectangle(corners, outline=color, width=2)
+    return framed
+
+
+def mosaic(colors, size):
+    """Patch colours [h,w,3] in 0..1 as a picture of `size` (width, height), without smoothing."""
+    small = Image.fromarray((np.asarray(colors) * 255).round().astype(np.uint8))
+    return small.resize(size, Image.NEAREST)
 
 
 def contact_sheet(path, rows, title, side=112, columns=(), scale=()):

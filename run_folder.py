@@ -287,6 +287,18 @@ def write_whole(path, text):
     os.replace(f"{path}.part", path)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name under which to write a file, with the same ending. When it is written, it
+    gets its own name: under that it is always complete."""
+    part = f"{path}.part{os.path.splitext(path)[1]}"
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        remove(part)
+
+
 def read_log(path):
     """[(line, its dict)] of a log.jsonl, without what a kill or a power failure has torn; [] if
     there is no log."""
@@ -313,7 +325,7 @@ def truncate_log(path, iteration, source=""):
 def remove_parts(folder):
     """Remove the half-written files of a run that was killed. The caller is in the folder."""
     names = ("config.py.part", "log.jsonl.part", "logs/wandb_id.part", "results/summary.json.part",
-             "checkpoints/*/state.pt.part", "checkpoints/*/hf.part")
+             "samples/*.part.png", "checkpoints/*/state.pt.part", "checkpoints/*/hf.part")
     for name in names:
         for path in glob.glob(f"{glob.escape(folder)}/{name}"):
             remove(path)

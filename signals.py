@@ -7,6 +7,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -44,6 +45,23 @@ def ignore_signals(_):
         os._exit(0)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # of all threads that begin later
     threading.Thread(target=wait_for_main, daemon=True).start()
+
+
+def run_process(command, output=None):
+    """Run a program to its end: (its status, the first signal that reached this process meanwhile,
+    or 0). Signals are passed on, so a run in that program saves first. command: a list of words;
+    output: a file for what it prints, None = the output of this process."""
+    process, caught = subprocess.Popen(command, stdout=output), []
+
+    def pass_on(number, _):
+        caught.append(number)
+        process.send_signal(number)
+    with contextlib.ExitStack() as at_end:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                at_end.callback(signal.signal, number, signal.signal(number, pass_on))
+        status = process.wait()
+    return status, caught[0] if caught else 0
 
 
 def end_by(number):

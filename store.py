@@ -20,7 +20,7 @@ import torch
 
 from configurator import UserError
 from features import stream_features
-from tables import image_names, jsonable, probe_rows, write_csv
+from report import image_names, jsonable, probe_rows, write_csv
 
 SAVE_SECONDS = 5  # how much work a kill may cost
 REPORT_SECONDS = 30  # between lines on progress, where there is no terminal for a bar

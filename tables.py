@@ -1,285 +1,249 @@
-"""Tables as text: Markdown that reads well in a terminal, .csv, and values that json can write."""
-import csv
-import math
+"""The paper's tables on your data set: makes the runs that are missing, then prints the table.
+
+    python tables.py --table=11 --dataset_path=wbc_1.npz --models=facebook/dinov2-small
+    python tables.py --table=12 --dataset_path=wbc_1.npz --teachers=facebook/dinov2-base
+    python tables.py --table=5 --dataset_path=pathmnist --max_iterations=2000 --lr=1e-4 \\
+        --global_batch_size=128 --n_processes=2 --global_crops_size=224 --local_crops_size=96 \\
+        --local_crops_number=8 --dino_head_out_dim=65536        # the sizes of the paper
+
+Every run is a process of train.py or distill.py, and every command is printed. The same command
+again skips finished runs and resumes the others, so a table may be stopped at any time. Tables
+share runs. The last teacher of a run is measured, without a choice. Cells are the mean (standard
+deviation) over the seeds. The script writes out/tables/DATA/tableN.md and .json, beside each run
+RUN/ its settings RUN.py, and in tableN/ what evaluate.py has measured.
+"""
+from types import SimpleNamespace
+
+from configurator import list_keys, one_line_errors, read_command_line
+
+# ==== config: the defaults are for small images and two CPU cores; the paper's sizes are above ====
+# ---- what ----
+table = 11                       # 5 = strategies, also as 6, 7, 8 | 9 = beside published numbers |
+#                                10 = minutes and memory | 11 = recipes | 12 = distillation
+dataset_path = 'pathmnist'       # as in train.py; table 9: several, comma-separated
+dataset_size = 224               # pixels: of MedMNIST 28 | 64 | 128 | 224; of the phantom any size
+models = 'facebook/dino-vits16,facebook/dinov2-small'  # start weights, comma-separated
+teachers = ''                    # of table 12, comma-separated: hub ids, directories, timm:NAME
+recipes = 'dinov1,dinov2'        # files of config/; a model takes its own, in table 11 all of them
+strategies = 'standard,lora,freeze'  # of all tables but 11
+n_seeds = 1                      # every run is repeated with the seeds 0, 1, ...
+test_split = 'test'              # what is measured
+out_dir = 'out/tables'           # runs and tables
+cache_dir = ''                   # downloads and unpacked arrays; '' = ~/.cache/dino-mx
+device = 'auto'                  # 'auto' | 'cpu' | 'cuda' | 'cuda:1'
+n_processes = 1                  # of torchrun, for each run
+
+# ---- every run ----
+max_iterations = 150             # length of a run; paper: 2000
+global_batch_size = 16           # images per optimizer step; paper: 64 for each of two GPUs
+lr = 5e-5                        # peak, absolute; config/lora.py takes ten times as much
+global_crops_size = 112          # pixels; rounded to a multiple of the model's patch size
+local_crops_size = 56            # pixels; likewise
+local_crops_number = 4           # small views; paper: 8
+dino_head_out_dim = 512          # prototypes K; paper: 65536
+freeze_backbone_layers = 6       # of the strategy freeze; paper: 6
+flags = ''                       # more of train.py and distill.py: "--koleo_loss_weight=0.1 ..."
+bench_steps = 0                  # table 10: also time so many bare steps by bench.py; 0 = none
+config_keys = list_keys(globals())
+if __name__ == "__main__":  # before the imports that take seconds: --help and a typo answer at once
+    sources = read_command_line(globals(), config_keys)
+
+import itertools
+import json
 import os
-import re
+import shlex
 
-import numpy as np
+from checks import Checks
+from jobs import HERE, call, cost, items, knn_on_val, measure, published, rounded, short, train
+from report import PAPER_COLUMNS, cells, data_title, jsonable, markdown
+from run_folder import make_results, write_whole
 
-from metrics import DINO_KNN
-from verdict import TITLES
-
-# Columns of evaluate.py's tables: header, probe, metric
-PAPER_COLUMNS = [  # the layout of the paper's Tables 5 to 8
-    ("Probe accuracy", "linear", "accuracy"), ("precision", "linear", "precision_weighted"),
-    ("F1", "linear", "f1_weighted"), ("k-NN accuracy", "knn", "accuracy"),
-    ("precision", "knn", "precision_weighted"), ("F1", "knn", "f1_weighted")]
-MORE_COLUMNS = [
-    ("Probe AUC", "linear", "auc"), ("balanced", "linear", "balanced_accuracy"),
-    ("accuracy 95 %", "linear", "accuracy_ci"), ("CLS+patches", "linear_cls_patch", "accuracy"),
-    ("k-NN AUC", "knn", "auc"), ("balanced", "knn", "balanced_accuracy"),
-    ("accuracy 95 %", "knn", "accuracy_ci")]
-BLOCKS_SUFFIX = "_blocks"  # of the probes on the readout of several blocks
-MORE_COLUMNS += [(f"k={k}, T={t}", f"knn_dino_{k}", "accuracy") for k, t in DINO_KNN]
-
-LABEL_FREE_COLUMNS = [(title, "label_free", name) for name, title in TITLES.items()
-                      if name != "position_r2"]  # evaluate.py has another, of all test slices
-POSITION_COLUMNS = [("R2 of slice position", "position", "r2"),
-                    ("tau of slice order", "position", "tau")]
+STRATEGIES = dict(standard="Standard", lora="LoRA", freeze="Layer freezing")
+LINEAR, KNN = ("linear", "accuracy"), ("knn", "accuracy")
+SOURCE = ("\nBenchmark: test set, Table 3 of MedMNIST v2 (Yang et al., Scientific Data 10:41, "
+          "2023), pixels in brackets. Ours: the best by k-NN on val of the runs.\n")
 
 
-def markdown(header, rows):
-    """A table in Markdown, from lists of cells; columns are padded to equal width."""
-    lines = [header, *rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    text = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+# ---- runs ----
+
+def own_recipe(model):
+    """The recipe that a model was released with, if it is one of `recipes`, else the first."""
+    number = next((n for n in "32" if f"dinov{n}" in short(model).lower()), "1")
+    return f"dinov{number}" if f"dinov{number}" in items(recipes) else items(recipes)[0]
 
 
-def jsonable(value):
-    """Nested dicts and lists with None for nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def crop_sizes(model):
+    sizes = dict(global_crops_size=global_crops_size, local_crops_size=local_crops_size)
+    return {key: rounded(size, model) for key, size in sizes.items()}
 
 
-def in_words(results, k):
-    """The main numbers of a network as one line. results: of evaluate.measure; k: of its k-NN."""
-    columns = [(f"{k}-NN", "knn", "accuracy"), ("linear probe", "linear", "accuracy")]
-    said = []
-    for split, result in results.items():
-        for title, probe, metric in columns + POSITION_COLUMNS + LABEL_FREE_COLUMNS[:2]:
-            if probe in result:
-                said.append(f"{split} {title} {result[probe][metric]:.4f}")
-    return ", ".join(said)
+def make_run(dataset, model, strategy, seed, recipe="", teacher=""):
+    """The folder of a run, distilled if there is a teacher; makes it, unless it is finished."""
+    recipe = "" if teacher else recipe or own_recipe(model)
+    name = f"{short(model)}-{recipe or f'from-{short(teacher)}'}-{strategy}-{seed}"
+    folder = f"{out_dir}/{data_title(dataset)}/{name}"
+    settings = dict(
+        model_name=name, out_dir=folder, seed=seed, device=device, dataset_path=dataset,
+        dataset_size=dataset_size, cache_dir=cache_dir, model_type=model, lr=lr, eval_interval=0,
+        max_iterations=max_iterations, warmup_iterations=max_iterations // 10,
+        global_batch_size=global_batch_size, dino_head_out_dim=dino_head_out_dim,
+        local_crops_number=0 if teacher else local_crops_number, **crop_sizes(model),
+        momentum_teacher=min(0.996, 1 - 30 / max(max_iterations, 60)))  # as config/dinov1.py says
+    words = ["train.py", f"{folder}.py"]
+    if teacher:
+        words[0], settings["distilled_model_type"] = "distill.py", teacher
+    if recipe:
+        words.append(f"{HERE}/config/{recipe}.py")
+    words += dict(standard=[], lora=[f"{HERE}/config/lora.py"],
+                  freeze=[f"--freeze_backbone_layers={freeze_backbone_layers}"])[strategy]
+    words += [*shlex.split(flags), "--resume_from=auto"]
+    train(words, settings, folder, n_processes)
+    return folder
 
 
-def tabulate(networks, split, mask_names):
-    """All tables of one test split as text. Networks of one group share a row: the mean over them
-    (standard deviation).
-
-    Args: networks: dicts of networks.find_networks with results, {split: {probe: {metric: value}}}
-    of evaluate.measure, and blocks, a list of numbers (with several, the group has a second row);
-    mask_names: names of the mask's classes, the background first.
-    """
-    groups = {}
-    for network in networks:
-        groups.setdefault(network["group"], []).append(network)
-    groups = list(groups.values())
-    titles = _row_titles(groups)
-
-    def table(columns):
-        rows = []
-        for group, (model, kind) in zip(groups, titles):
-            results = [network["results"][split] for network in group]
-            lines = [(kind, "")]
-            if any(len(network["blocks"]) > 1 for network in group):
-                lines.append((f"{kind}, several blocks", BLOCKS_SUFFIX))
-            for text, suffix in lines:
-                cells = [_cell(results, probe + suffix, metric) for _, probe, metric in columns]
-                if suffix == "" or set(cells) != {"-"}:
-                    rows.append([model, text, *cells])
-        return markdown(["Model", "Adaptation", *(header for header, _, _ in columns)], rows)
-
-    text, measured = "", networks[0]["results"][split]
-    if "linear" in measured:
-        text = f"{table(PAPER_COLUMNS)}\n\n{table(MORE_COLUMNS)}\n"
-    if "label_free" in measured:
-        n = measured["label_free"]["images"]
-        text += (f"\n{table(LABEL_FREE_COLUMNS)}\nWithout labels, on {n} images: retrieval, LiDAR "
-                 "and alignment of random crops, the others of whole images (verdict.py, "
-                 "metrics.py). Lower is better for uniformity and alignment.\n")
-    if "position" in measured:
-        n = measured["position"]["n_volumes"]
-        text += (f"\n{table(POSITION_COLUMNS)}\nPlace of a slice in its volume, 0 to 1, by ridge "
-                 f"regression from CLS, on {n} other volumes; Kendall's tau of the order of the "
-                 "slices in a volume.\n")
-    if "dice" in measured:
-        classes = list(enumerate(mask_names))[1:]
-        columns = [(f"Dice of {name}", "dice", c) for c, name in classes]
-        text += (f"\n{table(columns)}\nDice over patches, each of the class that most of its "
-                 "pixels have; '-': no patch is of that class.\n")
-    return text + _changes(networks, split) + "\n"
+def make_runs(dataset, model, strategy="standard", **more):
+    """The folders of make_run for every seed."""
+    return [make_run(dataset, model, strategy, seed, **more) for seed in range(n_seeds)]
 
 
-def _row_titles(groups):
-    """[model, adaptation] of each group; groups with equal titles get their name behind."""
-    titles = []
-    for group in groups:
-        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-        titles.append([group[0]["model"], group[0]["adaptation"] + seeds])
-    distinct = []
-    for group, (model, kind) in zip(groups, titles):
-        if titles.count([model, kind]) > 1:
-            names = [os.path.basename(network["name"].rstrip("/")) for network in group]
-            kind += f" ({os.path.commonprefix(names)})"
-        distinct.append([model, kind])
-    return distinct
+def by_strategy(dataset, **more):
+    """{(model, strategy): folders of make_runs}."""
+    pairs = itertools.product(items(models), items(strategies))
+    return {pair: make_runs(dataset, *pair, **more) for pair in pairs}
 
 
-def _cell(results, probe, metric):
-    """A number of one group as text, '-' if it is missing or nan.
-
-    Args: results: of each network {probe: {metric: value}}; metric: a name, or for Dice the index
-    of a class. An interval (name in _ci) is the mean of the lower and of the upper ends.
-    """
-    if metric == "accuracy_ci":
-        ends = [result.get(probe, {}).get(metric) for result in results]
-        if None in ends or np.isnan(ends).any():  # without a bootstrap, or of one patient
-            return "-"
-        low, high = np.mean(ends, axis=0)
-        return f"{low:.2f}-{high:.2f}"
-    values = [result[probe][metric] for result in results if probe in result]
-    if not values or not np.isfinite(values).all():
-        return "-"
-    text = f"{np.mean(values):.3f}"
-    if len(values) > 1:
-        text += f" ({np.std(values, ddof=1):.3f})"
-    return text
+def evaluate(dataset, folders, more=()):
+    """jobs.measure of runs, their starts and other weights (more)."""
+    folder = f"{out_dir}/{data_title(dataset)}/table{table}"
+    return measure(folders, dict(
+        compare=",".join([*more, *folders]), dataset_path=dataset, dataset_size=dataset_size,
+        cache_dir=cache_dir, test_splits=test_split, out_dir=folder, device=device))
 
 
-def _changes(networks, split):
-    """A line for each run and probe: the change of accuracy from the run's start. A run that harms
-    its features must not go unnoticed."""
-    by_name = {network["name"]: network["results"][split] for network in networks}
-    text = ""
-    for network in networks:
-        if "start" not in network:
-            continue
-        for probe, title in (("linear", "linear probe"), ("knn", "k-NN")):
-            if probe not in network["results"][split]:
-                continue
-            before = by_name[network["start"]][probe]["accuracy"]
-            change = network["results"][split][probe]["accuracy"] - before
-            text += f"\n- {network['name']}: {title} {change:+.3f} against its start"
-            if change < -0.005:
-                text += "  !!!! BELOW THE START !!!!"
-    return text
+def titles(model, strategy):
+    return [short(model), STRATEGIES[strategy]]
 
 
-# ---- scores of every image ----
+# ---- tables: each returns its header, its rows, text below it, and the networks ----
 
-def data_title(name):
-    """The name of a data set in titles and file names: the last part of its path."""
-    return os.path.splitext(os.path.basename(name.rstrip("/")))[0]
-
-
-def name_classes(data):
-    """The names of all classes that occur in a split, numbers for those without a name."""
-    names, n_classes = list(data["train"].class_names), 0
-    if data["train"].labels is None:
-        return []
-    for dataset in data.values():
-        labels = np.asarray(dataset.labels)
-        here = labels.shape[1] if labels.ndim == 2 else labels.max() + 1
-        n_classes = max(n_classes, here)
-    return names + [str(c) for c in range(len(names), n_classes)]
+def strategies_table(dataset):
+    """Tables 5 to 8: models and strategies, by linear probe and k-NN."""
+    runs, columns, rows = by_strategy(dataset), [column[1:] for column in PAPER_COLUMNS], []
+    networks = evaluate(dataset, sum(runs.values(), []))
+    for (model, strategy), names in runs.items():
+        if strategy == items(strategies)[0]:
+            start = [networks[names[0]]["start"]]
+            rows.append([short(model), "Pretrained", *cells(networks, start, *columns)])
+        rows.append(titles(model, strategy) + cells(networks, names, *columns))
+    return ["Model", "Adaptation", *(title for title, *_ in PAPER_COLUMNS)], rows, "", networks
 
 
-def image_names(dataset, indices, private=False):
-    """What images are called in tables: their files, or their numbers in the source. private: of a
-    data set with groups their numbers in the split, because paths may name patients."""
-    if private and dataset.groups is not None:
-        return [str(i) for i in indices]
-    prefix = f"{dataset.name}, {dataset.split} image "
-    return [dataset.path(i).removeprefix(prefix) for i in indices]
+def published_table(*datasets):
+    """Table 9: the best runs beside published numbers."""
+    rows, measured = [], {}
+    for dataset in datasets:
+        runs = by_strategy(dataset)
+        networks = evaluate(dataset, sum(runs.values(), []))
+        measured.update(networks)
+        best = max(runs, key=lambda pair: knn_on_val(runs[pair]))
+        ours = ["{} ({})".format(*titles(*best)),
+                *cells(networks, runs[best], LINEAR, ("linear", "auc"))]
+        for method, auc, accuracy in published(dataset):
+            rows.append([data_title(dataset), method, f"{accuracy:.3f}", f"{auc:.3f}", *ours])
+            ours = ["", "", ""]
+    header = ["Dataset", "Benchmark model", "Accuracy", "AUC", "DINO-MX, linear probe"]
+    return [*header, "Accuracy", "AUC"], rows, SOURCE, measured
 
 
-def find_copies(collected, data, tests):
-    """Notes on test images that are training images as well: those are remembered, not recognised.
-    collected: {split: dict of features.collect_features}."""
-    notes = []
-    for split in tests:
-        digests = collected[split]["digests"]
-        for other in ("train", "tune"):
-            known = set(collected[other]["digests"])
-            if n_copies := sum(digest in known for digest in digests):
-                notes.append(f"{n_copies} of {len(digests)} {split} images are also in "
-                             f"{data[other].split}, pixel for pixel")
-    return notes
+def cost_table(dataset):
+    """Table 10: minutes of training, without measurements, and memory of real runs."""
+    runs, rows, text = by_strategy(dataset), [], ""
+    folders = sum(runs.values(), [])
+    networks = {name: dict(results=dict(cost=cost(name))) for name in folders}
+    for pair, names in runs.items():
+        minutes, gb = cells(networks, names, ("cost", "minutes"), ("cost", "gb"))
+        rows.append([*titles(*pair), minutes, f"{gb} x {n_processes}"])
+    for model in items(models) if bench_steps else ():
+        path = f"{out_dir}/{data_title(dataset)}/bench-{short(model)}.txt"
+        sizes = dict(crop_sizes(model), local_crops_number=local_crops_number, device=device,
+                     dino_head_out_dim=dino_head_out_dim, batch_size=global_batch_size)
+        words = ["bench.py", f"--model_type={model}", "--use_pretrained=true",
+                 f"--n_steps={bench_steps}", *(f"--{key}={sizes[key]}" for key in sizes)]
+        with open(path, "w") as file:
+            call(words, output=file)
+        text += f"\n{short(model)}, bare steps:\n```\n{open(path).read()}```\n"
+    header = ["Model", "Adaptation strategy", "Training time (mins)"]
+    return [*header, "Memory (GB x devices)"], rows, text, networks
 
 
-def write_csv(path, header, rows):
-    """A table as .csv, beside its place until it is complete."""
-    part = f"{path}.part"
-    try:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(rows)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+def recipes_table(dataset):
+    """Table 11: a model trained by its own recipe, and by the others; with the losses of each."""
+    runs, rows = {}, []
+    for model, recipe in itertools.product(items(models), items(recipes)):
+        runs[model, recipe] = make_runs(dataset, model, recipe=recipe)
+    networks = evaluate(dataset, sum(runs.values(), []))
+    for (model, recipe), crossed in runs.items():
+        own = runs[model, own_recipe(model)]
+        start = [networks[own[0]]["start"]]
+        for title, column in (("linear probe", LINEAR), ("k-NN", KNN)):
+            row = [short(model), title, *cells(networks, start, column)]
+            for names in (own, crossed):
+                row.append(f"{cells(networks, names, column)[0]}: {networks[names[0]]['losses']}")
+            rows += [row] if recipe != own_recipe(model) else []
+    header = ["Model configuration", "Accuracy of", "Pretrained", "Standard approach"]
+    return [*header, "Cross-training"], rows, "", networks
 
 
-def class_text(values, names):
-    """A label or a prediction as text: the name of a class, or several joined by |. values: int, or
-    [c] 0/1."""
-    if np.ndim(values) == 0:
-        return names[int(values)]
-    return "|".join(name for name, value in zip(names, values) if value)
+def distillation_table(dataset):
+    """Table 12: students that were fine-tuned, beside those distilled from each teacher."""
+    tuned, columns, rows = by_strategy(dataset), (LINEAR, KNN), []
+    groups = {teacher: by_strategy(dataset, teacher=teacher) for teacher in items(teachers)}
+    runs = [tuned, *groups.values()]
+    folders = [sum(group.values(), []) for group in runs]
+    networks = evaluate(dataset, sum(folders, []), items(teachers))
+    for teacher in groups:
+        numbers = cells(networks, [teacher], *columns)
+        rows.append([short(teacher), *"----", *numbers])
+    for teacher, group in groups.items():
+        for pair, names in group.items():
+            numbers = [cells(networks, which, *columns) for which in (tuned[pair], names)]
+            row = [short(teacher), *titles(*pair)]
+            rows.append(row + sum(numbers, []))
+    header = ["Teacher", "Student", "Strategy", "Fine-tuning linear acc.", "k-NN acc."]
+    return [*header, "Distill linear acc.", "k-NN acc."], rows, "", networks
 
 
-def probe_rows(names, probs, multi_label, class_names):
-    """A row of each image: its name, the predicted class (several of multi-label sets: those above
-    0.5) and its probability, the probability of every class. probs [N,c]."""
-    rows = []
-    for name, row in zip(names, probs):
-        chosen = row > 0.5 if multi_label else row.argmax()
-        sure = row.max() if multi_label else row[chosen]
-        text = class_text(chosen, class_names)
-        rows.append([name, text, _short(sure), *map(_short, row)])
-    return rows
+def main(sources):
+    """Make the table that the config in this module's globals names."""
+    config = SimpleNamespace(**{key: globals()[key] for key in config_keys})
+    check = Checks(config)
+    for text in (models, teachers):
+        names = [short(name) for name in items(text)]
+        check.need(len(set(names)) == len(names), f"{text!r}: two names end alike; rename one")
+    for name in items(recipes):
+        check.need(os.path.isfile(f"{HERE}/config/{name}.py"), f"recipes={recipes!r}: no {name}.py "
+                   "is in config/; name files like dinov1,dinov2")
+    check.need(items(models), "models is empty; name start weights")
+    check.need(items(strategies) and set(items(strategies)) <= set(STRATEGIES), f"strategies="
+               f"{strategies!r}: choose from {', '.join(STRATEGIES)}")
+    check.need(table != 12 or items(teachers), "table 12 has teachers; name them by --teachers")
+    check.need(len(items(recipes)) > (table == 11), f"recipes={recipes!r}: too few for this table")
+    check.report()
+    make = {9: published_table, 10: cost_table, 11: recipes_table, 12: distillation_table}
+    datasets = items(dataset_path) if table == 9 else [dataset_path]
+    header, rows, text, networks = make.get(table, strategies_table)(*datasets)
+    folder = f"{out_dir}/{'-'.join(map(data_title, datasets))}"
+    make_results(folder)
+    text = (f"# Table {table}: {', '.join(map(data_title, datasets))}, {test_split}\n\n"
+            f"{markdown(header, rows)}\n\n{n_seeds} seed(s), {max_iterations} iterations of "
+            f"{global_batch_size} images\n{text}")
+    kept = dict(config=vars(config), header=header, rows=rows,
+                results={name: networks[name]["results"] for name in networks})
+    write_whole(f"{folder}/table{table}.json", json.dumps(jsonable(kept), indent=1))
+    write_whole(f"{folder}/table{table}.md", text)
+    print(f"\n{text}\nThe table is in {folder}/table{table}.md and .json")
 
 
-def _short(value):
-    return f"{value:.9g}"
-
-
-def write_scores(path, networks, split, labels, image_names, train_names, class_names):
-    """The scores of every image by every network, a .csv of one row per image and probe: network,
-    features (cls, or the blocks of a readout), image, label, prediction and probability of the
-    linear probe, prediction of k-NN, p_CLASS for every class, and the nearest training images.
-
-    Args: networks: dicts with scores, {split: {features: dict of probs [N,c], knn [N] or [N,c],
-    nearest: [N] lists of indices into train_names}}; labels: [N], or [N,c] for multi-label.
-    """
-    rows, k = [], 0
-    for network in networks:
-        for features, scores in network["scores"][split].items():
-            probed = probe_rows(image_names, scores["probs"], labels.ndim == 2, class_names)
-            for i, (image, chosen, sure, *probs) in enumerate(probed):
-                nearest = [train_names[j] for j in scores["nearest"][i]]
-                k = len(nearest)
-                rows.append([network["name"], features, image, class_text(labels[i], class_names),
-                             chosen, sure, class_text(scores["knn"][i], class_names), *probs,
-                             *nearest])
-    header = ["network", "features", "image", "label", "prediction", "probability",
-              "knn_prediction", *(f"p_{name}" for name in class_names),
-              *(f"nearest_{i + 1}" for i in range(k))]
-    write_csv(path, header, rows)
-
-
-def write_medmnist(folder, name, size, split, networks):
-    """The probabilities of every network as medmnist.Evaluator.parse_and_evaluate reads them: a
-    file for each, NAME_SIZE_SPLIT_[AUC]..._[ACC]...@NETWORK.csv of rows (index, score, ...).
-    name: of a MedMNIST data set; size: its pixels."""
-    os.makedirs(folder, exist_ok=True)
-    flag = name if size == 28 else f"{name}_{size}"
-    for network in networks:
-        for features, scores in network["scores"][split].items():
-            suffix = "" if features == "cls" else BLOCKS_SUFFIX
-            numbers = network["results"][split][f"linear{suffix}"]
-            run = re.sub("[^A-Za-z0-9-]+", "-", network["name"] + suffix).strip("-")
-            file_name = (f"{flag}_{split}_[AUC]{numbers['auc']:.3f}_[ACC]"
-                         f"{numbers['accuracy']:.3f}@{run}.csv")
-            with open(os.path.join(folder, file_name), "w", newline="") as file:
-                for i, row in enumerate(scores["probs"]):
-                    csv.writer(file).writerow([i, *map(_short, row)])
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sources)

@@ -31,7 +31,7 @@ max_iterations = 2000            # length of the run; paper: 2000
 log_interval = 10                # iterations between log lines
 eval_interval = 250              # iterations between k-NN measurements; 0 = only at start and end
 saveckp_freq = 250               # iterations between checkpoints that are kept
-generate_samples = True          # draw samples/crops.png: the first batch as the network sees it
+generate_samples = True          # draw samples/: the first batch; at checkpoints, the attention
 wandb_log = False                # log to Weights & Biases, too (pip install wandb)
 
 # ---- data ----
@@ -190,6 +190,7 @@ from pictures import save_samples
 from prefix import KnownViews, keep_prefix
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
+from samples import AttentionSamples, draw_guided
 from signals import end_by
 from verdict import LabelFree
 from weights import FAMILIES, pretrained_input
@@ -368,6 +369,7 @@ def main(sources, at_end):
     n_kept = prefix.n_blocks if prefix else 0
     knn = KnnMeasure(train_set, measured, config, inputs, autocast, n_kept)
     label_free = LabelFree(held_out, train_set, config, inputs, autocast)
+    attention = AttentionSamples(train_set, measured, inputs, config)
 
     def of_teacher(measure, *args):
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as teacher:
@@ -377,6 +379,12 @@ def main(sources, at_end):
         run.record_start(knn.pixels(), of_teacher(knn.accuracy, measured),
                          of_teacher(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
+
+    if state.iteration == 0:
+        attention.draw(run, state)
+        if generate_samples and label_guided_crops_number > 0 and is_main():
+            draw_guided(f"{run.folder}/samples/guided.png", train_set, multi_crop,
+                        inputs["intensity_range"], seed)
 
     # ---- the loop ----
     batches = iter(loader)
@@ -442,6 +450,8 @@ def main(sources, at_end):
             for ema in filter(None, (state.ema, state.anchor, state.start)):
                 ema.take_in(state.student)
             make_ready(unwrap(state.student))
+        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
+            attention.draw(run, state)
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 

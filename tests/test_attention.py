@@ -285,7 +285,7 @@ def test_detection_of_two_seeds_and_the_brightest_patch(trained, capsys):
     run_script("attention", f"--run={trained}/lg*", "--detection=true", f"--out_dir={trained}/out",
                f"--cache_dir={trained}/cache", "--n_images=2", "--device=cpu")
     assert sorted(os.listdir(trained / "out")) == [
-        "detection.json", "detection.md", "sheet.png", "test-0000-heads.png",
+        "clusters.png", "detection.json", "detection.md", "sheet.png", "test-0000-heads.png",
         "test-0001-heads.png"]
     table = (trained / "out/detection.md").read_text()
     result = json.loads((trained / "out/detection.json").read_text())
@@ -324,9 +324,17 @@ def test_pictures_of_files_of_any_size(trained, tmp_path):
         mask.save(tmp_path / "masks" / f"scan{i}.png")
     run_script("attention", f"--run={trained}/lg0", f"--images={tmp_path}",
                f"--masks={tmp_path}/masks", f"--out_dir={tmp_path}/out", "--heat=head2",
-               "--device=cpu")
-    files = ["scan0-heads.png", "scan1-heads.png", "sheet.png"]
+               "--device=cpu", "--pca_components=2", "--save_arrays=true")
+    files = ["clusters.png", "scan0-heads.png", "scan0.npz", "scan1-heads.png", "scan1.npz",
+             "sheet.png"]
     assert sorted(os.listdir(tmp_path / "out")) == files
+    arrays = np.load(tmp_path / "out/scan0.npz")
+    attention = arrays["attention"]
+    assert attention.shape == (3, 5, 8)  # 30 x 50 pixels at 40 on the shorter side, patch 8
+    expected = pca_heads(torch.from_numpy(attention)[None], 2)[0].numpy()
+    np.testing.assert_array_equal(arrays["pca"], expected)
+    low, high = attention[2].min(), attention[2].max()
+    np.testing.assert_allclose(arrays["heat"], (attention[2] - low) / (high - low), rtol=1e-5)
     pixels = np.asarray(Image.open(tmp_path / "out/sheet.png")).astype(int)
     assert (pixels == (0, 229, 255)).all(axis=2).sum() > 100  # the outline of the masks
     # one file, released weights: here those of the run

@@ -358,7 +358,7 @@ def test_help_with_a_word_that_no_key_has(apply, capsys):
     assert text == "no key contains 'qqqq'; --help prints all keys\n"
 
 
-SCRIPTS = ("train", "distill", "evaluate", "attention", "bench")
+SCRIPTS = ("train", "distill", "evaluate", "attention", "bench", "tables")
 
 
 @pytest.mark.parametrize("script", ["train", "distill"])

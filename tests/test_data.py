@@ -822,7 +822,9 @@ def test_medmnist_json_is_complete():
     assert len(sets) == 12
     md5s = []
     for name, entry in sets.items():
-        assert set(entry) == {"label", "files"}
+        assert set(entry) - {"published"} == {"label", "files"}
+        for auc, accuracy in entry.get("published", {}).values():
+            assert 0.5 < accuracy <= 1 and 0.5 < auc <= 1
         assert list(entry["files"]) == ["28", "64", "128", "224"]
         assert list(entry["label"]) == [str(i) for i in range(len(entry["label"]))]
         for size, file in entry["files"].items():

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
 from networks import find_networks
@@ -214,7 +215,7 @@ def test_a_student_learns_what_the_teacher_says(tmp_path, npz, teachers):
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 def test_two_processes_equal_one(tmp_path, npz, teachers, distribution):
-    extra = [*BOTH, "--max_iterations=4", "--generate_samples=false",
+    extra = [*BOTH, "--max_iterations=4",
              "--centering=sinkhorn_knopp", f"--distribution={distribution}"]
     teacher = teachers["dinov3_vit"]
     alone = losses(run(str(tmp_path / "one"), npz, teacher, *extra))
@@ -227,6 +228,11 @@ def test_two_processes_equal_one(tmp_path, npz, teachers, distribution):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     difference = (alone - losses(log(str(tmp_path / "two")))).abs()
     assert (difference <= 1e-5 * alone.abs()).all(), difference.max()
+    # FSDP gathers the last block for its attention; a rounding error may change a shade
+    for name in ("0000000-attention.png", "0000004-attention.png"):
+        shades = [np.asarray(Image.open(tmp_path / part / "samples" / name)).astype(int)
+                  for part in ("one", "two")]
+        assert np.abs(shades[0] - shades[1]).max() <= 3, name
     a, b = state(str(tmp_path / "one"))["ema"], state(str(tmp_path / "two"))["ema"]
     for name in a:  # the exported EMA
         assert torch.allclose(a[name], b[name], atol=1e-5), name
@@ -310,8 +316,8 @@ def test_evaluate_puts_teacher_untaught_and_distilled_side_by_side(tmp_path, npz
         "--image_size=48", f"--out_dir={tmp_path}/table", f"--cache_dir={tmp_path}/cache")
     assert [(network["model"], network["adaptation"]) for network in networks] == [
         ("raw pixels", "-"), ("dinov2", "pretrained"), ("vit", "untrained"),
-        ("vit", "from scratch"), ("vit", "untrained"),
-        ("vit", "from scratch, distilled from dinov2 (feature)")]
+        ("vit", "from scratch: DINO"), ("vit", "untrained"),
+        ("vit", "from scratch, distilled from dinov2: feature")]
     # both started from the weights that seed 0 draws
     knn = [network["results"]["test"]["knn"] for network in networks]
     assert knn[2] == knn[4]

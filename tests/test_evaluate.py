@@ -210,7 +210,8 @@ def test_a_run_beside_its_start_and_raw_pixels(trained, capsys):
     # the same numbers as train.py's own: raw pixels, the network before training, the last teacher
     for name, key in (("raw pixels", "pixels"), (start, "untrained"), (run, "final")):
         assert results[name]["knn"]["accuracy"] == pytest.approx(summary[key]["test"]), name
-    assert networks[run]["adaptation"] == "from scratch"
+    assert networks[run]["adaptation"] == "from scratch: DINO"
+    assert networks[run]["losses"] == "DINO" and networks[run]["start"] == start
     assert networks[start]["adaptation"] == "untrained"
     # the table has the numbers of the json
     table, result = open(f"{run}/results/small.md").read(), results[run]
@@ -256,14 +257,14 @@ def test_seeds_share_a_row(trained):
              f"--out_dir={folder}/both", "--generate_pictures=false", "--test_splits=test,val")
     networks = report(f"{folder}/both", "small")
     table = open(f"{folder}/both/results/small.md").read()
-    for words in ("from scratch, 2", "untrained, 2"):
+    for words in ("from scratch: DINO, 2", "untrained, 2"):
         lines = [line for line in table.splitlines() if words in line]
         assert len([line for line in lines if "several blocks" not in line]) == 6
     values = []
     for seed in (0, 1):
         result = networks[f"{folder}/run{seed}"]["results"]["test"]
         values.append(result["linear"]["accuracy"])
-    line = next(line for line in table.splitlines() if "from scratch, 2 seeds" in line)
+    line = next(line for line in table.splitlines() if "from scratch: DINO, 2 seeds" in line)
     expected = f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f})"
     assert line.split("|")[3].strip() == expected
     # val is measured here, so another part of train has to choose the penalty
@@ -349,7 +350,7 @@ def test_the_row_of_several_blocks(trained):
     wanted = float((votes == y["test"]).float().mean())
     assert result["knn_blocks"]["accuracy"] == pytest.approx(wanted)
     table = open(f"{folder}/blocks/results/small.md").read()
-    lines = [line for line in table.splitlines() if "from scratch, several blocks" in line]
+    lines = [line for line in table.splitlines() if "from scratch: DINO, several blocks" in line]
     assert len(lines) == 2
     assert f"{result['linear_blocks']['accuracy']:.3f}" == lines[0].split("|")[3].strip()
 

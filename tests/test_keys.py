@@ -27,14 +27,15 @@ from model import SIZE_KEYS, DINOHead, build_backbone, check_memory
 from networks import read_run
 from tests_support import ROOT, SHRUNK, TINY, load_script
 
-SCRIPTS = ("train", "distill", "evaluate", "attention", "embed", "bench")
+SCRIPTS = ("train", "distill", "evaluate", "attention", "embed", "bench", "tables")
 MODULES = {script: load_script(script) for script in SCRIPTS}
 KEYS = sum([[(script, key) for key in MODULES[script].config_keys] for script in SCRIPTS], [])
 BOUNDED = [pair for pair in KEYS if bounds_of(pair[1], pair[0])]
 FREE_TEXT = {"model_name", "out_dir", "resume_from", "dataset_path", "cache_dir", "download_url",
              "eval_split", "model_type", "distilled_model_type", "distilled_model_weights",
              "teacher_cache", "run", "compare", "test_splits", "images", "masks", "split", "series",
-             "model", "output", "blocks", "probe", "query", "lora_targets"}
+             "model", "output", "blocks", "probe", "query", "lora_targets", "models", "teachers",
+             "recipes", "strategies", "test_split", "flags"}
 
 
 def apply(script, *argv):

@@ -189,6 +189,11 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path, npz, monkeypatch, recipe
     a, b = state(str(tmp_path / "whole")), state(str(tmp_path / "parts"))
     for key in ("student", "ema", "optimizer", "centers", "iteration"):
         assert_same(a[key], b[key])
+    names = [f"000000{n}-attention.png" for n in (0, 2, 4, 6)]
+    for name in [*names, "crops.png"]:
+        whole_one = (tmp_path / "whole/samples" / name).read_bytes()
+        assert whole_one == (tmp_path / "parts/samples" / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path / "parts/samples")) == [*names, "crops.png"]
     assert torch.equal(losses(whole), losses(parts))
     logged = [record["iteration"] for record in parts]
     assert logged == [record["iteration"] for record in whole]
