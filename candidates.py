@@ -125,8 +125,10 @@ def choose(rows):
     rows: [[dict of measure for each readout] for each candidate], the start first.
     """
     def harms(candidate):
-        pairs = zip(candidate, rows[0])
-        return any(now[key] > start[key] for now, start in pairs for key in LOSSES)
+        for now, start in zip(candidate, rows[0]):
+            if any(now[key] > start[key] for key in LOSSES):
+                return True
+        return False
 
     def total(readout):
         return sum(readout[key] for key in LOSSES)

@@ -129,8 +129,8 @@ def model_card(name, iteration, knn, config, config_text, num_channels=3,
     """
     numbers = measured_text(knn)
     if choice:
-        numbers += (f"\nThese weights are *{choice['candidate']}*, chosen among these candidates on "
-                    f"val:\n\n{choice['table']}\n")
+        numbers += (f"\nThese weights are *{choice['candidate']}*, chosen among these candidates "
+                    f"on val:\n\n{choice['table']}\n")
         if len(choice["blocks"]) > 1:
             numbers += ("\nThe readout that val prefers is CLS of blocks "
                         f"{', '.join(map(str, choice['blocks']))} (0 is the first), each after the "

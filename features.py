@@ -128,8 +128,10 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
 
 def about_items(items):
     """What stream_features yields beside the features of some items of WholeImages."""
-    return dict(indices=[item["i"] for item in items], digests=[item["digest"] for item in items],
-                masks=[item["mask"] for item in items])
+    about = {}
+    for key, name in (("indices", "i"), ("digests", "digest"), ("masks", "mask")):
+        about[key] = [item[name] for item in items]
+    return about
 
 
 class KeptTokens:
@@ -168,7 +170,8 @@ class KeptTokens:
             readout = None
             if block_cls:
                 readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
-            yield dict(cls=cls.float(), patches=patches.float(), readout=readout, **about)
+            cls, patches = cls.float(), patches.float()
+            yield dict(cls=cls, patches=patches, readout=readout, **about)
 
 
 @contextlib.contextmanager
@@ -392,9 +395,12 @@ class KnnMeasure:
         if all(len(dataset) <= n for dataset in sets.values()):
             return self
         small = copy.copy(self)
-        sets = {name: dataset.limited(n, self.seed) for name, dataset in sets.items()}
-        small.bank, small.splits = sets.pop("train"), sets
-        small.kept = {name: KeptTokens(kept.n_blocks) for name, kept in self.kept.items()}
+        small.kept, small.splits = {}, {}
+        for name, dataset in sets.items():
+            small.splits[name] = dataset.limited(n, self.seed)
+            if name in self.kept:
+                small.kept[name] = KeptTokens(self.kept[name].n_blocks)
+        small.bank = small.splits.pop("train")
         return small
 
     def accuracy(self, backbone, names):

@@ -334,8 +334,9 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         n, index, *is_known = item
-        about = dict(n=n, index=index, view=self.view(n), bad=[])
-        about["row"] = index * max(1, self.fixed_views) + about["view"]
+        view = self.view(n)
+        about = dict(n=n, index=index, view=view, bad=[])
+        about["row"] = index * max(1, self.fixed_views) + view
         if any(is_known):  # prefix.KnownViews: its tokens are kept
             return about
         bad = about["bad"]

@@ -358,7 +358,8 @@ def sigreg_loss(embeddings, directions, t_max=3.0, n_points=17):
         steps = torch.full_like(t, 2 * t_max / (n_points - 1))
         steps[[0, -1]] /= 2
         angles = x[..., None] * t  # [S,B,A,T]
-        cosines, sines = angles.cos().sum(dim=1), angles.sin().sum(dim=1)  # [S,A,T]
+        cosines = angles.cos().sum(dim=1)  # [S,A,T]
+        sines = angles.sin().sum(dim=1)
         real, imaginary = add_over_ranks(torch.stack([cosines, sines])) / n_images
         distance = (real - normal).square() + imaginary.square()
         return n_images * (distance @ (steps * normal)).mean()

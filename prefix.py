@@ -102,8 +102,9 @@ class PrefixCache:
             tokens = tokens.unflatten(0, (-1, len(batch["fresh"])))  # [V,b,T,D]
             for position, views in zip(batch["fresh"], tokens.unbind(1)):
                 self.kept[batch["row"][position]] = views.clone()
-        tokens = torch.stack([self.kept[row] for row in batch["row"]], dim=1)  # [V,B,T,D]
-        return tokens.flatten(0, 1).float().to(device), self.rope, self.n_blocks
+        kept = [self.kept[row] for row in batch["row"]]  # B times [V,T,D]
+        tokens = torch.stack(kept, dim=1).flatten(0, 1)  # [V*B,T,D]
+        return tokens.float().to(device), self.rope, self.n_blocks
 
 
 def cache_bytes(config, backbone, n_images):

@@ -1,4 +1,6 @@
 """prefix.py: a run that keeps what frozen blocks compute trains as one that computes it again."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -78,15 +80,12 @@ class Views:
 
 
 def test_a_view_is_known_after_its_batch():
-    order = BatchOrder(4, 2, 1, 0, 1, 0, 8, seed=0, shuffle=False)
-    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
-    assert known == [False] * 8 + [True] * 8  # two epochs cut the views, two know them
-    order = BatchOrder(4, 8, 1, 0, 1, 0, 2, seed=0, shuffle=False)  # a batch of two epochs
-    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
-    assert known == [False] * 8 + [True] * 8
-    order = BatchOrder(1, 2, 1, 0, 1, 0, 2, seed=0, shuffle=False)
-    known = [sample[2] for batch in KnownViews(order, Views()) for sample in batch]
-    assert known == [False, False, True, True]  # twice in one batch: both are cut
+    def known(n_images, batch_size, n_batches):
+        order = BatchOrder(n_images, batch_size, 1, 0, 1, 0, n_batches, seed=0, shuffle=False)
+        return [sample[2] for sample in itertools.chain(*KnownViews(order, Views()))]
+    assert known(4, 2, 8) == [False] * 8 + [True] * 8  # two epochs cut the views, two know them
+    assert known(4, 8, 2) == [False] * 8 + [True] * 8  # a batch of two epochs
+    assert known(1, 2, 2) == [False, False, True, True]  # twice in one batch: both are cut
 
 
 @pytest.mark.parametrize("flag, reason", [
