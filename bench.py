@@ -723,7 +723,8 @@ def counted_gb(name, strategy, n_gpus=1, distribution="ddp"):
 def bench_memory(config=None):
     """Print the table of counted_gb. Nothing is allocated or measured: real peaks were 1.6 to 2.2
     times what is counted (model.check_memory)."""
-    columns = [(n, "ddp") for n in (1, 2, 4)] + [(n, "fsdp") for n in (2, 4)]
+    columns = [(1, "ddp"), (2, "ddp"), (4, "ddp")]
+    columns += [(2, "fsdp"), (4, "fsdp")]
     header = " ".join(f"{n:2} {distribution:4}" for n, distribution in columns)
     print(f"\nGB on each GPU, counted; real peaks are up to 2.2 times that\n{'':22} {header}")
     for name in RELEASED:
