@@ -21,8 +21,7 @@ from types import SimpleNamespace
 from configurator import list_keys, one_line_errors, read_command_line
 
 # ==== config ====
-what = 'strategy'                # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'memory' |
-#                                'all' = each of them
+what = 'strategy'  # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'memory' | 'all' of them
 strategy = 'all'                 # 'all' | standard | lora | freeze | freeze_shared | lora_freeze
 model_type = 'vit'               # as in train.py: a hub id, a directory or a family
 use_pretrained = False           # True = the weights of model_type; a family has none
@@ -723,14 +722,15 @@ def counted_gb(name, strategy, n_gpus=1, distribution="ddp"):
 def bench_memory(config=None):
     """Print the table of counted_gb. Nothing is allocated or measured: real peaks were 1.6 to 2.2
     times what is counted (model.check_memory)."""
-    columns = [(n, "ddp") for n in (1, 2, 4)] + [(n, "fsdp") for n in (2, 4)]
+    columns = [(1, "ddp"), (2, "ddp"), (4, "ddp")]
+    columns += [(2, "fsdp"), (4, "fsdp")]
     header = " ".join(f"{n:2} {distribution:4}" for n, distribution in columns)
     print(f"\nGB on each GPU, counted; real peaks are up to 2.2 times that\n{'':22} {header}")
     for name in RELEASED:
-        for strategy in ("standard", "lora", "freeze"):
-            cells = [counted_gb(name, strategy, *column) for column in columns]
+        for kind in ("standard", "lora", "freeze"):
+            cells = [counted_gb(name, kind, *column) for column in columns]
             row = " ".join(f"{gb:7.1f}" for gb in cells)
-            print(f"{name:13}{strategy:9} {row}")
+            print(f"{name:13}{kind:9} {row}")
 
 
 def main(config):

@@ -322,13 +322,14 @@ def override(namespace, keys, argv):
             text = precision(text, namespace[key])
         try:
             known, note = without_key(flag, text, script, is_file=source != "command line")
-            notes.append(note)
         except ValueError as error:
             errors.append(f"{source}: {error}")
             return
-        if key not in defaults and entry and isinstance(defaults.get(section), dict):
+        if known:
+            notes.append(note)
+        elif key not in defaults and entry and isinstance(defaults.get(section), dict):
             assign(section, {**namespace[section], entry: _parse(text, None)}, source)
-        elif not known:
+        else:
             assign(key, _parse(text, defaults.get(key)), source)
 
     for path in [arg for arg in argv if not arg.startswith("--")]:

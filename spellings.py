@@ -7,8 +7,8 @@
 configurator.override applies them. Functions raise ValueError with what is needed, in one line.
 """
 
-ON_OFF = dict.fromkeys(("true", "yes", "on"), True)  # the words of YAML
-ON_OFF.update(dict.fromkeys(("false", "no", "off"), False))
+ON_OFF = {"true": True, "yes": True, "on": True,  # the words of YAML
+          "false": False, "no": False, "off": False}
 # Section and setting, joined, where no end of it is the key that is meant
 ALIASES = dict(distribution_type="distribution", lora_config_r="lora_r",
                lora_config_alpha="lora_alpha", lora_config_dropout="lora_dropout",

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 
 from configurator import UserError, describe, list_keys, one_line_errors, read_command_line
 
-# ==== config: the paper's Listings 2-8, except for model_name, model_type, dataset_path, use_lora,
-# which config/listing8.py has. Durations are in iterations (optimizer steps)
+# ==== config: the paper's Listings 2-8 except for model_name, model_type, dataset_path, use_lora
+# All Listings are in config/listing8.py. Durations are in iterations (optimizer steps)
 # ---- run ----
 model_name = 'pathmnist'         # name of the run; '' = that of the data set
 out_dir = ''                     # folder of the run; '' = out/{model_name}

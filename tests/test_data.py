@@ -750,8 +750,8 @@ def test_a_download_that_the_disk_cannot_hold_does_not_begin(load, server, archi
                                                              capsys):
     free = SimpleNamespace(free=2 * len(archive) - 1)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda folder: free)
-    wrong(load, r"tinymnist.npz.*: has 0.\d MB and is unpacked to more, but .*cache has 0.\d MB free",
-          "tinymnist", size=28)
+    words = r"has 0.\d MB and is unpacked to more, but .*cache has 0.\d MB free"
+    wrong(load, rf"tinymnist.npz.*: {words}", "tinymnist", size=28)
     assert "downloading" not in capsys.readouterr().err
 
 

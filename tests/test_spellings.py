@@ -345,10 +345,10 @@ def test_a_run_is_named_after_its_data_and_repeats_from_its_config(npz, tmp_path
     assert weights["backbone.layers.0.mlp.fc1.weight"].shape == (24, 32)
 
 
-@pytest.mark.parametrize("launcher", [["--cpu", "--num_processes=1"],
-                                      ["--multi_gpu", "--num_processes=2"]])
+@pytest.mark.parametrize("launcher", [["--multi_gpu", "--num_processes=2"]])
 def test_accelerate_launch_is_another_torchrun(launcher, npz, tmp_path):
-    """--multi_gpu starts processes on a CPU, too; --cpu starts one, whatever their number."""
+    """--multi_gpu starts processes on a CPU, too; --cpu starts one, whatever --num_processes says.
+    Also tried: one process, ["--cpu", "--num_processes=1"], and --use_fsdp."""
     pytest.importorskip("accelerate")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher,
                "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
