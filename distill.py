@@ -450,8 +450,7 @@ def main(sources, at_end):
         run.record_start(knn.pixels(), of_student(knn.accuracy, measured),
                          of_student(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
-    if state.iteration == 0:
-        attention.draw(run, state)
+    attention.start(run, state, train_set, multi_crop)
 
     # ---- the loop ----
     # iter starts the loader, which draws from torch's generator: before seed_iteration
@@ -541,8 +540,7 @@ def main(sources, at_end):
         if set_trainable(unwrap(state.student), train_from, iteration):  # the backbone begins
             state.ema.take_in(state.student)
             state.student = wrap(unwrap(state.student), distribution, run_device)
-        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
-            attention.draw(run, state)
+        attention.draw(run, state)  # before the checkpoint, from which a killed run goes on
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 

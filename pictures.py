@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from run_folder import whole_file
+
 # Ten colours that stay apart for the colour-blind and on white: matplotlib's petroff10
 # (Petroff, arXiv 2107.02270)
 PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -315,7 +317,8 @@ def save_samples(path, crops, n_images, photometrics, labels=None, n_guided=0, m
             elif labels is not None:
                 picture = outline(picture, labels[f"{kind}_crops"][index, 0] > 127)
             sheet.paste(picture, (left, line + gap + row * (tile + gap)))
-    sheet.save(path)
+    with whole_file(path) as part:
+        sheet.save(part)
 
 
 def _crop_picture(crop, photometrics, width):

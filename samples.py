@@ -38,10 +38,21 @@ class AttentionSamples:
         # one reader: with FSDP the ranks have to call the network equally often
         self.images = gather_objects(found)[0] or []
 
+    def start(self, run, state, train_set, multi_crop):
+        """Before the first iteration: the first picture, and the boxes of guided crops if there are
+        any. Args: as draw; multi_crop: the run's augment.MultiCrop."""
+        if state.iteration == 0:
+            self.draw(run, state)
+            if self.is_on and multi_crop.guided[0] > 0 and is_main():
+                draw_guided(f"{run.folder}/samples/guided.png", train_set, multi_crop,
+                            self.inputs["intensity_range"], run.config.seed)
+
     @torch.no_grad()
     def draw(self, run, state):
-        """Write the picture of this moment. All ranks call it; run: a run.Run; state: its State."""
-        if not self.images:
+        """Write the picture of this iteration if it is 0 or keeps a checkpoint. All ranks call it.
+        Args: run: a run.Run; state: its run.State."""
+        is_due = run.is_due(run.config.saveckp_freq, state.iteration)  # 0 is a multiple as well
+        if not self.images or not is_due:
             return
         with run.clock_stopped(), state.ema.teacher_weights(state.student) as teacher:
             maps = []

@@ -190,7 +190,7 @@ from pictures import save_samples
 from prefix import KnownViews, keep_prefix
 from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
                  seed_iteration, whole_run)
-from samples import AttentionSamples, draw_guided
+from samples import AttentionSamples
 from signals import end_by
 from verdict import LabelFree
 from weights import FAMILIES, pretrained_input
@@ -380,11 +380,7 @@ def main(sources, at_end):
                          of_teacher(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
 
-    if state.iteration == 0:
-        attention.draw(run, state)
-        if generate_samples and label_guided_crops_number > 0 and is_main():
-            draw_guided(f"{run.folder}/samples/guided.png", train_set, multi_crop,
-                        inputs["intensity_range"], seed)
+    attention.start(run, state, train_set, multi_crop)
 
     # ---- the loop ----
     batches = iter(loader)
@@ -450,8 +446,7 @@ def main(sources, at_end):
             for ema in filter(None, (state.ema, state.anchor, state.start)):
                 ema.take_in(state.student)
             make_ready(unwrap(state.student))
-        if run.is_due(saveckp_freq, iteration):  # before the checkpoint from which a run goes on
-            attention.draw(run, state)
+        attention.draw(run, state)  # before the checkpoint, from which a killed run goes on
         if is_best or run.is_due(saveckp_freq, iteration):
             run.save()
 
