@@ -294,7 +294,7 @@ def first_step(script, argv, monkeypatch, capsys):
     def forward(self, *args, **kwargs):
         seen["pixels"] += [x.clone() for x in args if torch.is_tensor(x)]
 
-    def loader(crop_set, config, micro_batches, *_):
+    def loader(crop_set, config, micro_batches, *_, **__):
         seen["loader"] = config.num_workers, crop_set.on_bad_image, micro_batches
 
     def knn(train_set, measured, config, *_):
@@ -377,8 +377,8 @@ BASES = dict(
            "--koleo_loss_weight=0.1", "--gram_loss_weight=1", "--gram_teacher=snapshot",
            "--gram_refresh_iterations=4", "--label_guided_crops_number=1",
            "--label_guided_loss_weight=0.5", "--cls_anchor_loss_weight=0.5",
-           "--lejepa_loss_weight=0.5", "--diet_loss_weight=0.5", "--warmup_teacher_temp_iterations=4",
-           "--warmup_teacher_temp=0.03"],
+           "--lejepa_loss_weight=0.5", "--diet_loss_weight=0.5",
+           "--warmup_teacher_temp_iterations=4", "--warmup_teacher_temp=0.03"],
     lora=["--model_type=dinov2", "--use_lora=true"],
     distill=["--model_type=dinov3_vit", "--objective=both", "--fixed_views=2"])
 
