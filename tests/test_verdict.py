@@ -73,7 +73,7 @@ def test_numbers_are_those_of_views_made_by_hand(tiny_backbone):
 
 
 def test_two_ranks_read_what_one_reads(tiny_backbone, monkeypatch):
-    """Both have 13 of 25 images, one of which is the other's, so that both call the network as often.
+    """Both have 13 of 25 images, one of them the other's, so that both call the network as often.
     Image 4 cannot be read, and neither can all of a batch."""
     backbone, dataset = tiny_backbone("vit").eval(), made_up(25)
     read = Dataset.__getitem__
