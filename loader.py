@@ -21,7 +21,7 @@ from labels import cut_tenth
 from positions import slabs_of
 from signals import ignore_signals
 
-LEAST_HELD_OUT = 10  # images; fewer say nothing
+LEAST_HELD_OUT = 20  # images; fewer say nothing
 
 
 # ---- splits and input settings ----

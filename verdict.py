@@ -252,8 +252,8 @@ def judge(start=None, now=None):
     """(word, sentence): 'better', 'worse' or 'cannot tell', and why. start, now: of
     LabelFree.measure; None = not measured."""
     if not start or not now:
-        return "cannot tell", ("cannot tell: less than 10 images could be held out, or the start "
-                               "was not measured")
+        return "cannot tell", (f"cannot tell: less than {LEAST_HELD_OUT} images could be held out, "
+                               "or the start was not measured")
     names = [name for name in TITLES if name in start and name in now]
     change = {name: now[name] - start[name] for name in names}
     word = decide(start, change)
