@@ -73,9 +73,11 @@ def load_choice(run_folder):
     checkpoints, choice = f"{run_folder}/checkpoints", read_choice(run_folder)
     if not choice or saved_iteration(f"{checkpoints}/last/state.pt") != choice["iteration"]:
         return None, None
-    start, end = (read_values(f"{checkpoints}/{name}/state.pt")
-                  for name in ("start", choice["checkpoint"]))
-    return {name: mix(name, start[name], end[name], choice["share"]) for name in end}, choice
+    start = read_values(f"{checkpoints}/start/state.pt")
+    values = read_values(f"{checkpoints}/{choice['checkpoint']}/state.pt")
+    for name, end in values.items():
+        values[name] = mix(name, start[name], end, choice["share"])
+    return values, choice
 
 
 def read_choice(run_folder):
@@ -96,23 +98,23 @@ def measure(backbone, knn, split, readouts):
     that of DINO's vote (20 neighbours, temperature 0.07), at least 0.02.
     """
     numbers, rows = sorted(set(sum(readouts, []))), []
-    train, val = (knn.features(backbone, name, block_numbers=numbers) for name in ("train", split))
-    labels = val["labels"]
+    train = knn.features(backbone, "train", block_numbers=numbers)
+    val = knn.features(backbone, split, block_numbers=numbers)
+    labels, groups = val["labels"], dict(train_groups=train["groups"], test_groups=val["groups"])
     for readout in readouts:
         columns = [numbers.index(number) for number in readout]
-        parts = []
         for part in (train, val):
             x = part["readout"].unflatten(1, (len(numbers), -1))  # [N,n,D]
-            parts.append(dict(part, features=x[:, columns].flatten(1)))
-        x, x_val = (part["features"] for part in parts)
-        _, shares = knn_vote(x, train["labels"], x_val, 20, 0.07, train_groups=train["groups"],
-                             test_groups=val["groups"])
+            part["features"] = x[:, columns].flatten(1)
+        x, x_val = train["features"], val["features"]
+        _, shares = knn_vote(x, train["labels"], x_val, 20, 0.07, **groups)
         shares = shares.cpu()[torch.arange(len(labels)), labels]
         probe, _ = fit_probe(x, train["labels"], x_val, labels, strengths=STRENGTHS[::3])
         correct = probe(x_val).argmax(dim=1) == labels
-        rows.append(dict(blocks=readout, knn=knn_score(*parts), probe=float(correct.float().mean()),
-                         knn_loss=float(-shares.clamp_min(0.02).log().mean()),
-                         probe_loss=probe.loss))
+        row = dict(blocks=readout, knn=knn_score(train, val), probe_loss=probe.loss)
+        row["probe"] = float(correct.float().mean())
+        row["knn_loss"] = float(-shares.clamp_min(0.02).log().mean())
+        rows.append(row)
     return rows
 
 
@@ -134,7 +136,8 @@ def choose(rows):
         return sum(readout[key] for key in LOSSES)
     allowed = [i for i, candidate in enumerate(rows) if i == 0 or not harms(candidate)]
     best = min(allowed, key=lambda i: sum(map(total, rows[i])))
-    return best, min(range(len(rows[best])), key=lambda i: total(rows[best][i]))
+    totals = list(map(total, rows[best]))
+    return best, totals.index(min(totals))
 
 
 LOSSES = ("knn_loss", "probe_loss")
@@ -143,7 +146,8 @@ LOSSES = ("knn_loss", "probe_loss")
 def choose_without_labels(rows):
     """Index of the candidate that verdict.score prefers, of those that verdict.judge does not call
     worse than the start. rows: [dict of LabelFree.measure], the start first."""
-    allowed = [i for i, row in enumerate(rows) if judge(rows[0], row)[0] != "worse"]
+    verdicts = [judge(rows[0], row)[0] for row in rows]
+    allowed = [i for i, verdict in enumerate(verdicts) if verdict != "worse"]
     return max(allowed, key=lambda i: score(rows[i]))
 
 
