@@ -109,7 +109,8 @@ def measure(backbone, knn, split, readouts):
         x, x_val = train["features"], val["features"]
         _, shares = knn_vote(x, train["labels"], x_val, 20, 0.07, **groups)
         shares = shares.cpu()[torch.arange(len(labels)), labels]
-        probe, _ = fit_probe(x, train["labels"], x_val, labels, strengths=STRENGTHS[::3])
+        few = STRENGTHS[::3]
+        probe, _ = fit_probe(x, train["labels"], x_val, labels, strengths=few)
         correct = probe(x_val).argmax(dim=1) == labels
         row = dict(blocks=readout, knn=knn_score(train, val), probe_loss=probe.loss)
         row["probe"] = float(correct.float().mean())

@@ -65,6 +65,7 @@ import torch
 
 import store
 from archives import SPLITS
+from candidates import read_choice
 from checks import Checks
 from data import describe_source, load_dataset
 from distributed import (autocast_for, compute_dtype, loader_workers, precision_notes,
@@ -180,13 +181,16 @@ def check_config(config):
 
 
 def find_blocks(backbone, same, inputs, open_cut):
-    """The blocks of the readout, [] = none. With blocks='auto' they are those that were chosen
+    """The blocks of the readout, [] = none. With blocks='auto' they are those that a run has handed
+    back with its weights; else those that were chosen
     before for the same output, else chosen on val. same: settings of which the choice depends;
     open_cut(name) -> split train or val, which may be cut from train."""
     if blocks == "last":
         return []
     if blocks != "auto":
         return parse_blocks(blocks, len(block_list(backbone)))
+    if choice := read_choice(model):  # by the run itself, at its end
+        return choice["blocks"] if len(choice["blocks"]) > 1 else []
     previous = store.read_settings(output) or store.read_unfinished(output)
     if not store.differences(previous, dict(same, readout=blocks)):
         return previous["blocks"]

@@ -36,6 +36,7 @@ import tempfile
 import torch
 import transformers
 
+from candidates import load_choice
 from card import model_card
 from checkpoint import export_hf, load_state, saved_states
 from model import (add_adapters, backbone_from_config, build_backbone, forward_features,
@@ -71,6 +72,11 @@ def load_checkpoint(folder):
     for name, value in {**state["student"], **state["ema"]}.items():
         if name.startswith("backbone."):
             weights[name.removeprefix("backbone.")] = value
+    if os.path.basename(folder) == "best":  # what the run has handed back may be a mixture
+        values, choice = load_choice(os.path.dirname(os.path.dirname(folder)))
+        if choice:
+            state.update(choice=choice, iteration=choice["iteration"])
+            weights.update((name.removeprefix("backbone."), values[name]) for name in values)
     filters = next(value for value in weights.values() if value.ndim == 4)  # [D,C,p,p]
     if "architecture" in state:
         shape = dict(state["architecture"])
@@ -184,7 +190,8 @@ def main(sources):
         scaling = "set"  # of pictures
     card = model_card(config["model_name"], state["iteration"], state["knn"], config,
                       config_text(SimpleNamespace(**config)), backbone.config.num_channels,
-                      inputs["intensity_range"], inputs.get("window"), scaling)
+                      inputs["intensity_range"], inputs.get("window"), scaling,
+                      state.get("choice"))
 
     # ---- beside its place, then to its place: an earlier export stays until this one is whole ----
     parent = os.path.dirname(os.path.abspath(output))

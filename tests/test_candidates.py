@@ -7,13 +7,15 @@ import pytest
 import torch
 
 import candidates
+import embed
 from augment import Photometrics, resize_center
-from candidates import choose, find_candidates, load_choice, mix, read_values
+from candidates import choose, find_candidates, mix, read_values
+from configurator import override
 from data import load_dataset
 from loader import measure_intensities
 from model import build_backbone, forward_features
 from phantom import make_phantom
-from tests_support import TINY, run, state
+from tests_support import TINY, load_script, run, state
 
 FLAGS = ["--use_pretrained=true", "--freeze_backbone_iterations=0", "--max_iterations=4",
          "--saveckp_freq=100", "--image_mean=0.5", "--image_std=0.25", "--momentum_teacher=0.1",
@@ -94,10 +96,12 @@ def test_what_is_exported_is_the_chosen_mixture(tmp_path, sources, monkeypatch, 
     choice = json.loads((out / "checkpoints/best/choice.json").read_text())
     summary = json.loads((out / "results/summary.json").read_text())
     assert choice == summary["handed_back"] and choice["share"] == share
-    values, _ = load_choice(str(out))
-    if not extra:
-        for name, value in best.state_dict().items():
-            assert torch.equal(values[f"backbone.{name}"], value), name
+    script = load_script("export")
+    argv = [f"--model={out}", f"--output={tmp_path}/hf"]
+    script.main(override(vars(script), script.config_keys, argv))
+    for name, value in build_backbone(f"{tmp_path}/hf", True, 1).state_dict().items():
+        assert torch.equal(value, best.state_dict()[name]) or "mask_token" in name, name
+    assert embed.read_choice(str(out))["blocks"] == choice["blocks"] == [0, 1]
     card = (out / "checkpoints/best/hf/README.md").read_text()
     assert choice["candidate"] in card and choice["table"] in card
     assert f"handed back: {choice['candidate']}" in capsys.readouterr().out
