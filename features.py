@@ -162,7 +162,7 @@ class KeptTokens:
         norm = final_norm(backbone)
         for shared, shallow, about in self.batches:
             with autocast(), cls_of_blocks(backbone, block_numbers) as block_cls:
-                cls, patches = forward_features(backbone, None, shared=shared)
+                cls, patches = forward_features(backbone, None, shared=shared)  # to the bit
                 for number in block_numbers:
                     if number < self.n_blocks:
                         tokens = norm(shallow[number])

@@ -368,7 +368,7 @@ def main(sources, at_end):
     run.open(state, inputs)
     n_kept = prefix.n_blocks if prefix else 0
     knn = KnnMeasure(train_set, measured, config, inputs, autocast, n_kept)
-    label_free = LabelFree(held_out, train_set, config, inputs, autocast)
+    label_free = LabelFree(held_out, train_set, config, inputs, autocast, n_kept)
     attention = AttentionSamples(train_set, measured, inputs, config)
 
     def of_teacher(measure, *args):

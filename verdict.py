@@ -20,13 +20,13 @@ from data import error_text
 from distributed import (gather_objects, is_main, item_bytes, loader_workers, rank,
                          workers_that_fit, world_size)
 from loader import LEAST_HELD_OUT
-from model import forward_features
+from model import embed, run_blocks, used_features
 from positions import position_r2, relative_positions
 from signals import ignore_signals
 from teachers import FrozenTeacher
 
-MOST_IMAGES = 500  # that are measured, drawn by seed
-N_VIEWS = 4  # random crops of each image
+MOST_IMAGES = 200  # that are measured, drawn by seed: seconds
+N_VIEWS = 2  # random crops of each image
 N_CLUSTERS = 10  # of the silhouette
 # How views are made: keys of train.py and distill.py, with train.py's defaults
 VIEWS = dict(augmentation="auto", global_crops_scale=(0.4, 1.0), min_foreground=0.0,
@@ -72,12 +72,14 @@ class ViewedImages(torch.utils.data.Dataset):
 class LabelFree:
     """What a network knows of held-out images, without labels: see `measure`."""
 
-    def __init__(self, held_out, train_set, config, inputs, autocast):
+    def __init__(self, held_out, train_set, config, inputs, autocast, n_frozen=0):
         """Args: held_out: Dataset; train_set: Dataset, on which the places of slices are learned,
         or None = no position_r2; config: namespace of train.py's or distill.py's keys; those of
         VIEWS may be missing; inputs: of loader.input_settings; autocast: of
-        distributed.autocast_for."""
+        distributed.autocast_for; n_frozen: so many first blocks are frozen, and what they make of
+        the images is kept for the next measurement."""
         self.config, self.inputs, self.autocast = config, inputs, autocast
+        self.n_frozen, self.kept = n_frozen, {}  # {id of a Dataset: [(rows, tokens, rope)]}
         self.held_out = with_relative_positions(held_out).limited(MOST_IMAGES, config.seed)
         self.train_set = None
         if train_set is not None and held_out.volume is not None and train_set.volume is not None:
@@ -138,6 +140,8 @@ class LabelFree:
         """(rows [n] int, CLS features [n,1+n_views,D] fp32 on the CPU) of the images that can be
         read, whole image first. Every rank computes a share, all ranks get all. The shares have
         the same length, because all ranks must call a sharded network equally often."""
+        if id(dataset) in self.kept and backbone is not None:
+            return self.from_kept(backbone, dataset, n_views)
         n = math.ceil(len(dataset) / world_size())
         share = np.arange(rank() * n, rank() * n + n) % len(dataset)
         crop = MultiCrop(global_crops_size=size, **self.crop_keys)
@@ -148,7 +152,7 @@ class LabelFree:
             workers = workers_that_fit(workers, item_bytes(images[share[0]]) * batch_size)
         batches = DataLoader(images, batch_size, sampler=share.tolist(), num_workers=workers,
                              collate_fn=list, worker_init_fn=ignore_signals)
-        rows, found = [], []
+        rows, found, new = [], [], []
         nothing = dict(pixels=torch.zeros(1 + n_views, dataset.num_channels, size, size),
                        seeds=torch.zeros(n_views, dtype=torch.int64))
         for items in batches:
@@ -156,10 +160,30 @@ class LabelFree:
             if errors and self.config.on_bad_image == "error":
                 raise UserError(errors[0])
             items = [item for item in items if "error" not in item]
-            cls = self.forward(backbone, items or [nothing])  # as often as the other ranks
+            cls, shared = self.forward(backbone, items or [nothing])  # as often as other ranks
             if items:
-                rows += [item["i"] for item in items]
+                batch_rows = [item["i"] for item in items]
+                rows += batch_rows
                 found.extend(cls.numpy())
+                new.append((batch_rows, shared))
+        if self.n_frozen > 0 and backbone is not None:
+            self.kept[id(dataset)] = new
+        return self.gather(dataset, rows, found)
+
+    def from_kept(self, backbone, dataset, n_views):
+        """`features` of a network whose frozen blocks have been there before."""
+        rows, found = [], []
+        for batch_rows, shared in self.kept[id(dataset)]:
+            with torch.no_grad(), self.autocast():
+                cls, _, _ = used_features(backbone, *shared)
+            cls = cls.float().cpu().unflatten(0, (1 + n_views, -1))  # [1+q,b,D]
+            rows += batch_rows
+            found.extend(cls.transpose(0, 1).numpy())
+        return self.gather(dataset, rows, found)
+
+    @staticmethod
+    def gather(dataset, rows, found):
+        """`features` from this rank's rows and [1+q,D] arrays."""
         parts = gather_objects((rows, found))
         rows, found = (list(itertools.chain(*part)) for part in zip(*parts))
         if not rows:
@@ -170,7 +194,8 @@ class LabelFree:
 
     @torch.no_grad()
     def forward(self, backbone, items):
-        """CLS features [b,1+q,D] of items of ViewedImages. Crops are augmented as in training."""
+        """CLS features [b,1+q,D] of items of ViewedImages, and what the frozen blocks made of them
+        (used_features). Crops are augmented as in training."""
         device = torch.device("cpu")
         if backbone is not None:
             device = next(backbone.parameters()).device
@@ -181,7 +206,7 @@ class LabelFree:
         for view, (crops, crop_seeds) in enumerate(zip(pixels[1:], seeds)):
             kind = ("global1", "global2")[view % 2]
             batch.append(self.photometrics(crops, crop_seeds, kind))
-        batch = torch.cat(batch)  # [(1+q)*b,C,S,S]
+        batch, shared = torch.cat(batch), None  # [(1+q)*b,C,S,S]
         if backbone is None:
             cls = batch.flatten(1)
         else:
@@ -189,10 +214,13 @@ class LabelFree:
                 if isinstance(backbone, FrozenTeacher):
                     cls, _ = backbone(batch)
                 else:
-                    cls, _ = forward_features(backbone, batch)
+                    tokens, rope = embed(backbone, batch)
+                    tokens = run_blocks(backbone, tokens, rope, 0, self.n_frozen)
+                    shared = tokens, rope, self.n_frozen
+                    cls, _, _ = used_features(backbone, *shared)
         cls = cls.float().cpu()
         cls = cls.unflatten(0, (-1, len(items)))  # [1+q,b,D]
-        return cls.transpose(0, 1)
+        return cls.transpose(0, 1), shared
 
 
 def with_relative_positions(dataset):
