@@ -145,11 +145,12 @@ LOSSES = ("knn_loss", "probe_loss")
 
 
 def choose_without_labels(rows):
-    """Index of the candidate that verdict.score prefers, of those that verdict.judge does not call
-    worse than the start. rows: [dict of LabelFree.measure], the start first."""
+    """Index of the candidate that verdict.score prefers, of those that verdict.judge calls better
+    than the start; 0, the start, if there are none. rows: [dict of LabelFree.measure], the start
+    first."""
     verdicts = [judge(rows[0], row)[0] for row in rows]
-    allowed = [i for i, verdict in enumerate(verdicts) if verdict != "worse"]
-    return max(allowed, key=lambda i: score(rows[i]))
+    better = [i for i, verdict in enumerate(verdicts) if verdict == "better"]
+    return max(better, key=lambda i: score(rows[i]), default=0)
 
 
 def table(names, rows, chosen, readout):

@@ -9,7 +9,7 @@ import torch
 import candidates
 import embed
 from augment import Photometrics, resize_center
-from candidates import choose, find_candidates, mix, read_values
+from candidates import choose, choose_without_labels, find_candidates, mix, read_values
 from configurator import override
 from data import load_dataset
 from loader import measure_intensities
@@ -49,6 +49,13 @@ def test_the_choice_has_the_lowest_losses_of_those_that_harm_nothing():
     assert choose([start, best_sum]) == (0, 1)  # the start, with its better readout
     assert choose([start, start]) == (0, 1)  # equal losses: the start
     assert choose([start, [row(1.0, 1.0), row(0.9, 0.5)]]) == (1, 1)
+
+
+def test_without_labels_only_a_better_one_replaces_the_start():
+    start, more, most = (dict(images=100, retrieval=share) for share in (0.5, 0.53, 0.6))
+    assert choose_without_labels([start, more]) == 0
+    assert choose_without_labels([start, more, most, most, start]) == 2
+    assert choose_without_labels([most, start]) == 0
 
 
 def test_a_mixture_is_a_straight_line_and_scales_lora():

@@ -159,8 +159,8 @@ START = dict(images=100, retrieval=0.5, lidar=20.0, rankme=9.0, uniformity=-2.0,
 
 
 @pytest.mark.parametrize("retrieval, lidar, word", [
-    (0.6, 25, "better"), (0.4, 15, "worse"), (0.6, 15, "cannot tell"), (0.6, 21, "cannot tell"),
-    (0.54, 25, "cannot tell"), (0.5, 20, "cannot tell")])
+    (0.6, 15, "better"), (0.4, 25, "worse"), (0.54, 25, "cannot tell"), (0.46, 15, "cannot tell"),
+    (0.5, 20, "cannot tell"), (0.551, 20, "better"), (0.449, 20, "worse")])
 def test_three_words_with_numbers(retrieval, lidar, word):
     now = dict(START, retrieval=retrieval, lidar=lidar)
     found, sentence = judge(START, now)
