@@ -146,6 +146,7 @@ class Run:
         catch_signals(self.signals, self.at_end)
         self.began = self.last_logged_at = time.time()
         self.first_iteration = self.last_logged = state.iteration
+        self.measured = 0.0  # seconds
         if self.resumed_from:
             self._publish()
 
@@ -176,17 +177,19 @@ class Run:
         """(seconds per iteration since the last call, time left as text); call it per log line."""
         now, max_iterations = time.time(), self.config.max_iterations
         seconds = (now - self.last_logged_at) / (iteration - self.last_logged)
-        per_iteration = (now - self.began) / (iteration - self.first_iteration)
+        per_iteration = (now - self.began - self.measured) / (iteration - self.first_iteration)
         left = int((max_iterations - iteration) * per_iteration)
         self.last_logged_at, self.last_logged = now, iteration
         return seconds, f"{left // 60}:{left % 60:02d}"
 
     @contextlib.contextmanager
     def clock_stopped(self):
-        """Around a measurement: its time does not count in the seconds per iteration."""
+        """Around a measurement: its time does not count in the seconds per iteration, nor in the
+        time left."""
         began = time.time()
         yield
         self.last_logged_at += time.time() - began
+        self.measured += time.time() - began
 
     def record_start(self, pixels, untrained, numbers):
         """Keep the results that all later ones are compared with.
