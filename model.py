@@ -387,7 +387,7 @@ def add_lora(backbone, r=4, alpha=16, dropout=0.1,
     linears = choose_linears(linears, targets)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora,
                              target_modules=list(linears))
-    norm = last_norm(backbone)
+    norm = final_norm(backbone)
     norm_name = next(name for name, module in backbone.named_modules() if module is norm)
     with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)

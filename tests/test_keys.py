@@ -25,6 +25,7 @@ from checks import UNUSED, step_bytes
 from configurator import UserError, override
 from model import SIZE_KEYS, DINOHead, build_backbone, check_memory
 from networks import read_run
+from run import LossCheck
 from tests_support import ROOT, SHRUNK, TINY, load_script
 
 SCRIPTS = ("train", "distill", "evaluate", "attention", "embed", "bench")
@@ -299,7 +300,7 @@ def first_step(script, argv, monkeypatch, capsys):
     def knn(train_set, measured, config, *_):
         seen["knn"] = config.eval_max_images, list(measured)
 
-    def losses(sums):
+    def losses(_, sums, *args):
         seen["losses"] = {name: float(value) for name, value in sums.items()}
 
     real_state, real_update = module.State, module.EMATeacher.update
@@ -332,7 +333,7 @@ def first_step(script, argv, monkeypatch, capsys):
         watch(module.Student, "forward", forward)
         watch(module, "make_loader", loader)
         watch(module, "KnnMeasure", knn)
-        watch(module, "mean_over_ranks", losses)
+        watch(LossCheck, "add", losses)
         patches.setattr(module, "State", keep_state)
         patches.setattr(module.EMATeacher, "update", update)
         patches.setattr(module, "compile_blocks", lambda _: seen.update(compiled=True))
