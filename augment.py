@@ -289,6 +289,15 @@ def uniforms(seeds, n, stream=0):
         return z.astype(np.float64) * 2.0**-53
 
 
+def to_device(values, device):
+    """An array or tensor of the CPU on a device. A GPU gets it from pinned memory, in its own time:
+    the CPU does not wait until the GPU has done all that it was told before."""
+    values = torch.as_tensor(values)
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def to_unit(crops, intensity_range, seeds=None, window_jitter=0.0):
     """Pixels of any dtype [N,C,S,S] to float 0..1: intensity_range = (low, high) maps to (0, 1),
     and the rest is clipped.
@@ -302,7 +311,7 @@ def to_unit(crops, intensity_range, seeds=None, window_jitter=0.0):
     if window_jitter > 0:
         shifts = torch.from_numpy(uniforms(seeds, 2, stream=1) * 2 - 1).float()
         ends += shifts * window_jitter * (high - low)
-    ends = ends.to(crops.device)[:, :, None, None, None]
+    ends = to_device(ends, crops.device)[:, :, None, None, None]
     low, high = ends.unbind(1)  # [N,1,1,1] each
     # in place, here and below, because fresh memory costs more time than the arithmetic
     return (crops.float() - low).div_(high - low).clamp_(0, 1)
@@ -332,6 +341,7 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
     seeds = generator
     if not torch.is_tensor(generator) and not isinstance(generator, np.ndarray):
         seeds = numpy_generator(generator).integers(2**63 - 1, size=len(x))
+    seeds = np.asarray(seeds)
     u = uniforms(seeds, 11)  # [N,11], one number per decision
     jitter = u[:, 0] < p["jitter_probability"]
     strengths = {}
@@ -348,11 +358,11 @@ def photometric(crops, preset, generator, kind, blur_probability=(1.0, 0.1, 0.5)
         low, high = BLUR_SIGMA
         scale = min(1.0, x.shape[-1] / 96)
         sigma = (low + (high - low) * u[blurred, 7]) * scale
-        sigma = torch.from_numpy(sigma).float().to(device)
-        blurred = torch.from_numpy(blurred).to(device)
+        sigma = to_device(sigma.astype(np.float32), device)
+        blurred = to_device(blurred, device)
         x.index_copy_(0, blurred, gaussian_blur(x[blurred], sigma))
     if kind == "global2":
-        solarized = torch.from_numpy(u[:, 8] < p["solarize_probability"]).to(device)
+        solarized = to_device(u[:, 8] < p["solarize_probability"], device)
         solarized = solarized[:, None, None, None] & (x >= 0.5)
         x = torch.where(solarized, 1 - x, x)
     for row in np.flatnonzero(u[:, 9] < p["noise_probability"]):  # every crop has its own seed
@@ -394,7 +404,7 @@ def color_matrix(x, gray, brightness, contrast, saturation, hue):
         matrix = np.linalg.inv(YIQ) @ turn @ YIQ @ matrix
 
     def on_device(array):
-        return torch.from_numpy(np.ascontiguousarray(array)).float().to(x.device)
+        return to_device(np.ascontiguousarray(array, dtype=np.float32), x.device)
 
     matrix, shift = on_device(matrix), on_device(-contrast * (1 + brightness))
     mean_gray = x.mean(dim=(2, 3)) @ on_device(weights)  # [N]
@@ -429,7 +439,7 @@ class Photometrics:
 
     def normalize(self, x):
         """(x - mean) / std per channel, x [N,C,S,S] in 0..1."""
-        mean, std = self.mean.to(x.device), self.std.to(x.device)
+        mean, std = to_device(self.mean, x.device), to_device(self.std, x.device)
         return (x - mean[:, None, None]).div_(std[:, None, None])
 
     def plain(self, crops):

@@ -77,7 +77,7 @@ from metrics import knn_classify
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
                    compile_blocks, frozen_blocks, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
-from run import State, check_finite, gradient_scaler, mean_over_ranks, seed_iteration
+from run import LossCheck, State, gradient_scaler, seed_iteration
 
 STRATEGIES = dict(  # use LoRA, freeze the first blocks, run them once for student and teacher
     standard=(False, False, False), lora=(True, False, False),
@@ -158,33 +158,42 @@ def describe_crops(config):
 # ---- counting ----
 
 def count_matmuls(config, width, depth, patch, mlp_ratio, n_frozen, use_lora, shares, r=4,
-                  channels=3, masked=0):
+                  channels=3, masked=0, most_masked=0, whole=False):
     """Multiplications of one step per image.
 
-    Args: shares: as build_state; masked: patches per image that the iBOT head reads.
+    Args: shares: as build_state; masked: patches per image that the iBOT head reads; most_masked:
+    of one crop; whole: the last block computes all tokens, not only the used ones (last_block.py).
     Returns: dict with backbone and heads, each a dict of teacher, student, activations and weights;
-    and unit, one forward of all student tokens through the backbone. The last two of the four are
-    the backward, each as costly as the forward: the gradients of activations, down to the first
+    and unit, one forward of all student tokens through the whole backbone. The last two of the four
+    are the backward, each as costly as the forward: the gradients of activations, down to the first
     trained parameter, and those of trained weights.
     The two products of attention count like a Linear and its weight. Both need both gradients even
     if the weights are frozen, so LoRA's ratio is 0.01 too low.
     """
-    def in_blocks(size, n_blocks):  # of one crop
+    large, small = config.global_crops_size, config.local_crops_size
+    crops = [large] * 2 + [small] * config.local_crops_number
+
+    def in_blocks(size, n_blocks, all_tokens=whole):  # of one crop
         n = (size // patch) ** 2 + 1
         per_token = (4 + 2 * mlp_ratio) * width**2 + 2 * n * width  # projections, MLP; attention
-        return n_blocks * n * per_token
+        if all_tokens or n_blocks == 0:
+            return n_blocks * n * per_token
+        used, queries = 1, 1
+        if size == large:
+            used, queries = 1 + masked / 2, 1 + most_masked
+        last = 2 * n * width**2 + used * (2 + 2 * mlp_ratio) * width**2 + queries * 2 * n * width
+        return (n_blocks - 1) * n * per_token + last
 
     def in_embedding(size):
         return (size // patch) ** 2 * patch**2 * channels * width
 
-    large, small = config.global_crops_size, config.local_crops_size
-    crops = [large] * 2 + [small] * config.local_crops_number
     embedded = sum(in_embedding(size) for size in crops)
-    unit = sum(in_blocks(size, depth) for size in crops) + embedded
+    unit = sum(in_blocks(size, depth, True) for size in crops) + embedded
+    student = sum(in_blocks(size, depth) for size in crops) + embedded
     teacher = 2 * (in_blocks(large, depth) + in_embedding(large))
-    shared = 2 * (in_blocks(large, n_frozen) + in_embedding(large)) if shares else 0
+    shared = 2 * (in_blocks(large, n_frozen, True) + in_embedding(large)) if shares else 0
     trained = sum(in_blocks(size, depth - n_frozen) for size in crops)
-    backbone = dict(teacher=teacher, student=unit - shared, activations=trained, weights=trained)
+    backbone = dict(teacher=teacher, student=student - shared, activations=trained, weights=trained)
     if use_lora:  # no gradients of the weights; A and B on queries and values
         share = 2 * 2 * r / ((4 + 2 * mlp_ratio) * width)
         backbone.update(teacher=teacher + share * teacher,
@@ -306,7 +315,7 @@ def measure(config, name, with_data=False):
     crop_set = crop_dataset(config, Dataset(example_images(64), name="random"), config.batch_size,
                             grid=config.global_crops_size // shape.patch_size, masks=masks)
     batches = iter(make_loader(crop_set, train_config, 1, 0, all_steps, run_device))
-    laps, masked, products = [], [], Products()
+    laps, masked, products, losses = [], [], Products(), LossCheck()
     for step in range(all_steps):
         counts_products = step == 1 and not config.compile  # a compiled step calls no products
         with products if counts_products else contextlib.nullcontext():
@@ -322,30 +331,31 @@ def measure(config, name, with_data=False):
                 lap("augmentation")
             terms, row_sums, _ = dino.forward_backward(
                 state, crops, values.teacher_temp, train_config, autocast, lap=lap)
-            losses = mean_over_ranks(terms)
-            check_finite(losses, step, values.lr, batch["index"])
+            losses.add(terms, step, values.lr, batch["index"])
             if step == 0:
                 gradients = bytes_of(param.grad for param in state.student.parameters()
                                      if param.grad is not None)
             dino.update(state, row_sums, values, train_config)
             lap("optimizer + EMA")
         laps.append(lap.seconds())
-        masked.append(0 if crops["masks"] is None else int(crops["masks"].sum()))
+        rows, most = crops["masked"] or (torch.empty(3, 0), 0)
+        masked.append((rows.shape[1] / config.batch_size, most))
     moments = []
     for entry in state.optimizer.state.values():
         moments += [value for value in entry.values() if value.ndim > 0]  # not the step counter
     held = dict(weights=bytes_of(state.student.parameters()), gradients=gradients,
                 optimizer=bytes_of(moments), teacher=bytes_of(state.ema.values.values()))
+    masked, most_masked = np.mean(masked, axis=0).tolist()
     mlp_ratio = getattr(shape, "mlp_ratio", None) or shape.intermediate_size / shape.hidden_size
     flops = count_matmuls(config, shape.hidden_size, len(blocks(backbone)), shape.patch_size,
                           mlp_ratio, frozen_blocks(backbone), use_lora, state.n_shared_blocks > 0,
-                          config.lora_r, masked=statistics.mean(masked) / config.batch_size)
+                          config.lora_r, masked=masked, most_masked=most_masked)
     measured, parts = laps[2:], {}
     for part in measured[0]:
         parts[part] = statistics.median(lap[part] for lap in measured)
     seconds = [sum(lap.values()) for lap in measured]
     return dict(seconds=seconds, parts=parts, held=held, computed=computed, flops=flops,
-                peak=peak_bytes(run_device), libraries=libraries, loss=losses["loss"],
+                peak=peak_bytes(run_device), libraries=libraries, loss=losses.read()["loss"],
                 products=products.counts)
 
 

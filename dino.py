@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from augment import to_device
 from checks import uses_prototypes
 from distributed import no_sync, unwrap
 from losses import (cls_anchor_loss, diet_loss, dino_loss, gram_loss, ibot_loss, koleo_loss,
@@ -64,7 +65,7 @@ def augment_batch(batch, photometrics, config, device):
     """
     names = "global", "local", "guided", "masks", "masked", "gram", "plain", "shared"
     crops = dict.fromkeys(names)
-    crops["index"] = torch.tensor(batch["index"]).to(device, non_blocking=True)
+    crops["index"] = to_device(batch["index"], device)
     if "global_crops" not in batch:
         return crops
     native, seeds = batch["global_crops"].to(device, non_blocking=True), batch["global_seeds"]
@@ -245,7 +246,7 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
                               lap)
     if config.lejepa_loss_weight > 0:
         directions = random_directions(config.lejepa_out_dim, config.seed, state.iteration)
-        targets["directions"] = directions.to(crops["index"].device)
+        targets["directions"] = to_device(directions, crops["index"].device)
     targets["index"] = crops.get("index")
 
     # Step 3. The student sees all crops, masked where iBOT asks

@@ -167,8 +167,7 @@ from model import (DINOHead, EMATeacher, Student, adapted_backbone, blocks, comp
 from optim import (build_optimizer, clip_gradients, cosine_schedule, set_learning_rates,
                    warmup_factor)
 from pictures import save_samples
-from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
-                 seed_iteration, whole_run)
+from run import Run, State, gradient_scaler, restore, seed_iteration, whole_run
 from samples import AttentionSamples
 from signals import end_by
 from teachers import FeatureCache, FeatureStatistics, build_teacher, check_same_teacher
@@ -494,9 +493,8 @@ def main(sources, at_end):
         if stop:
             break
 
-        # Step 4. Stop before anything is touched if the loss is not a number
-        losses = mean_over_ranks(sums)
-        check_finite(losses, state.iteration, lr_now, indices)
+        # Step 4. Stop if the loss is not a number, before it reaches the disk
+        run.losses.add(sums, state.iteration, lr_now, indices)
         # Step 5. Clip, step, move the EMA
         state.scaler.unscale_(optimizer)
         grad_norm = clip_gradients(unwrap(state.student), clip_grad, clip_grad_by)
@@ -514,9 +512,9 @@ def main(sources, at_end):
             health = dict(rankme=rankme(cls))
             if "probs" in targets:
                 health = monitor(cls, targets["probs"].flatten(0, 1))
-            record = dict(iteration=iteration, **losses, lr=lr_now, weight_decay=weight_decay_now,
-                          momentum_teacher=momentum_now, batch_size=global_batch_size,
-                          grad_norm=float(grad_norm),
+            record = dict(iteration=iteration, **run.losses.read(), lr=lr_now,
+                          weight_decay=weight_decay_now, momentum_teacher=momentum_now,
+                          batch_size=global_batch_size, grad_norm=float(grad_norm),
                           images_per_second=global_batch_size / seconds,
                           memory_gb=memory_gb(run_device)[0],
                           **parameter_counts(state.student), **health)

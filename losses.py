@@ -356,7 +356,7 @@ def sigreg_loss(embeddings, directions, t_max=3.0, n_points=17):
         t = torch.linspace(0, t_max, n_points, device=x.device)  # [T]
         normal = torch.exp(-t.square() / 2)
         steps = torch.full_like(t, 2 * t_max / (n_points - 1))
-        steps[[0, -1]] /= 2
+        steps[::n_points - 1] /= 2  # both ends
         angles = x[..., None] * t  # [S,B,A,T]
         cosines = angles.cos().sum(dim=1)  # [S,A,T]
         sines = angles.sin().sum(dim=1)

@@ -65,6 +65,7 @@ class Run:
         self.is_open, self.unwritten, self.choice = False, [], None
         self.signals, self.stopped_by, self.bad_images = [], 0, set()
         self.wandb = None
+        self.losses = LossCheck()
         # pixels and untrained: {split: accuracy}; start, best, best_iteration; label_free: start
         # and now, of verdict.LabelFree. Without labels best is a score
         self.knn = {}
@@ -235,7 +236,8 @@ class Run:
 
     def save(self):
         """Write checkpoints/last, and all else that the state is: `best`, a numbered one, the end.
-        All ranks call it, because it gathers sharded tensors."""
+        All ranks call it, because it gathers sharded tensors. UserError if a loss is no number."""
+        self.losses.read()
         architecture = core(unwrap(self.state.student).backbone).config.to_dict()
         for key in ("architectures", "dtype", "torch_dtype"):
             architecture.pop(key, None)  # an export sets them: equal states must be equal files
@@ -475,22 +477,49 @@ def seed_iteration(seed, iteration):
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) // 2)  # below 2**63
 
 
-def mean_over_ranks(terms):
-    """{name: float}: each logged term, averaged over the ranks in one message."""
-    names = sorted(terms)
-    means = all_reduce_mean(torch.stack([terms[name] for name in names]))
-    return dict(zip(names, means.tolist()))
+class LossCheck:
+    """Step 4: losses, averaged over the ranks and checked. All ranks see the same numbers.
 
-
-def check_finite(losses, iteration, lr, indices):
-    """Step 4. Raise UserError if the loss is not a number, before anything is touched.
-
-    indices: numbers of this rank's images. All ranks call it and see the same losses.
+    A GPU works behind the CPU. To read a number of the step that it computes is to wait until it
+    has nothing to do. So on a GPU add() reads the losses of the step before. A loss that is not a
+    number then ends the run one step late, but never reaches the disk: Run.save and the log line
+    read the latest losses first.
     """
-    if math.isfinite(losses["loss"]):
-        return
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    images = sum(gather_objects(indices), [])
-    raise UserError(f"loss is {losses['loss']} at iteration {iteration} ({terms}), lr {lr:.3g}; "
-                    "neither weights nor teacher were touched, checkpoints/last is good. Try a "
-                    f"lower lr or clip_grad, or mixed_precision=no. Its images: {images}")
+
+    def __init__(self):
+        self.waiting, self.losses = [], {}
+
+    def add(self, terms, iteration, lr, indices):
+        """Take the losses of an iteration, {name: scalar tensor}. Raises UserError as read().
+
+        indices: numbers of this rank's images.
+        """
+        names, arrived = sorted(terms), None
+        means = all_reduce_mean(torch.stack([terms[name] for name in names]))  # one message
+        values = means.to("cpu", non_blocking=True)  # pinned
+        if means.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.waiting.append((names, values, arrived, iteration, lr, indices))
+        self._check(n_left=1 if means.is_cuda else 0)
+
+    def read(self):
+        """{name: float} of the latest iteration; waits for them. UserError if a loss is not a
+        number. All ranks call it."""
+        self._check(n_left=0)
+        return self.losses
+
+    def _check(self, n_left):
+        while len(self.waiting) > n_left:
+            names, values, arrived, iteration, lr, indices = self.waiting.pop(0)
+            if arrived:
+                arrived.synchronize()
+            self.losses = dict(zip(names, values.tolist()))
+            if math.isfinite(self.losses["loss"]):
+                continue
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
+            images = sum(gather_objects(indices), [])
+            raise UserError(f"loss is {self.losses['loss']} at iteration {iteration} ({terms}), lr "
+                            f"{lr:.3g}; nothing of it was saved, checkpoints/last is good. Try a "
+                            "lower lr or clip_grad, or mixed_precision=no. Its images: "
+                            f"{images}")

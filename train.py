@@ -188,8 +188,7 @@ from model import (EMATeacher, Student, adapted_backbone, blocks, build_heads, c
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
 from prefix import KnownViews, keep_prefix
-from run import (Run, State, check_finite, gradient_scaler, mean_over_ranks, restore,
-                 seed_iteration, whole_run)
+from run import Run, State, gradient_scaler, restore, seed_iteration, whole_run
 from samples import AttentionSamples
 from signals import end_by
 from verdict import LabelFree
@@ -414,9 +413,8 @@ def main(sources, at_end):
         if stop:
             break
 
-        # Step 4. Stop before anything is touched if the loss is not a number
-        losses = mean_over_ranks(sums)
-        check_finite(losses, state.iteration, values.lr, indices)
+        # Step 4. Stop if the loss is not a number, before it reaches the disk
+        run.losses.add(sums, state.iteration, values.lr, indices)
         # Step 5. Clip, step, move the teacher and the centers
         grad_norm = dino.update(state, row_sums, values, config)
 
@@ -424,7 +422,7 @@ def main(sources, at_end):
         iteration, record, is_best = state.iteration, {}, False
         if run.log_is_due(iteration):
             seconds, left = run.tick(iteration)
-            record = dict(iteration=iteration, **losses, lr=values.lr,
+            record = dict(iteration=iteration, **run.losses.read(), lr=values.lr,
                           weight_decay=values.weight_decay, momentum_teacher=values.momentum,
                           teacher_temp=values.teacher_temp, batch_size=global_batch_size,
                           grad_norm=float(grad_norm), images_per_second=global_batch_size / seconds,

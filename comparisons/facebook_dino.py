@@ -71,7 +71,7 @@ def main(clone):
                 param_k.data.mul_(0.996).add_((1 - 0.996) * param_q.detach().data)
         seconds.append(time.perf_counter() - began)
     flops = bench.count_matmuls(config, 384, 12, 16, mlp_ratio=4, n_frozen=0,
-                                use_lora=False, shares=False)
+                                use_lora=False, shares=False, whole=True)
     bench.print_share(config, "facebookresearch/dino", seconds[2:], flops)
 
 

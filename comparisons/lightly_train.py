@@ -54,7 +54,7 @@ def main():
     seconds = [after - before for before, after in zip(began, began[1:])]
     masked = 2 * 256 * 0.5 * 0.3  # patches: half of the crops, 0.1 to 0.5 of a crop
     flops = bench.count_matmuls(config, 384, 12, 14, mlp_ratio=4, n_frozen=0,
-                                use_lora=False, shares=False, masked=masked)
+                                use_lora=False, shares=False, whole=True, masked=masked)
     bench.print_share(config, "lightly-train", seconds[2:], flops)
 
 

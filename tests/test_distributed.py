@@ -35,7 +35,7 @@ from losses import (dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_ce
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, add_lora, blocks,
                    build_backbone, freeze_layers)
 from optim import build_optimizer, set_learning_rates
-from run import State, gradient_scaler, mean_over_ranks
+from run import LossCheck, State, gradient_scaler
 from teachers import build_teacher
 from tests_support import ROOT, SHRUNK, assert_same, load_train
 
@@ -190,7 +190,7 @@ def train_recipe(recipe, family, how, rank):
     state = State(student, EMATeacher(student), optimizer, gradient_scaler(cpu, "no"),
                   centers=dict(dino=torch.zeros(1, 64), ibot=torch.zeros(1, 64)))
     state.student = wrap(student, how, cpu)
-    found = dict(losses=[], gradients=[])
+    found, losses = dict(losses=[], gradients=[]), LossCheck()
     for iteration in range(3):
         values = dino.schedules(config, iteration, 0)
         set_learning_rates(optimizer, values.lr, values.last_layer_lr, values.weight_decay,
@@ -198,7 +198,8 @@ def train_recipe(recipe, family, how, rank):
         terms, row_sums, _ = dino.forward_backward(
             state, recipe_crops(config, rank, 10 * iteration), values.teacher_temp, config,
             contextlib.nullcontext)
-        found["losses"].append(mean_over_ranks(terms))
+        losses.add(terms, iteration, values.lr, [])
+        found["losses"].append(losses.read())
         found["gradients"].append(gather_full(gradients(state.student)))
         dino.update(state, row_sums, values, config)
     return found

@@ -26,6 +26,7 @@ from configurator import UserError, override
 from distributed import compute_dtype
 from model import SIZE_KEYS, DINOHead, build_backbone, check_memory
 from networks import read_run
+from run import LossCheck
 from tests_support import ROOT, SHRUNK, TINY, load_script
 
 SCRIPTS = ("train", "distill", "evaluate", "attention", "embed", "bench", "tables")
@@ -301,7 +302,7 @@ def first_step(script, argv, monkeypatch, capsys):
     def knn(train_set, measured, config, *_):
         seen["knn"] = config.eval_max_images, list(measured)
 
-    def losses(sums):
+    def losses(_, sums, *args):
         seen["losses"] = {name: float(value) for name, value in sums.items()}
 
     real_state, real_update = module.State, module.EMATeacher.update
@@ -334,7 +335,7 @@ def first_step(script, argv, monkeypatch, capsys):
         watch(module.Student, "forward", forward)
         watch(module, "make_loader", loader)
         watch(module, "KnnMeasure", knn)
-        watch(module, "mean_over_ranks", losses)
+        watch(LossCheck, "add", losses)
         patches.setattr(module, "State", keep_state)
         patches.setattr(module.EMATeacher, "update", update)
         patches.setattr(module, "compile_blocks", lambda _: seen.update(compiled=True))
