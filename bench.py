@@ -181,7 +181,8 @@ def count_matmuls(config, width, depth, patch, mlp_ratio, n_frozen, use_lora, sh
         used, queries = 1, 1
         if size == large:
             used, queries = 1 + masked / 2, 1 + most_masked
-        last = 2 * n * width**2 + used * (2 + 2 * mlp_ratio) * width**2 + queries * 2 * n * width
+        last = 2 * n * width**2 + queries * 2 * n * width  # keys and values; attention
+        last += used * (2 + 2 * mlp_ratio) * width**2
         return (n_blocks - 1) * n * per_token + last
 
     def in_embedding(size):

@@ -378,7 +378,6 @@ def main(sources, at_end):
         run.record_start(knn.pixels(), of_teacher(knn.accuracy, measured),
                          of_teacher(label_free.measure))
         run.save()  # if training only harms, `best` stays at the start
-
     attention.start(run, state, train_set, multi_crop)
 
     # ---- the loop ----

@@ -280,10 +280,11 @@ def judge(start=None, now=None):
     word = decide(start, now)
     names = [name for name in TITLES if name in start and name in now]
     listed = [f"{TITLES[name]} {start[name]:.3f} -> {now[name]:.3f}" for name in names]
-    why = dict(better="crops find their image more often", worse="crops find their image less often")
-    why["cannot tell"] = "crops find their image about as often as at the start"
-    return word, (f"{word}: {why[word]}, which tells about nearest neighbours, not about a linear "
-                  f"probe; {now['images']} held-out images, {', '.join(listed)}")
+    how = dict(better="more often", worse="less often")
+    how["cannot tell"] = "about as often as at the start"
+    return word, (f"{word}: crops find their image {how[word]}, which tells about nearest "
+                  f"neighbours, not about a linear probe; {now['images']} held-out images, "
+                  f"{', '.join(listed)}")
 
 
 def in_one_line(numbers):

@@ -29,7 +29,7 @@ DRAWING = ("phantom.py", "pictures.py")  # coordinates and colours make long lin
 OTHER_DEFAULT = {"model_name", "local_crops_number", "dino_head_out_dim", "teacher_temp",
                  "warmup_iterations"}  # distill.py is another method
 MAIN_LINES = {"train.py": 190, "distill.py": 250}
-FILE_LINES = {"train.py": 460, "distill.py": 560, "evaluate.py": 450}
+FILE_LINES = {"train.py": 465, "distill.py": 560, "evaluate.py": 450}
 
 
 def read(path):

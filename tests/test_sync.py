@@ -23,7 +23,8 @@ class Copies(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, source = kwargs or {}, args[0] if args else None
+        kwargs = kwargs or {}
+        source = args[0] if args else None
         name, device = function.overloadpacket.__name__, kwargs.get("device")
         if name == "_to_copy" and device is not None and device.type != source.device.type:
             waits = not kwargs.get("non_blocking", False)
