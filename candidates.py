@@ -193,6 +193,7 @@ def hand_back(run, knn, label_free):
                 rows.append(measure(backbone, small, split, readouts))
             else:
                 rows.append(label_free.measure(backbone))
+    rows = gather_objects(rows)[0]  # not each rank's own: they could differ by rounding
     if with_labels:
         chosen, readout = choose(rows)
         blocks = rows[chosen][readout]["blocks"]
