@@ -9,7 +9,7 @@ The other blocks are frozen. What they make of a crop is computed once and kept 
 global_crops_size = 112          # for images of 64 to 160 pixels
 local_crops_number = 0           # local crops cannot be kept
 train_last_blocks = 2
-fixed_views = 2                  # of each image: more for some hundred images, one for thousands
+fixed_views = 4                  # of each image, by turns; thousands of images come once at most
 
 # few prototypes and sharp targets, as config/adapt.py
 dino_head_out_dim = 512
@@ -20,7 +20,7 @@ warmup_teacher_temp_iterations = 0
 koleo_loss_weight = 0.03
 
 global_batch_size = 16
-max_iterations = 60
+max_iterations = 100
 warmup_iterations = max_iterations // 10
 freeze_last_layer = 0
 lr = 2e-4
@@ -28,6 +28,7 @@ min_lr = 2e-5
 layerwise_decay = 0.8
 weight_decay_end = 0.04
 momentum_teacher = 0.95
+final_momentum_teacher = 0.95    # a rising one would stop the average before it has caught up
 eval_max_images = 500
 eval_interval = 0
 saveckp_freq = 1000
