@@ -394,7 +394,7 @@ def test_help_whose_reader_has_gone_ends_without_a_traceback(script):
 
 @pytest.mark.parametrize("argv, status, words", [
     (["--help"], 0, "Config keys with their defaults"),
-    (["--model_typ=vit"], 1, "unknown key 'model_typ', did you mean 'model_type'?"),
+    (["--devic=cpu"], 1, "unknown key 'devic', did you mean 'device'?"),
     (["config/phantm.py"], 1, "no such config file, did you mean config/phantom.py?")])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_a_mistake_answer_at_once(script, argv, status, words):
