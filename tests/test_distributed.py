@@ -167,7 +167,7 @@ def recipe_crops(config, rank, seed):
     masks = None
     if config.ibot_loss_weight > 0:
         masks = images_of(normal(2 * size, 16, seed=seed) > 0.5, rank, size)
-    crops = dict(masks=masks, masked=masked_tokens(masks), guided=None, gram=None)
+    crops = dict(masks=masks, masked=masked_tokens(masks), guided=None, gram=None, shared=None)
     for name, n_views, pixels in (("global", 2, 32), ("local", n_local, 16)):
         images = normal(n_views * size, 3, pixels, pixels, seed=seed + n_views)
         crops[name] = images_of(images, rank, size)
