@@ -259,7 +259,8 @@ def test_seeds_share_a_row(trained):
     table = open(f"{folder}/both/results/small.md").read()
     for words in ("from scratch: DINO, 2", "untrained, 2"):
         lines = [line for line in table.splitlines() if words in line]
-        assert len([line for line in lines if "several blocks" not in line]) == 8  # 4 tables a split
+        lines = [line for line in lines if "several blocks" not in line]
+        assert len(lines) == 8  # four tables for each split
     values = []
     for seed in (0, 1):
         result = networks[f"{folder}/run{seed}"]["results"]["test"]
