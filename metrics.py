@@ -19,28 +19,36 @@ DINO_KNN = ((10, 0.07), (20, 0.07))  # k and temperature of DINO's weighted k-NN
 
 @torch.no_grad()
 def nearest_images(train_features, test_features, k=5, chunk=1024, train_groups=None,
-                   test_groups=None):
+                   test_groups=None, train_chunk=65536):
     """(similarity [M,k] fp32, indices [M,k] int64): of each of M images, features [M,D], the cosine
     with its k nearest of N images, features [N,D], nearest first, and which these are; at most N.
 
-    Args: chunk: images at a time, so memory is chunk * N numbers, on the device of train_features;
+    Args: chunk, train_chunk: images at a time, so beside the features memory holds chunk *
+    train_chunk numbers and train_chunk * D, on the device of train_features: 0.4 GB for any N;
     train_groups [N], test_groups [M] int: the similarity with images of the own group is -inf.
     """
-    train = F.normalize(train_features.float(), dim=1)
-    k = min(k, len(train))
-    queries = F.normalize(test_features.float(), dim=1).to(train.device)
+    device, k = train_features.device, min(k, len(train_features))
+    queries = F.normalize(test_features.float(), dim=1).to(device).split(chunk)
     has_groups = train_groups is not None and test_groups is not None
     if has_groups:
-        train_groups = torch.as_tensor(train_groups, device=train.device)
-        test_groups = torch.as_tensor(test_groups, device=train.device).split(chunk)
-    similarities, indices = [], []
-    for part, test in enumerate(queries.split(chunk)):
-        similarity = test @ train.T  # [m,N]
-        if has_groups:
-            similarity[test_groups[part][:, None] == train_groups] = -torch.inf
-        similarity, nearest = similarity.topk(k, dim=1)
-        similarities.append(similarity)
-        indices.append(nearest)
+        train_groups = torch.as_tensor(train_groups, device=device).split(train_chunk)
+        test_groups = torch.as_tensor(test_groups, device=device).split(chunk)
+    found = [None] * len(queries)  # (similarity, indices) [m,k] of each part of the queries
+    for n, train in enumerate(train_features.split(train_chunk)):
+        train = F.normalize(train.float(), dim=1)
+        for part, test in enumerate(queries):
+            similarity = test @ train.T  # [m,n]
+            if has_groups:
+                similarity[test_groups[part][:, None] == train_groups[n]] = -torch.inf
+            similarity, nearest = similarity.topk(min(k, len(train)), dim=1)
+            nearest += n * train_chunk
+            if n > 0:  # the k best of those before and these
+                similarity = torch.cat([found[part][0], similarity], dim=1)
+                nearest = torch.cat([found[part][1], nearest], dim=1)
+                similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+                nearest = nearest.gather(1, order)
+            found[part] = similarity, nearest
+    similarities, indices = zip(*found)
     return torch.cat(similarities), torch.cat(indices)
 
 

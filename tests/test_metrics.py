@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection import dice_per_class, patch_classes
 from metrics import (alignment, classification_metrics, diagnose, knn_classify, knn_vote, lidar,
-                     monitor, rankme, silhouette, spherical_kmeans, two_view_retrieval,
-                     uniformity, weighted_auc)
+                     monitor, nearest_images, rankme, silhouette, spherical_kmeans,
+                     two_view_retrieval, uniformity, weighted_auc)
 from probe import STRENGTHS, fit_linear, fit_probe, linear_probe
 
 
@@ -62,6 +63,32 @@ def test_a_small_temperature_listens_to_the_nearest():
     labels = torch.tensor([1, 0, 0])
     assert knn_classify(train, labels, query, k=3, temperature=0.07).tolist() == [1]
     assert knn_classify(train, labels, query, k=3, temperature=10.0).tolist() == [0]
+
+
+def test_nearest_images_in_chunks_are_those_of_the_whole_matrix():
+    """Bit for bit, and no tensor has all pairs, or all training features once more."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 32, generator=generator) for n in (5000, 70))
+    groups = dict(train_groups=torch.arange(5000) % 50, test_groups=torch.arange(70) % 50)
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(out.numel() if torch.is_tensor(out) and not out._is_view() else 0)
+            return out
+    for more in ({}, groups):
+        whole = nearest_images(train, test, 7, **more)
+        exact = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T
+        if more:
+            exact[groups["test_groups"][:, None] == groups["train_groups"]] = -torch.inf
+        assert torch.equal(whole[1], exact.topk(7, dim=1)[1])
+        with Sizes():
+            parts = nearest_images(train, test, 7, chunk=16, train_chunk=512, **more)
+        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    assert max(largest) == 512 * 32
+    similarity, indices = nearest_images(train[:20], test, 50, train_chunk=8)
+    assert indices.shape == (70, 20) and (indices.sort(dim=1)[0] == torch.arange(20)).all()
 
 
 def test_knn_knows_length_chunks_and_gaps():
