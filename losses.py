@@ -320,8 +320,8 @@ def diet_loss(logits, index, label_smoothing=0.8):
 
 
 def lejepa_prediction_loss(embeddings, n_global):
-    """Every crop predicts the mean embedding of its image's global crops: LeJEPA (arXiv 2511.08544),
-    without a predictor and without a stopped gradient.
+    """Every crop predicts the mean embedding of its image's global crops: LeJEPA (arXiv
+    2511.08544), without a predictor and without a stopped gradient.
 
         mean over s, b, e of (embeddings[s,b,e] - mean over v < n_global of embeddings[v,b,e]) ** 2
 
