@@ -302,7 +302,7 @@ def cls_anchor_loss(student_cls, start_cls):
 
 def diet_loss(logits, index, label_smoothing=0.8):
     """Every training image is a class of its own, and every crop has to be told to its image: DIET
-    (arXiv 2302.10260) section 3; DIET-CP (arXiv 2509.06990) for small sets and released weights.
+    (arXiv 2302.10260); DIET-CP (arXiv 2509.06990) for small sets and released weights.
 
         for s in range(S):
             for b in range(B):
@@ -320,8 +320,8 @@ def diet_loss(logits, index, label_smoothing=0.8):
 
 
 def lejepa_prediction_loss(embeddings, n_global):
-    """Every crop predicts the mean embedding of its image's global crops: LeJEPA (arXiv 2511.08544)
-    section 5, without a predictor and without a stopped gradient.
+    """Every crop predicts the mean embedding of its image's global crops: LeJEPA (arXiv
+    2511.08544), without a predictor and without a stopped gradient.
 
         mean over s, b, e of (embeddings[s,b,e] - mean over v < n_global of embeddings[v,b,e]) ** 2
 
@@ -333,7 +333,7 @@ def lejepa_prediction_loss(embeddings, n_global):
 
 
 def sigreg_loss(embeddings, directions, t_max=3.0, n_points=17):
-    """Sketched isotropic Gaussian regularisation: LeJEPA (arXiv 2511.08544) section 4. It pushes
+    """Sketched isotropic Gaussian regularisation: LeJEPA (arXiv 2511.08544). It pushes
     the embeddings towards a Gaussian of mean 0 and covariance 1, so they can neither collapse to a
     point nor to a subspace.
 

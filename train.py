@@ -132,10 +132,10 @@ cls_anchor_loss_weight = 0.0     # keeps CLS of plain crops near that of the fir
 
 # ---- losses without prototypes: with dino_head_loss_weight=0 no teacher runs ----
 lejepa_loss_weight = 0.0         # every crop predicts the mean of its global crops (LeJEPA)
-lejepa_sigreg_weight = 0.05      # share of SIGReg in it, which prevents collapse: 0.01 to 0.1
+lejepa_sigreg_weight = 0.05      # share of SIGReg, which prevents collapse; authors' example: 0.02
 lejepa_out_dim = 64              # width of the embeddings that it compares
 diet_loss_weight = 0.0           # every image is a class; label smoothing (DIET)
-diet_label_smoothing = 0.8       # share of the target spread over all images; DIET-CP's code: 0.3
+diet_label_smoothing = 0.8       # share of the target that is spread over all images; DIET: 0.8
 
 # ---- optimizer ----
 global_batch_size = 64           # images per optimizer step, over all ranks

@@ -14,7 +14,7 @@ local_crops_number = 0
 
 dino_head_loss_weight = 0.0
 diet_loss_weight = 1.0
-diet_label_smoothing = 0.8       # the authors' code for small sets: 0.3
+diet_label_smoothing = 0.8       # public code of DIET-CP has 0.3
 train_last_blocks = 2
 
 global_batch_size = 32

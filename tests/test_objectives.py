@@ -77,7 +77,7 @@ def test_sigreg_is_the_statistic_of_its_docstring():
 def test_sigreg_and_prediction_are_those_of_the_authors():
     """Numbers of rbalestr-lab/lejepa at eddffdd, run on a CPU with the inputs below: class SIGReg
     of MINIMAL.md, its torch.randn replaced by these directions, with the gradient of one embedding;
-    its invariance loss, and the same with the mean of the first two views, as in the paper;
+    its invariance loss, and the same with the mean of the first two views;
     EppsPulley() of the package, and EppsPulley(t_max=5, n_points=33)."""
     embeddings = (1.5 * waves(3, 8, 4) + 0.2).requires_grad_()
     directions = F.normalize(waves(4, 256).roll(5, 1), dim=0)
