@@ -254,7 +254,7 @@ def settings(**changed):
         model_type="vit", global_crops_size=32, local_crops_size=16, local_crops_number=2,
         label_guided_crops_number=0, gram_loss_weight=0.0, gram_crops_size=0, drop_path_rate=0.0,
         pos_embed_rescale=0.0, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        patch_size=8, num_register_tokens=2), **changed})
+        patch_size=8, num_register_tokens=2, train_last_blocks=0), **changed})
 
 
 @pytest.mark.parametrize("changed, key", [
