@@ -232,7 +232,7 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
     if uses_prototypes(config):
         with state.ema.teacher_weights(state.student) as teacher, autocast():
             teacher_out = teacher(crops["global"], crops["guided"], masked=masked,
-                                  with_patches=with_gram and is_anchor, shared=crops["shared"],
+                                  with_patches=with_gram and is_anchor, shared=crops.get("shared"),
                                   n_shared_blocks=state.n_shared_blocks)
         lap("teacher")
         targets = make_targets(teacher_out, state.centers, teacher_temp, config)
@@ -241,7 +241,7 @@ def forward_backward(state, crops, teacher_temp, config, autocast, n_micro=1, la
                 if key in teacher_out:
                     row_sums[name] = sum_rows(teacher_out[key])
         lap("losses")
-    shared = crops["shared"] or teacher_out.get("shared")  # what frozen blocks made of them
+    shared = crops.get("shared") or teacher_out.get("shared")  # what frozen blocks made of them
     targets |= anchor_targets(state, crops, teacher_out.get("patches"), shared, config, autocast,
                               lap)
     if config.lejepa_loss_weight > 0:
