@@ -6,7 +6,8 @@ Use it in place of config/dinov1.py, and a strategy after it (config/lora.py, co
 recipes of the papers are made for 125 000 iterations of 1024 images. With 16 images a step their
 65536 prototypes get uniform targets, and the log says NOT LEARNING.
 2 CPU cores, DINOv2-small, 1905 brain MRI images of 64 pixels: 3.4 minutes, and 5-NN accuracy on
-test_iid rises from 0.686 to 0.766. It does not help on every data set: see docs/RESULTS.md.
+test_iid rises from 0.686 to 0.766. It does not help on every data set (docs/RESULTS.md), so at the
+end the best of the start, the end and mixtures of both on val becomes checkpoints/best/hf.
 """
 # crops for images of 64 to 160 pixels; for larger images and patch 14 use 224 and 98
 global_crops_size = 112
