@@ -28,7 +28,8 @@ def nearest_images(train_features, test_features, k=5, chunk=1024, train_groups=
     train_groups [N], test_groups [M] int: the similarity with images of the own group is -inf.
     """
     device, k = train_features.device, min(k, len(train_features))
-    queries = F.normalize(test_features.float(), dim=1).to(device).split(chunk)
+    queries = F.normalize(test_features.float(), dim=1).to(device)
+    queries = queries.split(chunk)
     has_groups = train_groups is not None and test_groups is not None
     if has_groups:
         train_groups = torch.as_tensor(train_groups, device=device).split(train_chunk)
