@@ -93,38 +93,50 @@ def measure(backbone, knn, split, readouts):
     """[dict] of a network, one for each of some readouts, lists of block numbers.
 
     knn, probe: accuracy on the split of 5-NN and of a linear probe that learn from train; knn_loss,
-    probe_loss: their mean -log of the share, or probability, of the true class. The losses choose,
-    because val of a small set has some dozen images, on which accuracy is coarse. k-NN's share is
+    probe_loss: their mean -log of the share, or probability, of the true class; train_loss: like
+    knn_loss, of the training images, whose own group (patient), or itself, does not vote. Losses
+    choose, because val of a small set has some dozen images, or three patients. k-NN's share is
     that of DINO's vote (20 neighbours, temperature 0.07), at least 0.02.
     """
     numbers, rows = sorted(set(sum(readouts, []))), []
     train = knn.features(backbone, "train", block_numbers=numbers)
     val = knn.features(backbone, split, block_numbers=numbers)
-    labels, groups = val["labels"], dict(train_groups=train["groups"], test_groups=val["groups"])
+    labels, own = val["labels"], train["groups"]
+    if own is None:
+        own = torch.arange(len(train["labels"]))
     for readout in readouts:
         columns = [numbers.index(number) for number in readout]
         for part in (train, val):
             x = part["readout"].unflatten(1, (len(numbers), -1))  # [N,n,D]
             part["features"] = x[:, columns].flatten(1)
         x, x_val = train["features"], val["features"]
-        _, shares = knn_vote(x, train["labels"], x_val, 20, 0.07, **groups)
-        shares = shares.cpu()[torch.arange(len(labels)), labels]
         few = STRENGTHS[::3]
         probe, _ = fit_probe(x, train["labels"], x_val, labels, strengths=few)
         correct = probe(x_val).argmax(dim=1) == labels
         row = dict(blocks=readout, knn=knn_score(train, val), probe_loss=probe.loss)
         row["probe"] = float(correct.float().mean())
-        row["knn_loss"] = float(-shares.clamp_min(0.02).log().mean())
+        row["knn_loss"] = knn_loss(train, val, train["groups"], val["groups"])
+        row["train_loss"] = knn_loss(train, train, own, own)
         rows.append(row)
     return rows
+
+
+def knn_loss(train, test, train_groups, test_groups):
+    """Mean over test of -log of the share of the votes for the true class. train, test: dicts of
+    features.shared_features."""
+    labels = test["labels"]
+    _, shares = knn_vote(train["features"], train["labels"], test["features"], 20, 0.07,
+                         train_groups=train_groups, test_groups=test_groups)
+    shares = shares.cpu()[torch.arange(len(labels)), labels]
+    return float(-shares.clamp_min(0.02).log().mean())
 
 
 def choose(rows):
     """(index of the candidate, index of its readout): the rule, fixed before it was tried on test.
 
-    A candidate may win only if no readout has a higher loss of k-NN or of the probe than the same
-    readout of the start. Of those the sum of both losses, of all readouts, is lowest in the one
-    that is chosen, and of its readouts in the one that is advised.
+    A candidate may win only if no readout has a higher loss than the same readout of the start: of
+    k-NN, of the probe, of k-NN within train. Of those the sum of all losses of all readouts is
+    lowest in the one that is chosen, and of its readouts in the one that is advised.
     rows: [[dict of measure for each readout] for each candidate], the start first.
     """
     def harms(candidate):
@@ -141,7 +153,7 @@ def choose(rows):
     return best, totals.index(min(totals))
 
 
-LOSSES = ("knn_loss", "probe_loss")
+LOSSES = ("knn_loss", "probe_loss", "train_loss")
 
 
 def choose_without_labels(rows):
@@ -155,7 +167,8 @@ def choose_without_labels(rows):
 
 def table(names, rows, chosen, readout):
     """The candidates as a Markdown table; the chosen one and its readout are bold."""
-    lines = ["| candidate | blocks | 5-NN | probe | k-NN loss | probe loss |", "|" + "---|" * 6]
+    lines = ["| candidate | blocks | 5-NN | probe | k-NN loss | probe loss | in train |",
+             "|" + "---|" * 7]
     for i, (name, candidate) in enumerate(zip(names, rows)):
         for j, row in enumerate(candidate):
             bold = "**" if (i, j) == (chosen, readout) else ""

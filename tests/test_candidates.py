@@ -36,8 +36,9 @@ def sources(tmp_path_factory):
     return [f"--dataset_path={folder}/phantom.npz", f"--model_type={folder}/start"]
 
 
-def row(knn_loss, probe_loss, blocks=(1,)):
-    return dict(blocks=list(blocks), knn=0.5, probe=0.5, knn_loss=knn_loss, probe_loss=probe_loss)
+def row(knn_loss, probe_loss, train_loss=1.0, blocks=(1,)):
+    return dict(blocks=list(blocks), knn=0.5, probe=0.5, knn_loss=knn_loss, probe_loss=probe_loss,
+                train_loss=train_loss)
 
 
 def test_the_choice_has_the_lowest_losses_of_those_that_harm_nothing():
@@ -49,6 +50,7 @@ def test_the_choice_has_the_lowest_losses_of_those_that_harm_nothing():
     assert choose([start, best_sum]) == (0, 1)  # the start, with its better readout
     assert choose([start, start]) == (0, 1)  # equal losses: the start
     assert choose([start, [row(1.0, 1.0), row(0.9, 0.5)]]) == (1, 1)
+    assert choose([start, [row(0.5, 0.5, 1.01), row(0.5, 0.5)]]) == (0, 1)  # worse within train
 
 
 def test_without_labels_only_a_better_one_replaces_the_start():
@@ -146,6 +148,14 @@ def test_the_losses_that_choose_are_those_of_a_plain_computation(tmp_path, sourc
         tied = np.flatnonzero(counts == counts.max())
         correct.append(next(vote for vote in votes if vote in tied) == label)
     assert rows[0][0]["knn_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    within, x, label = [], features["train"].numpy(), labels["train"]
+    for i in range(len(x)):
+        cosines = x @ x[i]
+        nearest = [j for j in np.argsort(-cosines) if j != i][:20]
+        weights = np.exp(cosines[nearest] / 0.07)
+        share = weights[label[nearest] == label[i]].sum() / weights.sum()
+        within.append(-np.log(max(share, 0.02)))
+    assert rows[0][0]["train_loss"] == pytest.approx(np.mean(within), rel=1e-4)
     assert rows[0][0]["knn"] == pytest.approx(np.mean(correct))
 
 
