@@ -366,7 +366,7 @@ def test_a_recipe_on_two_ranks_is_that_of_one(ranks, alone, recipe, family, how)
     assert ours["gradients"][0].keys() == expected["gradients"][0].keys()
     for name, grad in expected["gradients"][0].items():
         difference = float((ours["gradients"][0][name] - grad).abs().max()) / largest
-        assert difference <= 1e-6, name
+        assert difference <= 2e-6, name
 
 
 @pytest.mark.parametrize("centering", TARGETS)

@@ -22,11 +22,19 @@ QUICK = ["--generate_samples=false", "--eval_interval=0", "--image_mean=0.5", "-
          "--model_type=dinov2", "--local_crops_number=0"]
 
 
+def heed_signals():
+    """Undo what nohup, or a job in a shell's background, makes its programs ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def in_fork(function):
     """The pid of a fork of this process that runs function() and leaves, silently."""
     pid = os.fork()
     if pid == 0:
         status = 1
+        heed_signals()
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
@@ -269,7 +277,7 @@ def test_a_shell_loop_ends_at_ctrl_c_and_does_not_after_an_exit_status():
     for end, line in (("end_by(signal.SIGINT)", ""), ("sys.exit(130)", "130\n")):
         loop = f'for s in 0 1; do "{sys.executable}" -c "$PROGRAM"; echo $?; done'
         shell = subprocess.Popen(["bash", "-c", loop], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                 start_new_session=True,
+                                 start_new_session=True, preexec_fn=heed_signals,
                                  env=dict(os.environ, PROGRAM=program.replace("END", end)))
         assert shell.stdout.readline() == "ready\n"
         os.killpg(shell.pid, signal.SIGINT)  # as the terminal does
