@@ -53,11 +53,10 @@ def test_the_choice_has_the_lowest_losses_of_those_that_harm_nothing():
     assert choose([start, [row(0.5, 0.5, 1.01), row(0.5, 0.5)]]) == (0, 1)  # worse within train
 
 
-def test_without_labels_only_a_better_one_replaces_the_start():
-    start, more, most = (dict(images=100, retrieval=share) for share in (0.5, 0.53, 0.6))
-    assert choose_without_labels([start, more]) == 0
-    assert choose_without_labels([start, more, most, most, start]) == 2
-    assert choose_without_labels([most, start]) == 0
+def test_without_labels_it_is_half_of_the_way_unless_that_is_worse():
+    start, more, less = (dict(images=100, retrieval=share) for share in (0.5, 0.53, 0.4))
+    for half, chosen in ((start, 2), (more, 2), (less, 0)):
+        assert choose_without_labels([start, less, half, more, less]) == chosen
 
 
 def test_a_mixture_is_a_straight_line_and_scales_lora():

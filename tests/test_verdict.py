@@ -159,9 +159,9 @@ START = dict(images=100, retrieval=0.5, lidar=20.0, rankme=9.0, uniformity=-2.0,
 
 
 @pytest.mark.parametrize("retrieval, lidar, word", [
-    (0.6, 15, "better"), (0.4, 25, "worse"), (0.54, 25, "cannot tell"), (0.46, 15, "cannot tell"),
-    (0.5, 20, "cannot tell"), (0.551, 20, "better"), (0.449, 20, "worse")])
-def test_three_words_with_numbers(retrieval, lidar, word):
+    (0.6, 15, "cannot tell"), (0.4, 25, "worse"), (0.46, 15, "cannot tell"),
+    (0.5, 20, "cannot tell"), (0.449, 20, "worse")])
+def test_two_words_with_numbers(retrieval, lidar, word):
     now = dict(START, retrieval=retrieval, lidar=lidar)
     found, sentence = judge(START, now)
     assert found == word and sentence.startswith(f"{word}: ") and "100 held-out images" in sentence
