@@ -213,10 +213,13 @@ def _take_along(source, run_dir, iteration):
         shutil.copytree(f"{source}/samples", f"{run_dir}/samples", dirs_exist_ok=True)
     for file in saved_states(source):
         name = os.path.basename(os.path.dirname(file))
-        if (name == "best" or name.isdigit()) and 0 <= saved_iteration(file) <= iteration:
+        is_kept = name in ("start", "best") or name.isdigit()
+        if is_kept and 0 <= saved_iteration(file) <= iteration:
             target = f"{run_dir}/checkpoints/{name}"
+            choice = os.path.join(os.path.dirname(file), "choice.json")  # hf is of a later iteration
             link_state(file, target)
-            if os.path.isdir(f"{source}/checkpoints/{name}/hf"):
+            has_export = os.path.isdir(f"{source}/checkpoints/{name}/hf")
+            if has_export and not os.path.exists(choice):
                 shutil.copytree(f"{source}/checkpoints/{name}/hf", f"{target}/hf.part")
                 os.rename(f"{target}/hf.part", f"{target}/hf")
 

@@ -175,3 +175,14 @@ def test_a_finished_run_that_is_resumed_keeps_its_choice(tmp_path, sources, monk
     run(out, *sources, *FLAGS, "--max_iterations=6", "--resume_from=auto")  # and on
     choice = json.loads((out / "checkpoints/best/choice.json").read_text())
     assert choice["iteration"] == 6
+
+
+def test_a_run_that_goes_on_elsewhere_has_the_same_start(tmp_path, sources):
+    """And not the export of what the first run has handed back at its end."""
+    run(tmp_path / "a", *sources, *FLAGS, "--saveckp_freq=2")
+    whole = json.loads((tmp_path / "a/checkpoints/best/choice.json").read_text())
+    run(tmp_path / "b", *sources, *FLAGS, "--saveckp_freq=2",
+        f"--resume_from={tmp_path}/a/checkpoints/0000002")
+    assert json.loads((tmp_path / "b/checkpoints/best/choice.json").read_text()) == whole
+    for name, value in exported(tmp_path / "a").state_dict().items():
+        assert torch.equal(value, exported(tmp_path / "b").state_dict()[name])
