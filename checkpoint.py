@@ -216,7 +216,7 @@ def _take_along(source, run_dir, iteration):
         is_kept = name in ("start", "best") or name.isdigit()
         if is_kept and 0 <= saved_iteration(file) <= iteration:
             target = f"{run_dir}/checkpoints/{name}"
-            choice = os.path.join(os.path.dirname(file), "choice.json")  # hf is of a later iteration
+            choice = os.path.join(os.path.dirname(file), "choice.json")  # hf is of later weights
             link_state(file, target)
             has_export = os.path.isdir(f"{source}/checkpoints/{name}/hf")
             if has_export and not os.path.exists(choice):
