@@ -158,8 +158,8 @@ LOSSES = ("knn_loss", "probe_loss", "train_loss")
 
 def choose_without_labels(rows):
     """Index of the half-way mixture, or 0, the start, if verdict.judge calls that one worse. No
-    number without labels told more (docs/RESULTS.md), and half of the way has most of the gain of
-    5-NN and half of the risk. rows: [dict of LabelFree.measure] of find_candidates."""
+    number without labels told more, and half of the way had most of the gain of 5-NN
+    (docs/RESULTS.md). rows: [dict of LabelFree.measure] of find_candidates."""
     half = 1 + SHARES.index(0.5)
     return 0 if judge(rows[0], rows[half])[0] == "worse" else half
 
