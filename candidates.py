@@ -15,8 +15,7 @@ import os
 import torch
 
 from checkpoint import saved_iteration
-
-from distributed import gather_objects, local_shard, shard_like
+from distributed import gather_objects, local_shard, shard_like, unwrap
 from features import block_choices, block_list, knn_score
 from metrics import knn_vote
 from probe import STRENGTHS, fit_probe
@@ -195,16 +194,15 @@ def hand_back(run, knn, label_free):
               for name in ("start", "best", "last")}
     candidates = find_candidates(run.knn["best_iteration"], state.iteration)
     small, rows, start = knn.limited(MOST_IMAGES), [], values["start"]
+    choices = block_choices(len(block_list(unwrap(state.student).backbone)))
+    readouts = [choices[0], choices[min(2, len(choices) - 1)]]
     for _, checkpoint, share in candidates:
         set_values(state.ema, start, values[checkpoint], share)
         with state.ema.teacher_weights(state.student) as teacher:
-            backbone = teacher.backbone
             if with_labels:
-                choices = block_choices(len(block_list(backbone)))
-                readouts = [choices[0], choices[min(2, len(choices) - 1)]]
-                rows.append(measure(backbone, small, split, readouts))
+                rows.append(measure(teacher.backbone, small, split, readouts))
             else:
-                rows.append(label_free.measure(backbone))
+                rows.append(label_free.measure(teacher.backbone))
     rows = gather_objects(rows)[0]  # not each rank's own: they could differ by rounding
     if with_labels:
         chosen, readout = choose(rows)

@@ -20,7 +20,7 @@ from data import error_text
 from distributed import (gather_objects, item_bytes, loader_workers, rank, workers_that_fit,
                          world_size)
 from metrics import knn_classify
-from model import blocks, core, embed, final_norm, forward_features, run_blocks
+from model import blocks, final_norm, first_blocks, forward_features
 from probe import fit_probe
 from signals import ignore_signals
 from teachers import FrozenTeacher
@@ -119,8 +119,7 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
                 else:
                     cls, patches = kept.add(backbone, pixels, items)
             cls, patches = cls.float(), patches.float()
-            if block_cls:
-                readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
+            readout = join_blocks(block_cls, block_numbers)
         yield dict(cls=cls, patches=patches, readout=readout, **about_items(items))
     if kept is not None:
         kept.is_complete = True
@@ -149,11 +148,9 @@ class KeptTokens:
         for block in blocks(backbone)[:self.n_blocks]:
             handles.append(block.register_forward_hook(
                 lambda _, inputs, tokens: shallow.append(tokens[:, :1].clone())))
-        tokens, rope = embed(backbone, pixels)
-        tokens = run_blocks(backbone, tokens, rope, 0, self.n_blocks)
+        shared = first_blocks(backbone, pixels, self.n_blocks)
         for handle in handles:
             handle.remove()
-        shared = tokens, rope, self.n_blocks
         self.batches.append((shared, shallow, about_items(items)))
         return forward_features(backbone, None, shared=shared)
 
@@ -165,13 +162,20 @@ class KeptTokens:
                 cls, patches = forward_features(backbone, None, shared=shared)  # to the bit
                 for number in block_numbers:
                     if number < self.n_blocks:
-                        tokens = norm(shallow[number])
-                        block_cls[number] = F.normalize(tokens[:, 0].float(), dim=1)
-            readout = None
-            if block_cls:
-                readout = torch.cat([block_cls[n] for n in block_numbers], dim=1)
+                        block_cls[number] = unit_cls(norm, shallow[number])
+            readout = join_blocks(block_cls, block_numbers)
             cls, patches = cls.float(), patches.float()
             yield dict(cls=cls, patches=patches, readout=readout, **about)
+
+
+def unit_cls(norm, tokens):
+    """CLS tokens [b,1,D] after the final norm, at unit length: [b,D] fp32."""
+    return F.normalize(norm(tokens)[:, 0].float(), dim=1)
+
+
+def join_blocks(block_cls, numbers):
+    """The readout [b,n*D] of these blocks from {number: [b,D]}; None without blocks."""
+    return torch.cat([block_cls[n] for n in numbers], dim=1) if block_cls else None
 
 
 @contextlib.contextmanager
@@ -186,8 +190,7 @@ def cls_of_blocks(backbone, numbers):
 
     def keep(number):
         def hook(_, inputs, tokens):
-            cls = norm(tokens[:, :1])  # [b,1,D]
-            found[number] = F.normalize(cls[:, 0].float(), dim=1)
+            found[number] = unit_cls(norm, tokens[:, :1])
         return hook
     for number in dict.fromkeys(numbers):
         handles.append(layers[number].register_forward_hook(keep(number)))

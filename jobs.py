@@ -9,14 +9,11 @@ import sys
 import numpy as np
 
 from archives import MEDMNIST
-from configurator import UserError
+from configurator import HERE, UserError
 from report import data_title
 from run_folder import make_results, read_log, write_whole
 from signals import end_by, run_process
 from weights import FAMILIES, find_config
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 
 # ---- keys ----
 
@@ -40,7 +37,6 @@ def rounded(size, model):
 
 
 # ---- processes ----
-
 
 def command_text(words, n_processes=1):
     """A command as one types it. words: the script, its arguments; n_processes: of a run."""

@@ -272,6 +272,13 @@ def embed(backbone, pixels, masks=None):
     return tokens, dict(position_embeddings=model.rope_embeddings(pixels))  # DINOv3
 
 
+def first_blocks(backbone, pixels, n, masks=None):
+    """What used_features and forward_features go on from: tokens after the first n blocks, rope, n.
+    Args and errors: as forward_features."""
+    tokens, rope = embed(backbone, pixels, masks)
+    return run_blocks(backbone, tokens, rope, 0, n), rope, n
+
+
 def run_blocks(backbone, tokens, rope, first=0, last=None, used=None):
     """Tokens [B,1+R+P,D] through blocks `first` up to, not including, `last` (None: to the end).
     With `used`, of used_tokens, only those tokens are computed in the last block and returned,
@@ -581,9 +588,7 @@ class Student(nn.Module):
         """
         masked = masked or masked_tokens(masks)
         if shared is None:
-            tokens, rope = embed(self.backbone, global_crops, masks)
-            tokens = run_blocks(self.backbone, tokens, rope, 0, n_shared_blocks)
-            shared = tokens, rope, n_shared_blocks
+            shared = first_blocks(self.backbone, global_crops, n_shared_blocks, masks)
         cls, masked_patches, patches = used_features(self.backbone, *shared, masked, with_patches)
         out = dict(global_cls=cls)
         if with_patches:

@@ -9,7 +9,7 @@ import torch
 
 from configurator import UserError
 from distributed import memory_gb, world_size
-from model import blocks, core, embed, run_blocks
+from model import blocks, core, first_blocks
 
 RANDOM_POSITIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")  # DINOv3's
 
@@ -96,8 +96,7 @@ class PrefixCache:
         that are fresh, or None; backbone: of the student."""
         if batch["fresh"]:
             with self.autocast():
-                tokens, self.rope = embed(backbone, global_crops)
-                tokens = run_blocks(backbone, tokens, self.rope, 0, self.n_blocks)
+                tokens, self.rope, _ = first_blocks(backbone, global_crops, self.n_blocks)
             tokens = tokens.half().cpu()
             tokens = tokens.unflatten(0, (-1, len(batch["fresh"])))  # [V,b,T,D]
             for position, views in zip(batch["fresh"], tokens.unbind(1)):

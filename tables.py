@@ -14,7 +14,7 @@ RUN/ its settings RUN.py, and in tableN/ what evaluate.py has measured.
 """
 from types import SimpleNamespace
 
-from configurator import list_keys, one_line_errors, read_command_line
+from configurator import HERE, list_keys, one_line_errors, read_command_line
 
 # ==== config: the defaults are for small images and two CPU cores; the paper's sizes are above ====
 # ---- what ----
@@ -54,7 +54,7 @@ import os
 import shlex
 
 from checks import Checks
-from jobs import HERE, call, cost, items, knn_on_val, measure, published, rounded, short, train
+from jobs import call, cost, items, knn_on_val, measure, published, rounded, short, train
 from report import PAPER_COLUMNS, cells, data_title, jsonable, markdown
 from run_folder import make_results, write_whole
 

@@ -20,7 +20,7 @@ from data import error_text
 from distributed import (gather_objects, is_main, item_bytes, loader_workers, rank,
                          workers_that_fit, world_size)
 from loader import LEAST_HELD_OUT
-from model import embed, run_blocks, used_features
+from model import first_blocks, used_features
 from positions import position_r2, relative_positions
 from signals import ignore_signals
 from teachers import FrozenTeacher
@@ -214,9 +214,7 @@ class LabelFree:
                 if isinstance(backbone, FrozenTeacher):
                     cls, _ = backbone(batch)
                 else:
-                    tokens, rope = embed(backbone, batch)
-                    tokens = run_blocks(backbone, tokens, rope, 0, self.n_frozen)
-                    shared = tokens, rope, self.n_frozen
+                    shared = first_blocks(backbone, batch, self.n_frozen)
                     cls, _, _ = used_features(backbone, *shared)
         cls = cls.float().cpu()
         cls = cls.unflatten(0, (-1, len(items)))  # [1+q,b,D]
