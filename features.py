@@ -26,6 +26,7 @@ from signals import ignore_signals
 from teachers import FrozenTeacher
 
 CHOICE_IMAGES = 1000  # of train and of val, from which choose_blocks chooses
+MOST_KEPT_BYTES = 1e9  # of the tokens of a data set: 10 000 images of 112 pixels, ViT-S/14
 
 
 # ---- features ----
@@ -122,7 +123,7 @@ def stream_features(backbone, dataset, size=224, intensity_range=(0, 255),
             readout = join_blocks(block_cls, block_numbers)
         yield dict(cls=cls, patches=patches, readout=readout, **about_items(items))
     if kept is not None:
-        kept.is_complete = True
+        kept.is_complete = not kept.is_full
 
 
 def about_items(items):
@@ -136,10 +137,12 @@ def about_items(items):
 class KeptTokens:
     """What the first n_blocks of a network, which are frozen, make of the images of a data set. The
     first pass of stream_features fills it, later ones run the other blocks only, and read no
-    images. The features are the same to the bit."""
+    images. The features are the same to the bit. Of a data set whose tokens take more than
+    MOST_KEPT_BYTES nothing is kept: every pass runs all blocks."""
 
     def __init__(self, n_blocks):
-        self.n_blocks, self.batches, self.is_complete = n_blocks, [], False
+        self.n_blocks, self.batches, self.n_bytes = n_blocks, [], 0
+        self.is_complete = self.is_full = False
 
     def add(self, backbone, pixels, items):
         """forward_features of a batch, whose tokens are kept; also those of CLS at the end of each
@@ -151,7 +154,12 @@ class KeptTokens:
         shared = first_blocks(backbone, pixels, self.n_blocks)
         for handle in handles:
             handle.remove()
-        self.batches.append((shared, shallow, about_items(items)))
+        self.n_bytes += sum(part.nbytes for part in (shared[0], *shallow))
+        self.is_full = self.n_bytes > MOST_KEPT_BYTES
+        if self.is_full:
+            self.batches.clear()
+        else:
+            self.batches.append((shared, shallow, about_items(items)))
         return forward_features(backbone, None, shared=shared)
 
     def features(self, backbone, autocast, block_numbers):

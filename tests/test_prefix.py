@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+import features
+import model
 import prefix
+from data import load_dataset
 from loader import BatchOrder
 from phantom import make_phantom
 from prefix import KnownViews
@@ -104,3 +107,27 @@ def test_a_cache_larger_than_half_of_the_memory_is_refused(tmp_path, npz, monkey
     monkeypatch.setattr(prefix, "memory_gb", lambda device: (0.0, 1e-4))
     with pytest.raises(prefix.UserError, match="fixed_views=2 of 16 images would keep 0.0 GB"):
         run(tmp_path / "run", npz, *FLAGS)
+
+
+@pytest.mark.parametrize("limit, n_read", [(1e9, 0), (1000, 8)])
+def test_kept_features_are_those_of_all_blocks(npz, monkeypatch, limit, n_read):
+    """To the bit, for a network whose last block has moved since. What is too large for the memory
+    is not kept: all images are read again."""
+    monkeypatch.setattr(features, "MOST_KEPT_BYTES", limit)
+    backbone = model.build_backbone("dinov2", False, 3, hidden_size=32, num_hidden_layers=3,
+                                    num_attention_heads=2, patch_size=16).eval()
+    dataset = load_dataset(npz.partition("=")[2], "test")
+    settings = dict(size=48, mean=(0.5,) * 3, std=(0.2,) * 3, block_numbers=[0, 2], batch_size=3)
+    kept, read = features.KeptTokens(2), []
+    features.collect_features(backbone, dataset, kept=kept, **settings)
+    with torch.no_grad():
+        for param in model.blocks(backbone)[2].parameters():
+            param.mul_(1.5)
+    item = features.WholeImages.item
+    monkeypatch.setattr(features.WholeImages, "item",
+                        lambda self, i: read.append(i) or item(self, i))
+    found = features.collect_features(backbone, dataset, kept=kept, **settings)
+    assert len(read) == n_read and (kept.n_bytes > limit) == (n_read > 0)
+    computed = features.collect_features(backbone, dataset, **settings)
+    for key in ("features", "readout"):
+        assert torch.equal(found[key], computed[key])
