@@ -19,6 +19,7 @@ from configurator import UserError
 from data import error_text
 from distributed import (gather_objects, is_main, item_bytes, loader_workers, rank,
                          workers_that_fit, world_size)
+from features import stack_tensors
 from loader import LEAST_HELD_OUT
 from model import first_blocks, used_features
 from positions import position_r2, relative_positions
@@ -151,16 +152,14 @@ class LabelFree:
         if workers > 0:
             workers = workers_that_fit(workers, item_bytes(images[share[0]]) * batch_size)
         batches = DataLoader(images, batch_size, sampler=share.tolist(), num_workers=workers,
-                             collate_fn=list, worker_init_fn=ignore_signals)
+                             collate_fn=stack_tensors, worker_init_fn=ignore_signals)
         rows, found, new = [], [], []
-        nothing = dict(pixels=torch.zeros(1 + n_views, dataset.num_channels, size, size),
-                       seeds=torch.zeros(n_views, dtype=torch.int64))
-        for items in batches:
-            errors = [item["error"] for item in items if "error" in item]
+        nothing = dict(pixels=torch.zeros(1, 1 + n_views, dataset.num_channels, size, size),
+                       seeds=torch.zeros(1, n_views, dtype=torch.int64))
+        for items, errors, tensors in batches:
             if errors and self.config.on_bad_image == "error":
                 raise UserError(errors[0])
-            items = [item for item in items if "error" not in item]
-            cls, shared = self.forward(backbone, items or [nothing])  # as often as other ranks
+            cls, shared = self.forward(backbone, **(tensors or nothing))  # as often as other ranks
             if items:
                 batch_rows = [item["i"] for item in items]
                 rows += batch_rows
@@ -193,15 +192,13 @@ class LabelFree:
         return rows, torch.from_numpy(np.stack(found)[first])
 
     @torch.no_grad()
-    def forward(self, backbone, items):
-        """CLS features [b,1+q,D] of items of ViewedImages, and what the frozen blocks made of them
-        (used_features). Crops are augmented as in training."""
+    def forward(self, backbone, pixels, seeds):
+        """CLS features [b,1+q,D] of pixels [b,1+q,C,S,S] and seeds [b,q] of ViewedImages, and what
+        the frozen blocks made of them (used_features). Crops are augmented as in training."""
         device = torch.device("cpu")
         if backbone is not None:
             device = next(backbone.parameters()).device
-        pixels = torch.stack([item["pixels"] for item in items], dim=1)  # [1+q,b,C,S,S]
-        pixels = pixels.to(device)
-        seeds = torch.stack([item["seeds"] for item in items], dim=1)  # [q,b]
+        pixels, seeds = pixels.transpose(0, 1).to(device), seeds.T  # [1+q,b,C,S,S], [q,b]
         batch = [self.photometrics.plain(pixels[0])]
         for view, (crops, crop_seeds) in enumerate(zip(pixels[1:], seeds)):
             kind = ("global1", "global2")[view % 2]
@@ -217,7 +214,7 @@ class LabelFree:
                     shared = first_blocks(backbone, batch, self.n_frozen)
                     cls, _, _ = used_features(backbone, *shared)
         cls = cls.float().cpu()
-        cls = cls.unflatten(0, (-1, len(items)))  # [1+q,b,D]
+        cls = cls.unflatten(0, (-1, pixels.shape[1]))  # [1+q,b,D]
         return cls.transpose(0, 1), shared
 
 

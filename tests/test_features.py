@@ -295,3 +295,13 @@ def test_forward_features_are_those_of_stream_features(tiny_backbone, dataset):
     [batch] = stream_features(backbone, dataset, **INPUT)
     torch.testing.assert_close(batch["cls"], expected, atol=1e-5, rtol=1e-5)
     assert batch["readout"] is None
+
+
+def test_a_worker_sends_one_tensor_for_a_batch():
+    pixels = torch.arange(8.0).reshape(2, 1, 2, 2)
+    items = [dict(i=3, pixels=pixels[0], digest=b"a"), dict(i=4, error="torn"),
+             dict(i=5, pixels=pixels[1], digest=b"b")]
+    readable, errors, tensors = features.stack_tensors(items)
+    assert readable == [dict(i=3, digest=b"a"), dict(i=5, digest=b"b")] and errors == ["torn"]
+    assert list(tensors) == ["pixels"] and torch.equal(tensors["pixels"], pixels)
+    assert features.stack_tensors([dict(i=4, error="torn")]) == ([], ["torn"], {})
