@@ -13,7 +13,7 @@ from checkpoint import export_hf
 from configurator import UserError
 from data import Dataset
 from features import (block_choices, choose_blocks, collect_features, extract_features,
-                      parse_blocks, stream_features)
+                      parse_blocks, stack_tensors, stream_features)
 from model import (FAMILIES, add_lora, build_backbone, embed, final_norm, forward_features,
                    run_blocks)
 from networks import (find_networks, find_runs, load_adapter, load_network, load_probe, read_run,
@@ -301,7 +301,7 @@ def test_a_worker_sends_one_tensor_for_a_batch():
     pixels = torch.arange(8.0).reshape(2, 1, 2, 2)
     items = [dict(i=3, pixels=pixels[0], digest=b"a"), dict(i=4, error="torn"),
              dict(i=5, pixels=pixels[1], digest=b"b")]
-    readable, errors, tensors = features.stack_tensors(items)
+    readable, errors, tensors = stack_tensors(items)
     assert readable == [dict(i=3, digest=b"a"), dict(i=5, digest=b"b")] and errors == ["torn"]
     assert list(tensors) == ["pixels"] and torch.equal(tensors["pixels"], pixels)
-    assert features.stack_tensors([dict(i=4, error="torn")]) == ([], ["torn"], {})
+    assert stack_tensors([dict(i=4, error="torn")]) == ([], ["torn"], {})
