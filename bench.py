@@ -18,7 +18,7 @@ tables compare time with the number of multiplications, and memory with the sum 
 """
 from types import SimpleNamespace
 
-from configurator import list_keys, one_line_errors, read_command_line
+from configurator import HERE, list_keys, one_line_errors, read_command_line
 
 # ==== config ====
 what = 'strategy'  # 'strategy' | 'augment' | 'step' | 'data' | 'growth' | 'memory' | 'all' of them
@@ -54,7 +54,9 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and a
 import contextlib
 import multiprocessing
 import os
+import runpy
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -75,8 +77,9 @@ from distributed import autocast_for, compute_dtype, loader_workers, memory_gb, 
 from loader import CropDataset, make_loader
 from metrics import knn_classify
 from model import (FAMILIES, DINOHead, EMATeacher, Student, adapted_backbone, blocks,
-                   compile_blocks, frozen_blocks, set_trainable, shared_blocks)
+                   build_backbone, compile_blocks, frozen_blocks, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
+from probe import fit_probe
 from run import LossCheck, State, gradient_scaler, seed_iteration
 
 STRATEGIES = dict(  # use LoRA, freeze the first blocks, run them once for student and teacher
@@ -618,8 +621,8 @@ def print_share(config, name, seconds, flops):
 
 
 def bench_growth(config):
-    """Step time against batch, crop size, local crops and K, next to the multiplications; k-NN and
-    start-up against the number of images."""
+    """Step time against batch, crop size, local crops and K, next to the multiplications; start,
+    k-NN, probe and embed.py against the number of images."""
     print(f"\n{'step':>26} {'seconds':>8} {'ratio':>6} {'counted':>8} {'off by':>7} {'peak MB':>8}")
     for key in ("batch_size", "global_crops_size", "local_crops_number", "dino_head_out_dim"):
         first = None  # the numbers of the smallest, for the ratios
@@ -634,21 +637,41 @@ def bench_growth(config):
             ratio, counted = seconds / first[0], work / first[1]
             print(f"{key:>19} {value:6} {seconds:8.3f} {ratio:6.2f} {counted:8.2f} "
                   f"{ratio / counted:7.2f} {result['peak'] / 1e6:8.0f}")
-    print(f"\n{'images':>8} {'first start':>12} {'later':>8} {'k-NN of 1000':>13}   seconds")
+    parts = "first start", "later", "k-NN of 1000", "probe", "embed"
+    print(f"\n{'images':>8} {' '.join(f'{part:>16}' for part in parts)}   seconds, peak GB")
     for n in (1000, 10000, 100000, 1000000):
         if n > max(1000, config.n_images):
             break
         with tempfile.TemporaryDirectory() as folder:
             make_folder(f"{folder}/images", n, 8)
             time.sleep(2.1)  # data.py keeps no list of a folder that has just changed
-            times = [time.perf_counter()]
-            for _ in range(2):
-                load_dataset(f"{folder}/images", cache_dir=f"{folder}/cache")
-                times.append(time.perf_counter())
-        features, labels = torch.randn(n + 1000, config.hidden_size), torch.arange(n) % 10
-        knn = fastest(lambda: knn_classify(features[1000:], labels, features[:1000]),
-                      torch.device("cpu"), 1)
-        print(f"{n:8} {times[1] - times[0]:12.3f} {times[2] - times[1]:8.3f} {knn:13.3f}")
+            costs = [alone(image_cost, part, n, folder, config) for part in parts]
+        cells = [f"{seconds:9.3f} {peak / 1e9:6.2f}" for seconds, peak in costs]
+        print(f"{n:8} {' '.join(cells)}")
+
+
+def image_cost(part, n, folder, config):
+    """(seconds, peak bytes) of a part of bench_growth for n images: to open a folder of them; k-NN
+    of 1000 among n; a linear probe on n; embed.py with a network of one block."""
+    began, width, images = time.perf_counter(), config.hidden_size, f"{folder}/images"
+    if part in ("first start", "later"):
+        load_dataset(images, cache_dir=f"{folder}/cache")
+    elif part == "embed":
+        backbone = build_backbone("vit", False, hidden_size=width, num_hidden_layers=1,
+                                  num_attention_heads=config.num_attention_heads, patch_size=8)
+        backbone.save_pretrained(f"{folder}/vit")
+        sys.argv = ["embed.py", f"--model={folder}/vit", f"--dataset_path={images}",
+                    f"--output={folder}/features.npz", "--image_size=8", "--num_workers=1",
+                    f"--cache_dir={folder}/cache"]
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            runpy.run_path(os.path.join(HERE, "embed.py"), run_name="__main__")
+    else:
+        x, labels = torch.randn(n + 1000, width), torch.arange(n + 1000) % 10
+        if part == "probe":
+            fit_probe(x[1000:], labels[1000:], x[:1000], labels[:1000])
+        else:
+            knn_classify(x[1000:], labels[1000:], x[:1000])
+    return time.perf_counter() - began, peak_bytes(torch.device("cpu"))
 
 
 # ---- loading ----
