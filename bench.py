@@ -666,11 +666,12 @@ def image_cost(part, n, folder, config):
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             runpy.run_path(os.path.join(HERE, "embed.py"), run_name="__main__")
     else:
-        x, labels = torch.randn(n + 1000, width), torch.arange(n + 1000) % 10
+        train, test = torch.randn(n, width), torch.randn(1000, width)
+        labels = torch.arange(n) % 10
         if part == "probe":
-            fit_probe(x[1000:], labels[1000:], x[:1000], labels[:1000])
+            fit_probe(train, labels, test, labels[:1000])
         else:
-            knn_classify(x[1000:], labels[1000:], x[:1000])
+            knn_classify(train, labels, test)
     return time.perf_counter() - began, peak_bytes(torch.device("cpu"))
 
 
