@@ -1,12 +1,12 @@
-"""The training step of facebookresearch/dino: ViT-S/16, 2x224 + 8x96, K 65536, batch 8, bf16, CPU.
+"""The training step of facebookresearch/dino: ViT-S/16, 2x224 + 8x96, K 65536, batch 8, a CPU.
 
     git clone https://github.com/facebookresearch/dino ../dino  # it needs torchvision, we do not
     python comparisons/facebook_dino.py ../dino                 # prints one line
     python bench.py --what=step                                 # our step
 
 Networks, heads, loss, clipping and parameter groups are those of the repository. Its loop calls
-CUDA by name. So the loop is written again below, in the order of its train_one_epoch, with bf16
-autocast, which needs no loss scaling, and without drop path, which bench.py does not have either.
+CUDA by name. So the loop is written again below, in the order of its train_one_epoch, in the dtype
+of bench.py (bf16 needs no loss scaling) and without drop path, which bench.py does not have either.
 Crops are drawn before the clock starts. bench.py --what=augment times the repository's
 augmentation, torchvision on PIL. Our step includes augmentation and data.
 """
@@ -47,6 +47,7 @@ def main(clone):
     teacher.requires_grad_(False)
     dino_loss = DINOLoss(65536, N_CROPS, 0.04, 0.04, 0, 1)
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
+    autocast = bench.autocast_for(torch.device("cpu"), config.mixed_precision)
     sizes = [224] * 2 + [96] * (N_CROPS - 2)
     crops = [torch.randn(config.batch_size, 3, size, size) for size in sizes]
     seconds = []
@@ -56,7 +57,7 @@ def main(clone):
             group["lr"] = 1e-5
             if i == 0:
                 group["weight_decay"] = 0.04
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             teacher_output = teacher(crops[:2])
             student_output = student(crops)
             loss = dino_loss(student_output, teacher_output, 0)

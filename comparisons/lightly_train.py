@@ -1,4 +1,4 @@
-"""A DINOv2 step of lightly-train: ViT-S/14, 2x224 + 8x98, iBOT, KoLeo, K 65536, batch 8, bf16, CPU.
+"""A DINOv2 step of lightly-train: ViT-S/14, 2x224 + 8x98, iBOT, KoLeo, K 65536, batch 8, a CPU.
 
     python -m venv lightly && lightly/bin/pip install lightly-train  # an environment of its own
     lightly/bin/pip install -r requirements.txt                      # and what bench.py needs
@@ -9,7 +9,7 @@
 The package trains by its own command on random JPEG files in a temporary folder. Its defaults for
 this method are the same recipe. Drop path is off, because bench.py does not have it either. A step
 lasts from one call of its training_step to the next, so waiting for data counts, as in bench.py.
-The count of multiplications and the limit are those of bench.py.
+The count of multiplications, the limit and the dtype are those of bench.py.
 """
 import contextlib
 import os
@@ -22,6 +22,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path[0] = os.path.dirname(here)  # this folder has a file with the package's name
 import bench
 import lightly_train
+import torch
 from lightly_train._methods.dinov2.dinov2 import DINOv2
 
 N_STEPS = 5  # measured, after two to warm up; the batch is that of bench.py
@@ -43,13 +44,15 @@ def main():
         return training_step(self, *args, **kwargs)
 
     DINOv2.training_step = timed_step
+    dtype = bench.compute_dtype(torch.device("cpu"), config.mixed_precision)
+    precision = "bf16-mixed" if dtype == torch.bfloat16 else "32-true"
     with tempfile.TemporaryDirectory() as folder:
         bench.make_folder(f"{folder}/images", (N_STEPS + 3) * config.batch_size, 256)
         with contextlib.suppress(AllMeasured):
             lightly_train.pretrain(
                 out=f"{folder}/out", data=f"{folder}/images", method="dinov2", epochs=1,
                 model="dinov2/vits14-noreg-notpretrained", model_args=dict(drop_path_rate=0.0),
-                batch_size=config.batch_size, precision="bf16-mixed", accelerator="cpu",
+                batch_size=config.batch_size, precision=precision, accelerator="cpu",
                 devices=1, num_workers=1)
     seconds = [after - before for before, after in zip(began, began[1:])]
     masked = 2 * 256 * 0.5 * 0.3  # patches: half of the crops, 0.1 to 0.5 of a crop
