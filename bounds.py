@@ -69,7 +69,7 @@ BOUNDS = dict(
     # ---- optimizer ----
     global_batch_size=SIZE, gradient_accumulation_steps=(0, 10**6), lr=RATE, min_lr=RATE,
     warmup_iterations=COUNT_OR_0, weight_decay=RATE, weight_decay_end=RATE,
-    adam_betas=(0, 0.99999), layerwise_decay=(0.01, 1), patch_embed_lr_mult=RATE,
+    adam_betas=(0, 0.99999), layerwise_decay=(0.01, 1), patch_embed_lr_mult=RATE, head_lr_mult=RATE,
     clip_grad=(0, 10**6), clip_grad_by=("parameter", "module"),
     freeze_last_layer=COUNT_OR_0, freeze_last_layer_by=("grad", "lr"),
     freeze_backbone_iterations=(-1, 10**9),

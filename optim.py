@@ -62,12 +62,13 @@ BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?)\.(\d+)\.")  # encoder.layer.3, 
 EMBEDDING = re.compile(r"embed|cls_token|mask_token|register_token|storage_token")
 
 
-def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mult=1.0):
+def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mult=1.0,
+                 head_lr_mult=1.0):
     """Parameter groups with multipliers of the rates: DINOv2's utils/param_groups, on HF names.
 
     lr_mult = layerwise_decay ** (depth + 1 - layer). The layer is 0 for the patch embedding and all
     tokens and positions, i + 1 for block i, depth + 1 for the final norm and the heads. The patch
-    embedding is multiplied by patch_embed_lr_mult as well.
+    embedding is multiplied by patch_embed_lr_mult as well, the heads by head_lr_mult.
     wd_mult = 0 for everything that is one-dimensional (biases, norms, layer scale), else 1. Tokens,
     positions and the gain of a weight-normed last layer are decayed, as in DINO and DINOv2.
     Args: model: a Student, whose heads are everything outside of `backbone`, or a bare backbone;
@@ -100,6 +101,8 @@ def param_groups(model, lr, weight_decay, layerwise_decay=1.0, patch_embed_lr_mu
         lr_mult = layerwise_decay ** (depth + 1 - layer)
         if is_patch_embed:
             lr_mult *= patch_embed_lr_mult
+        if not is_backbone:
+            lr_mult *= head_lr_mult
         wd_mult = 0.0 if param.ndim <= 1 or name.endswith(".bias") else 1.0
         settings = dict(lr_mult=lr_mult, wd_mult=wd_mult, is_last_layer="last_layer" in name,
                         is_backbone=is_backbone, is_patch_embed=is_patch_embed)
@@ -123,7 +126,7 @@ def build_optimizer(student, config, new_patch_embed):
     Returns: optimizer; train_from, {parameter name: iteration}; heads_only_iterations.
     """
     groups = param_groups(student, config.lr, config.weight_decay, config.layerwise_decay,
-                          config.patch_embed_lr_mult)
+                          config.patch_embed_lr_mult, getattr(config, "head_lr_mult", 1.0))
     heads_only_iterations = config.freeze_backbone_iterations
     if heads_only_iterations < 0:
         heads_only_iterations = config.max_iterations // 10 if config.use_pretrained else 0

@@ -149,6 +149,7 @@ adam_betas = (0.9, 0.999)        # of AdamW; DINOv3 7B: (0.9, 0.99)
 schedule_reaches_end = False     # False = cosines stop one step early (DINO) | True = DINOv3
 layerwise_decay = 1.0            # rate of block i times this ** (blocks - i); DINOv2: 0.9
 patch_embed_lr_mult = 1.0        # factor on the rate of the patch embedding; DINOv2, DINOv3: 0.2
+head_lr_mult = 1.0               # factor on the rate of the heads; 10 if the run is short
 clip_grad = 3.0                  # largest gradient norm; 0 = off
 clip_grad_by = 'parameter'       # 'parameter' (DINO) | 'module' = backbone, each head (DINOv2, v3)
 freeze_last_layer = 100          # iterations in which the prototypes are frozen; helps the start

@@ -442,6 +442,7 @@ CHANGED = dict(
     weight_decay=("0.2", "groups"), weight_decay_end=("0.2", "groups"),
     adam_betas=("0.5,0.9", "weights"), schedule_reaches_end=("true", "groups"),
     layerwise_decay=("0.5", "groups"), patch_embed_lr_mult=("0.5", "groups"),
+    head_lr_mult=("0.5", "groups"),
     clip_grad=("1e-4", "weights"), clip_grad_by=("module", "weights"),
     freeze_last_layer=("0", "weights"), freeze_last_layer_by=("lr", "groups"),
     freeze_backbone_iterations=("3", "trained"), distribution=("fsdp", "note"),

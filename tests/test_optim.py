@@ -92,15 +92,18 @@ def layer_of(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_param_groups_of_every_family(tiny_student, family):
-    """Norm and heads are not slowed down; vectors are not decayed."""
+    """Norm and heads are not slowed down; heads have a factor; vectors are not decayed."""
     student = tiny_student(family)
     params = dict(student.named_parameters())
-    groups = param_groups(student, 1.0, 1.0, layerwise_decay=0.5, patch_embed_lr_mult=0.1)
+    groups = param_groups(student, 1.0, 1.0, layerwise_decay=0.5, patch_embed_lr_mult=0.1,
+                          head_lr_mult=8.0)
     found = by_name(groups)
     for name, group in found.items():
         mult = 0.5 ** (3 - layer_of(name))
         if "patch_embed" in name:
             mult *= 0.1
+        if not name.startswith("backbone."):
+            mult *= 8
         assert group["lr_mult"] == pytest.approx(mult), name
         assert group["wd_mult"] == (0.0 if params[name].ndim == 1 else 1.0), name
         assert group["is_backbone"] == name.startswith("backbone.")
