@@ -2,8 +2,9 @@
 
     python train.py config/minute.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
 
+Every training image is a class of its own, and crops are told to their image (DIET, config/diet.py).
 The other blocks are frozen. What they make of a crop is computed once and kept in memory
-(fixed_views), as well as what they make of the images that are measured. For 1000 to 2000 images of
+(fixed_views), as well as what they make of the images that are measured. For 200 to 5000 images of
 64 to 112 pixels. Use it in place of config/adapt.py.
 """
 global_crops_size = 112          # for images of 64 to 160 pixels
@@ -11,23 +12,18 @@ local_crops_number = 0           # local crops cannot be kept
 train_last_blocks = 2
 fixed_views = 4                  # of each image, by turns; thousands of images come once at most
 
-# few prototypes and sharp targets, as config/adapt.py
-dino_head_out_dim = 512
-centering = 'sinkhorn_knopp'
-teacher_temp = 0.02
-warmup_teacher_temp = 0.02
-warmup_teacher_temp_iterations = 0
-koleo_loss_weight = 0.03
+dino_head_loss_weight = 0.0
+diet_loss_weight = 1.0
+diet_label_smoothing = 0.8
+head_lr_mult = 10.0              # its layer is new, and most images come a few times only
 
 global_batch_size = 16
 max_iterations = 100
 warmup_iterations = max_iterations // 10
-freeze_last_layer = 0
 lr = 2e-4
 min_lr = 2e-5
-layerwise_decay = 0.8
 weight_decay_end = 0.04
-momentum_teacher = 0.95
+momentum_teacher = 0.95          # what is exported is the average of the student
 final_momentum_teacher = 0.95    # a rising one would stop the average before it has caught up
 eval_max_images = 500
 eval_interval = 0
