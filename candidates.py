@@ -214,6 +214,8 @@ def hand_back(run, knn, label_free):
         text = "\n".join(lines)
     name, checkpoint, share = candidates[chosen]
     set_values(state.ema, start, values[checkpoint], share)
+    with state.ema.teacher_weights(state.student) as teacher:
+        accuracy = knn.accuracy(teacher.backbone, list(knn.splits), blocks)
     run.export_choice(dict(candidate=name, checkpoint=checkpoint, share=share, blocks=blocks,
-                           iteration=state.iteration, table=text))
+                           knn=accuracy, iteration=state.iteration, table=text))
     set_values(state.ema, start, values["last"], 1.0)

@@ -127,6 +127,7 @@ weight_decay_end = 0.4           # at the end, by a cosine; DINOv2 long runs: 0.
 adam_betas = (0.9, 0.999)        # of AdamW; DINOv3 7B: (0.9, 0.99)
 layerwise_decay = 1.0            # rate of block i times this ** (blocks - i); DINOv2: 0.9
 patch_embed_lr_mult = 1.0        # factor on the rate of the patch embedding; DINOv2, DINOv3: 0.2
+head_lr_mult = 1.0               # factor on the rate of the heads; 10 if the run is short
 clip_grad = 3.0                  # largest gradient norm; 0 = off
 clip_grad_by = 'parameter'       # 'parameter' (DINO) | 'module' = backbone, each head (DINOv2, v3)
 freeze_backbone_iterations = -1  # train only the heads for so many, then raise the backbone's rate

@@ -426,13 +426,16 @@ class KnnMeasure:
         small.bank = small.splits.pop("train")
         return small
 
-    def accuracy(self, backbone, names):
-        """{split: accuracy} of a backbone on the splits of these names, if they have labels."""
+    def accuracy(self, backbone, names, blocks=()):
+        """{split: accuracy} of a backbone on the splits of these names, if they have labels; of the
+        readout of some blocks, by default of CLS."""
         names = [name for name in names if name in self.splits]
         if not names:
             return {}
-        train = self.features(backbone, "train")
-        return {name: knn_score(train, self.features(backbone, name)) for name in names}
+        features = {name: self.features(backbone, name, block_numbers=blocks)
+                    for name in ("train", *names)}
+        key = "readout" if len(blocks) else "features"
+        return {name: knn_score(features["train"], features[name], key=key) for name in names}
 
     def pixels(self):
         """{split: accuracy} of the raw pixels, at 32 pixels or at the crop size if that is less."""

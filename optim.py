@@ -126,7 +126,7 @@ def build_optimizer(student, config, new_patch_embed):
     Returns: optimizer; train_from, {parameter name: iteration}; heads_only_iterations.
     """
     groups = param_groups(student, config.lr, config.weight_decay, config.layerwise_decay,
-                          config.patch_embed_lr_mult, getattr(config, "head_lr_mult", 1.0))
+                          config.patch_embed_lr_mult, config.head_lr_mult)
     heads_only_iterations = config.freeze_backbone_iterations
     if heads_only_iterations < 0:
         heads_only_iterations = config.max_iterations // 10 if config.use_pretrained else 0

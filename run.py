@@ -308,6 +308,12 @@ class Run:
         readout = ""
         if choice["blocks"]:
             readout = f", readout of blocks {','.join(map(str, choice['blocks']))}"
+        changes = []
+        for split, value in choice["knn"].items():
+            start = self.knn.get("untrained", {}).get(split, math.nan)
+            changes.append(f"{split} {start:.3f} -> {value:.3f}")
+        if changes:
+            readout += f"; 5-NN accuracy, start -> handed back: {', '.join(changes)}"
         self.say(f"\n{choice['table']}\nhanded back: {choice['candidate']}{readout}")
 
     # ---- the end ----

@@ -8,3 +8,4 @@ and nothing is added to the network: an export has the shape of its start. With
 docs/RESULTS.md compares the strategies.
 """
 train_only = 'attention_output'
+train_last_blocks = 0            # in all blocks

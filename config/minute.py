@@ -2,7 +2,7 @@
 
     python train.py config/minute.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
 
-Every training image is a class of its own, and crops are told to their image (DIET, config/diet.py).
+Every training image is a class of its own, and crops are told to their image (config/diet.py).
 The other blocks are frozen. What they make of a crop is computed once and kept in memory
 (fixed_views), as well as what they make of the images that are measured. For 200 to 5000 images of
 64 to 112 pixels. Use it in place of config/adapt.py.

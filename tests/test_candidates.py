@@ -112,7 +112,11 @@ def test_what_is_exported_is_the_chosen_mixture(tmp_path, sources, monkeypatch, 
     assert embed.read_choice(str(out))["blocks"] == choice["blocks"] == [0, 1]
     card = (out / "checkpoints/best/hf/README.md").read_text()
     assert choice["candidate"] in card and choice["table"] in card
-    assert f"handed back: {choice['candidate']}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"handed back: {choice['candidate']}" in printed
+    bold = next(line for line in choice["table"].splitlines() if "**" in line)
+    assert bold.split("|")[3].strip() == f"{choice['knn']['val']:.3f}"
+    assert f"val {summary['start']:.3f} -> {choice['knn']['val']:.3f}" in printed
     ema, last = state(out)["ema"], read_values(f"{out}/checkpoints/last/state.pt")
     assert all(torch.equal(last[name], value) for name, value in ema.items() if name in last)
 
