@@ -542,6 +542,7 @@ def build_heads(width, config, n_images):
         heads["lejepa_head"] = lejepa_head(width, config.lejepa_out_dim, config.head_hidden_dim)
     if config.diet_loss_weight > 0:
         heads["diet_head"] = nn.Linear(width, n_images, bias=False)
+        nn.init.trunc_normal_(heads["diet_head"].weight, std=0.01)  # at first nearly uniform
     return heads
 
 
