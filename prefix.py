@@ -46,6 +46,16 @@ def why_not(config, n_blocks, n_ranks):
     return ""
 
 
+def n_kept_blocks(student, train_from, config, device):
+    """After how many frozen blocks the tokens of measured images are kept (features.KeptTokens):
+    on a CPU, where measuring else takes as long as training. Not under FSDP, which gathers the
+    weights of whole forward passes only. train_from: of optim.build_optimizer."""
+    is_sharded = config.distribution == "fsdp" and world_size() > 1
+    if device.type != "cpu" or is_sharded or config.compile:
+        return 0
+    return n_frozen_blocks(student, train_from)
+
+
 def keep_prefix(student, train_from, config, n_images, autocast, say):
     """A PrefixCache for a run of n_images, or None; `say` gets a line if fixed_views is set.
     UserError if the machine has too little memory for it. train_from: of optim.build_optimizer."""

@@ -188,7 +188,7 @@ from model import (EMATeacher, Student, adapted_backbone, blocks, build_heads, c
                    describe_student, parameter_counts, set_trainable, shared_blocks)
 from optim import build_optimizer, set_learning_rates
 from pictures import save_samples
-from prefix import KnownViews, keep_prefix
+from prefix import KnownViews, keep_prefix, n_kept_blocks
 from run import Run, State, gradient_scaler, restore, seed_iteration, whole_run
 from samples import AttentionSamples
 from signals import end_by
@@ -366,7 +366,7 @@ def main(sources, at_end):
 
     # ---- all input is good: the run's folder, and k-NN before training ----
     run.open(state, inputs)
-    n_kept = prefix.n_blocks if prefix else 0
+    n_kept = n_kept_blocks(student, train_from, config, run_device)
     knn = KnnMeasure(train_set, measured, config, inputs, autocast, n_kept)
     label_free = LabelFree(held_out, train_set, config, inputs, autocast, n_kept)
     attention = AttentionSamples(train_set, measured, inputs, config)

@@ -131,3 +131,25 @@ def test_kept_features_are_those_of_all_blocks(npz, monkeypatch, limit, n_read):
     computed = features.collect_features(backbone, dataset, **settings)
     for key in ("features", "readout"):
         assert torch.equal(found[key], computed[key])
+
+
+def test_what_is_measured_is_the_same_with_kept_tokens(tmp_path, npz, monkeypatch):
+    """k-NN, the numbers without labels and the choice at the end, of a run with a frozen block."""
+    flags = [npz, "--freeze_backbone_layers=1", "--max_iterations=4", "--eval_interval=2"]
+    kept = run(tmp_path / "kept", *flags)
+    filled = []
+    add = features.KeptTokens.add
+    monkeypatch.setattr(features.KeptTokens, "add",
+                        lambda self, *args: filled.append(self.n_blocks) or add(self, *args))
+    again = run(tmp_path / "again", *flags)
+    assert set(filled) == {1}
+    monkeypatch.setattr("prefix.n_frozen_blocks", lambda *args: 0)
+    filled.clear()
+    computed = run(tmp_path / "computed", *flags)
+    assert not filled
+
+    def measured(records):
+        keys = "iteration", "knn_accuracy", "label_free"
+        return [[record.get(key) for key in keys] for record in records]
+    assert measured(kept) == measured(again) == measured(computed)
+    assert measured(kept)[0][1] is not None
