@@ -6,7 +6,8 @@ Every training image is a class of its own, and crops are told to their image (D
 2302.10260): no prototypes, no temperatures, no teacher, which small sets break. The last two blocks
 are trained. Use it in place of config/dinov1.py, and a strategy after it (config/lora.py). At the
 end the best of the start, the end and mixtures of both on val becomes checkpoints/best/hf.
-config/minute.py is the same with kept tokens, config/adapt_dino.py is DINO for small sets.
+DINOv2-small: 5-NN with CLS of several blocks rises by 0.01 to 0.10 on three medical sets, a linear
+probe changes by -0.03 to 0.05 (docs/RESULTS.md). config/minute.py is the same with kept tokens.
 """
 global_crops_size = 112          # for images of 64 to 160 pixels; for larger ones 224
 local_crops_number = 0
