@@ -2,10 +2,11 @@
 
     python train.py config/adapt.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
 
-Every training image is a class of its own, and crops are told to their image (DIET, arXiv
-2302.10260): no prototypes, no temperatures, no teacher, which small sets break. The last two blocks
-are trained. Use it in place of config/dinov1.py, and a strategy after it (config/lora.py). At the
-end the best of the start, the end and mixtures of both on val becomes checkpoints/best/hf.
+Every training image is a class, and a linear layer on CLS names the image that a crop comes from
+(DIET, arXiv 2302.10260). There are no prototypes, no temperatures and no teacher: small sets break
+them. The last two blocks are trained. Use it in place of config/dinov1.py. A strategy may follow
+(config/lora.py). At the end the run compares the start, the end and mixtures of both on val. The
+best one becomes checkpoints/best/hf.
 DINOv2-small: 5-NN with CLS of several blocks rises by 0.01 to 0.10 on three medical sets, a linear
 probe changes by -0.03 to 0.05 (docs/RESULTS.md). config/minute.py is the same with kept tokens.
 """

@@ -2,11 +2,11 @@
 
     python train.py config/minute.py --dataset_path=my_images/ --model_type=facebook/dinov2-small
 
-Every training image is a class of its own, and crops are told to their image (config/diet.py).
-The other blocks are frozen. What they make of a crop is computed once and kept in memory
-(fixed_views), as well as what they make of the images that are measured. For 200 to 5000 images of
-64 to 112 pixels. Use it in place of config/adapt.py. DINOv2-small: 5-NN with CLS of several blocks
-rises by 0.02 to 0.10 on three medical sets (docs/RESULTS.md).
+Every training image is a class, and a linear layer on CLS names the image that a crop comes from
+(DIET, config/diet.py). The other blocks are frozen. What they compute of a crop is kept in memory
+(fixed_views), on a CPU also what they compute of the measured images. Use it in place of
+config/adapt.py, for 200 to 5000 images of 64 to 112 pixels. DINOv2-small: 5-NN with CLS of several
+blocks rises by 0.02 to 0.10 on three medical sets (docs/RESULTS.md).
 """
 global_crops_size = 112          # for images of 64 to 160 pixels
 local_crops_number = 0           # local crops cannot be kept
